@@ -1,0 +1,136 @@
+"""Integer arithmetic on ids and table sizes: exact, on NumPy and JAX integers alike."""
+
+import itertools
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+# NumPy or JAX integer arrays; this module and the partitions stay free of either's types.
+Array = Any
+
+_SEARCH_BUDGET = 50_000
+
+
+def as_ids(ids: Array) -> Array:
+    """Integers as an array in which the arithmetic on ids of any vocabulary can be done.
+
+    Args:
+      ids: NumPy or JAX integers, or Python integers, of any shape.
+
+    Returns:
+      The same values with 64 bits (NumPy) or at least 32 bits (JAX), signedness kept where it
+      matters.
+
+    Raises:
+      TypeError: the ids are not integers.
+    """
+    if isinstance(ids, np.generic) or not hasattr(ids, "__array_namespace__"):
+        empty = isinstance(ids, (list, tuple)) and np.size(ids) == 0
+        ids = np.asarray(ids, dtype=np.int64 if empty else None)
+    xp = ids.__array_namespace__()
+    if ids.dtype == object or not xp.isdtype(ids.dtype, "integral"):
+        raise TypeError(f"ids must be integers, got an array of {ids.dtype}.")
+    if isinstance(ids, np.ndarray):
+        return ids if ids.dtype == np.uint64 else ids.astype(np.int64)
+    return ids if ids.dtype.itemsize >= 4 else ids.astype(xp.int32)
+
+
+def digit(ids: Array, place: int, radix: int, num_embeddings: int) -> Array:
+    """floor(id / place) mod radix, leaving out what changes no id below num_embeddings.
+
+    That also keeps constants wider than the ids' dtype out of the arithmetic.
+    """
+    if place >= num_embeddings:
+        return ids * 0
+    quotient = ids // place if place > 1 else ids
+    return quotient % radix if place * radix < num_embeddings else quotient
+
+
+def multiply_mod(values: Array, factor: int, modulus: int) -> Array:
+    """Computes values * factor mod modulus for values in [0, modulus), without overflow."""
+    if (modulus - 1) * factor <= np.iinfo(values.dtype).max:
+        return values * factor % modulus
+    xp = values.__array_namespace__()
+
+    def add(a: Array, b: Array) -> Array:
+        excess = a - (modulus - b)
+        return xp.where(excess < 0, excess + modulus, excess)
+
+    total = values * 0
+    for bit in f"{factor:b}":
+        total = add(total, total)
+        if bit == "1":
+            total = add(total, values)
+    return total
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The smallest integer not below a / b."""
+    return -(-a // b)
+
+
+def ceil_root(n: int, k: int) -> int:
+    """The smallest r with r**k >= n."""
+    root = round(n ** (1 / k))
+    while root**k < n:
+        root += 1
+    while root > 1 and (root - 1) ** k >= n:
+        root -= 1
+    return root
+
+
+def balanced_radices(n: int, k: int) -> tuple[int, ...]:
+    """The k numbers of smallest sum whose product is at least n.
+
+    Of all numbers with one sum, those that differ by at most one have the largest product, so
+    only r and r - 1 can occur.
+    """
+    root = ceil_root(n, k)
+    smaller = max(s for s in range(k) if (root - 1) ** s * root ** (k - s) >= n)
+    return (root - 1,) * smaller + (root,) * (k - smaller)
+
+
+def coprime_moduli(n: int, k: int) -> tuple[int, ...]:
+    """The k pairwise coprime numbers whose product is at least n, of smallest sum."""
+    best: tuple[int, ...] = ()
+    budget = _SEARCH_BUDGET
+
+    def search(chosen: tuple[int, ...], needed: int) -> None:
+        # Chosen from the largest down; `needed` is what the others' product must reach.
+        nonlocal best, budget
+        left = k - len(chosen)
+        if needed == 1:
+            chosen, left = chosen + (1,) * left, 0
+        if left == 0:
+            best = chosen
+            return
+        for modulus in itertools.count(ceil_root(needed, left)):
+            rest = ceil_div(needed, modulus)
+            fewest = sum(chosen) + modulus
+            fewest += sum(balanced_radices(rest, left - 1)) if left > 1 else 0
+            if (best and (budget <= 0 or fewest >= sum(best))) or (
+                chosen and modulus >= chosen[-1]
+            ):
+                return
+            budget -= 1
+            if all(math.gcd(modulus, other) == 1 for other in chosen):
+                search((*chosen, modulus), rest)
+
+    search((), n)
+    return best[::-1]
+
+
+def as_size(name: str, value: Any, minimum: int = 1) -> int:
+    """The value as a Python integer, or a ValueError that names it."""
+    rule = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
+    if isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be {rule}, got {value!r}.")
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be {rule}, got {value!r}.") from None
+    if size < minimum:
+        raise ValueError(f"{name} must be {rule}, got {value!r}.")
+    return size

@@ -1,0 +1,217 @@
+"""`EmbedConfig`: everything that is fixed about the embedding of one feature.
+
+A config holds no arrays. It is frozen and hashable, so it can be a static argument of `jax.jit`
+and a field of a Flax module; what follows from it (shapes, counts) is a property.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qrhash.arithmetic import as_size
+from qrhash.combine import OPERATIONS, Projection
+from qrhash.partitions import Partition
+
+ID_POLICIES = ("raise", "nan", "zero", "clip", "wrap")
+
+Initializer = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedConfig:
+    """The embedding of one feature: `num_embeddings` ids as vectors of width `features`.
+
+    Attributes:
+      partition: id -> one row number per table.
+      features: width of the vector.
+      operation: how the k rows of an id become its vector: "add", "mult", "concat" or "project".
+        By measurement "concat" is best down to about a quarter of a full table's memory, "mult"
+        at higher compression, "project" best of all there.
+      widths: width of each table. Default: `features` for "add" and "mult" (nothing else fits);
+        `features` split evenly for "concat"; a quarter of `features` for "project".
+      id_policy: what an id outside [0, num_embeddings) gives:
+        "nan": a vector of NaN, which no loss overlooks;
+        "raise": a ValueError for concrete ids, checked on the host; inside `jax.jit` an error
+        through `jax.experimental.checkify`, whose transformation is then required;
+        "zero": a vector of zeros, as for padding; "clip": the nearest id's vector;
+        "wrap": the vector of id mod num_embeddings.
+      dtype: dtype of the maths and the vectors. Default: `param_dtype`.
+      param_dtype: dtype of the tables and the projection.
+      embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
+        matched to the operation, see `init_stddev`.
+      init_stddev: standard deviation of a vector's entries at the start under the default
+        initializer, which is symmetric around zero. Default: features**-0.5, that of
+        `flax.linen.Embed`.
+      use_bias: whether "project" adds a bias.
+      logical_axes: names of a table's two axes, rows and features, in the partition metadata of
+        the Flax modules: logical names to be mapped to a mesh, or mesh axes, or None.
+      large_table_rows: a table of at least this many rows is large and is split by rows over
+        devices; smaller ones are replicated.
+
+    Raises:
+      ValueError: an argument breaks its rule; the message names it, the rule and the value.
+
+    >>> from qrhash.partitions import QuotientRemainder
+    >>> config = EmbedConfig(QuotientRemainder(1_000_000, 4), 16, operation="concat")
+    >>> config.table_shapes
+    ((250000, 8), (4, 8))
+    """
+
+    partition: Partition
+    features: int
+    operation: str = "mult"
+    _: dataclasses.KW_ONLY
+    widths: tuple[int, ...] = None  # type: ignore[assignment]  # a tuple once built
+    id_policy: str = "nan"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    embedding_init: Initializer | tuple[Initializer, ...] | None = None
+    init_stddev: float | None = None
+    use_bias: bool = True
+    logical_axes: tuple[str | None, str | None] = ("rows", "features")
+    large_table_rows: int = 2048
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.partition, Partition):
+            raise ValueError(f"partition must be a qrhash partition, got {self.partition!r}.")
+        _require_choice("operation", self.operation, OPERATIONS)
+        _require_choice("id_policy", self.id_policy, ID_POLICIES)
+        self._set("features", as_size("features", self.features))
+        self._set("large_table_rows", as_size("large_table_rows", self.large_table_rows))
+        self._set("param_dtype", _as_float_dtype("param_dtype", self.param_dtype))
+        if self.dtype is not None:
+            self._set("dtype", _as_float_dtype("dtype", self.dtype))
+        self._set("widths", self._checked_widths())
+        self._check_init()
+        axes = tuple(self.logical_axes)
+        if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
+            raise ValueError(f"logical_axes must be two names or None, got {self.logical_axes!r}.")
+        self._set("logical_axes", axes)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Size of the vocabulary."""
+        return self.partition.num_embeddings
+
+    @property
+    def num_tables(self) -> int:
+        """Number of tables, k."""
+        return self.partition.num_tables
+
+    @property
+    def table_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Shape [rows, width] of each table."""
+        return tuple(zip(self.partition.num_rows, self.widths, strict=True))
+
+    @property
+    def projection_shape(self) -> tuple[int, int] | None:
+        """Shape [num_inputs, features] of the kernel of "project"; None for the others."""
+        if self.operation != "project":
+            return None
+        products = self.widths[0] if self.num_tables > 1 else 0
+        return (sum(self.widths) + products, self.features)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters in all, tables and projection."""
+        count = sum(rows * width for rows, width in self.table_shapes)
+        if self.projection_shape is not None:
+            count += self.projection_shape[0] * self.features + self.features * self.use_bias
+        return count
+
+    @property
+    def stddev(self) -> float:
+        """Standard deviation of a vector's entries under the default initializer."""
+        return self.features**-0.5 if self.init_stddev is None else self.init_stddev
+
+    def table_axes(self, table: int) -> tuple[str | None, str | None]:
+        """Logical axis names of a table, given its number; small ones are not split by rows."""
+        row_axis, feature_axis = self.logical_axes
+        is_large = self.partition.num_rows[table] >= self.large_table_rows
+        return (row_axis if is_large else None, feature_axis)
+
+    @property
+    def projection_axes(self) -> Projection:
+        """Logical axis names of the parameters of "project"."""
+        feature_axis = self.logical_axes[1]
+        return Projection(kernel=(None, feature_axis), bias=(feature_axis,))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _default_widths(self) -> tuple[int, ...]:
+        k = self.num_tables
+        if self.operation == "concat":
+            if self.features < k:
+                raise ValueError(
+                    f"features must be at least one per table for 'concat', got "
+                    f"features={self.features} for {k} tables."
+                )
+            return tuple(self.features // k + (j < self.features % k) for j in range(k))
+        if self.operation == "project":
+            return (max(1, self.features // 4),) * k
+        return (self.features,) * k
+
+    def _checked_widths(self) -> tuple[int, ...]:
+        if self.widths is None:
+            return self._default_widths()
+        try:
+            widths = tuple(as_size(f"widths[{j}]", w) for j, w in enumerate(self.widths))
+        except TypeError:
+            raise ValueError(f"widths must be a tuple of sizes, got {self.widths!r}.") from None
+        if len(widths) != self.num_tables:
+            raise ValueError(
+                f"widths must hold one width per table, {self.num_tables}, got {widths}."
+            )
+        if self.operation == "concat" and sum(widths) != self.features:
+            raise ValueError(
+                f"widths must sum to features={self.features} for 'concat', got {widths}."
+            )
+        if self.operation in ("add", "mult") and set(widths) != {self.features}:
+            raise ValueError(
+                f"widths must all be features={self.features} for {self.operation!r}, got {widths}."
+            )
+        if self.operation == "project" and len(set(widths)) > 1:
+            raise ValueError(f"widths must be equal for 'project', got {widths}.")
+        return widths
+
+    def _check_init(self) -> None:
+        if isinstance(self.embedding_init, list):
+            self._set("embedding_init", tuple(self.embedding_init))
+        inits = self.embedding_init
+        if isinstance(inits, tuple) and len(inits) != self.num_tables:
+            raise ValueError(
+                f"embedding_init must hold one initializer per table, {self.num_tables}, "
+                f"got {len(inits)}."
+            )
+        for init in inits if isinstance(inits, tuple) else (inits,):
+            if init is not None and not callable(init):
+                raise ValueError(f"embedding_init must be a Flax initializer, got {init!r}.")
+        if self.init_stddev is not None and not 0 < float(self.init_stddev) < float("inf"):
+            raise ValueError(f"init_stddev must be positive and finite, got {self.init_stddev}.")
+        if self.init_stddev is not None and inits is not None:
+            raise ValueError(
+                "init_stddev scales the default initializer and has no meaning beside "
+                f"embedding_init, got {self.init_stddev} and {inits!r}."
+            )
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _as_float_dtype(name: str, value: Any) -> np.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    # To NumPy, None is float64.
+    if value is None or dtype is None:
+        raise ValueError(f"{name} must be a floating-point dtype, got {value!r}.")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating-point dtype, got {dtype}.")
+    return dtype

@@ -1,0 +1,324 @@
+"""The interface of DeepRec's Multi-Hash Variable, for models that are carried over.
+
+`get_multihash_variable` takes DeepRec's arguments in DeepRec's order, and `embedding_lookup`
+looks ids up. What it returns is a Flax NNX module, so it trains like any other.
+
+DeepRec's strategy "Q-R" computes id // rows_q and id % rows_r. That gives every id rows of its
+own only if rows_q <= rows_r, and only ids below rows_q**2 have a quotient row. Here such sizes
+are refused with the ids that collide, unless `allow_collisions=True` asks for them.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from qrhash.arithmetic import as_size, ceil_div
+from qrhash.config import EmbedConfig, Initializer
+from qrhash.nnx import MultiHashEmbed
+from qrhash.partitions import DeepRecQuotientRemainder, Partition, QuotientRemainder
+from qrhash.tables import table_initializers
+
+AUTO = "VariableSynchronization.AUTO"
+NONE = "VariableAggregation.NONE"
+
+_OPERATIONS = {"add": "add", "mult": "mult", "mul": "mult", "concat": "concat"}
+_STRATEGIES = ("Q-R", "quotient-remainder")
+
+# Arguments of DeepRec's that mean nothing in JAX: the value that says nothing, and the reason.
+_NO_MEANING: dict[str, tuple[Any, str]] = {
+    "collections": (None, "JAX has no graph collections; filter variables with flax.nnx filters"),
+    "caching_device": (None, "JAX places arrays by sharding; use partitioner"),
+    "validate_shape": (True, "JAX arrays always have the shape they are declared with"),
+    "use_resource": (None, "JAX has no resource variables"),
+    "synchronization": (AUTO, "jax.jit keeps sharded parameters consistent by itself"),
+    "aggregation": (NONE, "jax.jit reduces gradients over devices by itself"),
+}
+
+
+class FrozenTable(nnx.Variable):
+    """A table made with `trainable=False`: not an `nnx.Param`, so no optimizer sees it."""
+
+
+class MultiHashVariable(MultiHashEmbed):
+    """What `get_multihash_variable` returns: a `qrhash.nnx.MultiHashEmbed` with a name.
+
+    Attributes:
+      name: the variable's name.
+      config: its `EmbedConfig`.
+      regularizer: function of a table, summed by `regularization_loss`; or None.
+      constraint: function from a table to the table it may be, used by `apply_constraint`; or
+        None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: EmbedConfig,
+        *,
+        regularizer: Callable[[jax.Array], jax.Array] | None = None,
+        constraint: Callable[[jax.Array], jax.Array] | None = None,
+        trainable: bool = True,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(config, rngs=rngs)
+        self.name = name
+        self.regularizer = regularizer
+        self.constraint = constraint
+        if not trainable:
+            for variable in self._table_names:
+                table = getattr(self, variable)
+                setattr(self, variable, FrozenTable(table[...], **table.get_metadata()))
+
+    def regularization_loss(self) -> jax.Array:
+        """The regularizer summed over the tables, a scalar to add to the loss; 0 without one."""
+        if self.regularizer is None:
+            return jnp.zeros(())
+        return sum((self.regularizer(table) for table in self.tables), start=jnp.zeros(()))
+
+    def apply_constraint(self) -> None:
+        """Replaces each table by its constraint's value; call it after the optimizer's update."""
+        if self.constraint is None:
+            return
+        for variable in self._table_names:
+            table = getattr(self, variable)
+            table[...] = self.constraint(table[...])
+
+
+def get_multihash_variable(
+    name: str,
+    dims: Sequence[Sequence[int]],
+    num_of_partitions: int = 2,
+    complementary_strategy: str = "Q-R",
+    operation: str = "add",
+    dtype: Any = float,
+    initializer: Initializer | Sequence[Initializer] | None = None,
+    regularizer: Callable[[jax.Array], jax.Array] | None = None,
+    trainable: bool | None = None,
+    collections: Any = None,
+    caching_device: Any = None,
+    partitioner: PartitionSpec | tuple[str | None, str | None] | None = None,
+    validate_shape: bool = True,
+    use_resource: Any = None,
+    custom_getter: Callable[..., chex.Array] | None = None,
+    constraint: Callable[[jax.Array], jax.Array] | None = None,
+    synchronization: Any = AUTO,
+    aggregation: Any = NONE,
+    *,
+    num_embeddings: int | None = None,
+    allow_collisions: bool = False,
+    id_policy: str = "nan",
+    rngs: nnx.Rngs | None = None,
+) -> MultiHashVariable:
+    """Makes a multi-hash variable with DeepRec's arguments, in DeepRec's order.
+
+    Args:
+      name: the variable's name.
+      dims: shapes of the tables, [[rows_q, width_q], [rows_r, width_r]]. "add" and "mult" take
+        equal widths; the widths of "concat" sum to the vector's.
+      num_of_partitions: number of tables: 2.
+      complementary_strategy: "Q-R", DeepRec's own arithmetic id // rows_q and id % rows_r; or
+        "quotient-remainder", id // rows_r and id % rows_r, in which no sizes collide.
+      operation: "add", "mult" (also "mul") or "concat".
+      dtype: dtype of the tables; `float` is float32.
+      initializer: a Flax initializer (key, shape, dtype), or one per table. Default: matched to
+        the operation, see `qrhash.init`.
+      regularizer: function of a table; `regularization_loss()` sums it over the tables.
+      trainable: False makes the tables variables that `nnx.Param` filters leave out.
+      collections: no meaning in JAX; refused.
+      caching_device: no meaning in JAX; refused.
+      partitioner: logical or mesh axis names of the tables' (rows, features), as a
+        `PartitionSpec` or a pair: the variables' sharding metadata, of small tables too.
+      validate_shape: no meaning in JAX; False is refused.
+      use_resource: no meaning in JAX; refused.
+      custom_getter: called for each table as custom_getter(getter, name=, shape=, dtype=,
+        initializer=, trainable=) and returns the table's array; getter, given those arguments,
+        makes the ordinary one.
+      constraint: function from a table to the table it may be; `apply_constraint()` applies it.
+      synchronization: no meaning in JAX; refused.
+      aggregation: no meaning in JAX; refused.
+      num_embeddings: size of the vocabulary. Default: all ids with rows of their own: rows_q**2,
+        or rows_q * rows_r for "quotient-remainder".
+      allow_collisions: accepts sizes with which ids collide or have no row.
+      id_policy: what other ids give, see `qrhash.EmbedConfig`.
+      rngs: random number generators. Default: seeded with the name.
+
+    Returns:
+      A `MultiHashVariable`.
+
+    Raises:
+      ValueError: an argument that breaks its rule or has no meaning in JAX, or sizes whose ids
+        collide or run out of range.
+
+    Source: DeepRec, "Multi-Hash Variable".
+
+    >>> var = get_multihash_variable("user", [[100, 16], [100, 16]], operation="mult")
+    >>> embedding_lookup(var, jnp.array([[1, 2], [3, 9999]])).shape
+    (2, 2, 16)
+    """
+    given = dict(locals())
+    for argument, (silent, reason) in _NO_MEANING.items():
+        if given[argument] is not silent and given[argument] != silent:
+            raise ValueError(f"{argument}={given[argument]!r} has no meaning here: {reason}.")
+    if operation not in _OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}.")
+    rows, widths = _checked_dims(dims, num_of_partitions)
+    partition = _partition(complementary_strategy, rows, num_embeddings, allow_collisions)
+    trainable = True if trainable is None else trainable
+    config = EmbedConfig(
+        partition,
+        sum(widths) if operation == "concat" else widths[0],
+        _OPERATIONS[operation],
+        widths=widths,
+        id_policy=id_policy,
+        param_dtype=jnp.float32 if dtype is float else dtype,
+        embedding_init=tuple(initializer) if isinstance(initializer, Sequence) else initializer,
+        logical_axes=_axes(partitioner),
+        large_table_rows=EmbedConfig.large_table_rows if partitioner is None else 1,
+    )
+    if custom_getter is not None:
+        config = _through_getter(custom_getter, name, trainable, config)
+    return MultiHashVariable(
+        name,
+        config,
+        regularizer=regularizer,
+        constraint=constraint,
+        trainable=trainable,
+        rngs=nnx.Rngs(zlib.crc32(name.encode())) if rngs is None else rngs,
+    )
+
+
+def embedding_lookup(
+    params: MultiHashVariable, ids: chex.Array, max_norm: float | None = None
+) -> jax.Array:
+    """Looks up the vectors of ids, of any rank.
+
+    Args:
+      params: a multi-hash variable.
+      ids: integers [*shape].
+      max_norm: vectors with a larger Euclidean norm are scaled down to it.
+
+    Returns:
+      Vectors [*shape, features].
+
+    Raises:
+      ValueError: `max_norm` is not positive, or an id breaks the variable's policy.
+    """
+    vectors = params(ids)
+    if max_norm is None:
+        return vectors
+    if max_norm <= 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}.")
+    # The square root is taken of norms above max_norm alone: its gradient at zero is infinite.
+    squared = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors * max_norm * jax.lax.rsqrt(jnp.maximum(squared, max_norm**2))
+
+
+def _checked_dims(
+    dims: Sequence[Sequence[int]], num_of_partitions: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rows and widths of the two tables."""
+    if num_of_partitions != 2:
+        raise ValueError(f"num_of_partitions must be 2, got {num_of_partitions!r}.")
+    try:
+        shapes = [(rows, width) for rows, width in dims]
+    except (TypeError, ValueError):
+        shapes = []
+    if len(shapes) != num_of_partitions:
+        raise ValueError(
+            f"dims must be [[rows_q, width_q], [rows_r, width_r]] for num_of_partitions=2, "
+            f"got {dims!r}."
+        )
+    rows = tuple(as_size(f"dims[{j}][0]", shape[0]) for j, shape in enumerate(shapes))
+    widths = tuple(as_size(f"dims[{j}][1]", shape[1]) for j, shape in enumerate(shapes))
+    return rows, widths
+
+
+def _partition(
+    strategy: str, rows: tuple[int, ...], num_embeddings: int | None, allow_collisions: bool
+) -> Partition:
+    quotients, remainders = rows
+    if strategy not in _STRATEGIES:
+        raise ValueError(
+            f"complementary_strategy must be one of {', '.join(_STRATEGIES)}, got {strategy!r}."
+        )
+    if strategy == "quotient-remainder":
+        n = as_size("num_embeddings", num_embeddings or quotients * remainders)
+        if ceil_div(n, remainders) != quotients:
+            raise ValueError(
+                f"num_embeddings must lie in ({(quotients - 1) * remainders}, "
+                f"{quotients * remainders}] for a quotient table of {quotients} rows and a "
+                f"remainder table of {remainders}, got {n}."
+            )
+        return QuotientRemainder(n, remainders)
+    n = quotients**2 if num_embeddings is None else as_size("num_embeddings", num_embeddings)
+    partition = DeepRecQuotientRemainder(n, quotients, remainders)
+    if not partition.is_complementary and not allow_collisions:
+        raise ValueError(
+            f"dims: DeepRec's Q-R arithmetic, id // {quotients} and id % {remainders}, "
+            f"{_faults(partition)}. Use complementary_strategy='quotient-remainder', which gives "
+            f"all ids below {quotients * remainders} rows of their own, or allow_collisions=True "
+            "to reproduce DeepRec."
+        )
+    return partition
+
+
+def _faults(partition: DeepRecQuotientRemainder) -> str:
+    """Which ids collide, and which have no row."""
+    n, (quotients, remainders) = partition.num_embeddings, partition.num_rows
+    faults = []
+    if remainders < min(quotients, n):
+        faults.append(
+            f"gives ids 0 and {remainders} the same rows, and so all ids {remainders} apart "
+            f"within a block of {quotients}"
+        )
+    if n > quotients**2:
+        faults.append(f"has no quotient row for ids {quotients**2} to {n - 1}")
+    return " and ".join(faults)
+
+
+def _axes(
+    partitioner: PartitionSpec | tuple[str | None, str | None] | None,
+) -> tuple[str | None, str | None]:
+    if partitioner is None:
+        return EmbedConfig.logical_axes
+    if not isinstance(partitioner, (PartitionSpec, tuple, list)) or len(partitioner) > 2:
+        raise ValueError(
+            "partitioner must be a PartitionSpec or a pair of axis names for a table's rows and "
+            f"features, got {partitioner!r}."
+        )
+    rows, features = (*partitioner, None, None)[:2]
+    return rows, features
+
+
+def _through_getter(
+    custom_getter: Callable[..., chex.Array], name: str, trainable: bool, config: EmbedConfig
+) -> EmbedConfig:
+    """The config with initializers that ask the custom getter for each table."""
+
+    def through(table: int, initializer: Initializer) -> Initializer:
+        def init(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+            def getter(*, shape: Any, dtype: Any, initializer: Any, **_: Any) -> jax.Array:
+                return initializer(key, shape, dtype)
+
+            array = custom_getter(
+                getter,
+                name=f"{name}/table_{table}",
+                shape=shape,
+                dtype=dtype,
+                initializer=initializer,
+                trainable=trainable,
+            )
+            chex.assert_shape(array, shape)
+            return jnp.asarray(array, dtype)
+
+        return init
+
+    inits = (through(j, init) for j, init in enumerate(table_initializers(config)))
+    return dataclasses.replace(config, embedding_init=tuple(inits), init_stddev=None)

@@ -1,0 +1,84 @@
+"""The shared table of cases: family x operation x dtypes, each over every rank of ids."""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qrhash
+
+FEATURES = 8  # three tables: concat takes 3 + 3 + 2, project rows of 2
+
+FAMILIES = {
+    "full": qrhash.FullTable(10),
+    "hash": qrhash.HashTrick(10, 4),
+    "quotient-remainder": qrhash.QuotientRemainder(11, 4),
+    "mixed radix": qrhash.MixedRadix(29, (2, 5, 3)),
+    "chinese remainder": qrhash.ChineseRemainder(29, (2, 5, 3)),
+    "deeprec": qrhash.DeepRecQuotientRemainder(9, 3, 4),
+}
+OPERATIONS = ("add", "mult", "concat", "project")
+DTYPES = {  # (param_dtype, dtype)
+    "f32": (jnp.float32, None),
+    "bf16": (jnp.bfloat16, None),
+    "bf16 tables, f32 maths": (jnp.bfloat16, jnp.float32),
+    "f32 tables, bf16 maths": (jnp.float32, jnp.bfloat16),
+}
+SHAPES = ((), (0,), (7,), (2, 3), (2, 1, 3))
+POLICIES = ("raise", "nan", "zero", "clip", "wrap")
+
+# What a test compiles once and runs once compiles three times faster without LLVM's optimizations.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick_jit = functools.partial(
+    jax.jit, compiler_options=_QUICK if jax.__version_info__ < (0, 11) else None
+)
+
+
+class Case(NamedTuple):
+    family: str
+    operation: str
+    dtypes: str
+
+    @property
+    def config(self):
+        param_dtype, dtype = DTYPES[self.dtypes]
+        return config(self.family, self.operation, dtype=dtype, param_dtype=param_dtype)
+
+    @property
+    def tolerance(self):
+        return 1e-5 if self.dtypes == "f32" else 2**-5
+
+    def __str__(self):
+        return "-".join(self)
+
+
+CASES = [Case(*c) for c in itertools.product(FAMILIES, OPERATIONS, DTYPES)]
+
+
+def config(family, operation, **options):
+    return qrhash.EmbedConfig(FAMILIES[family], FEATURES, operation, **options)
+
+
+def parameters(cfg, rng):
+    """Tables (and projection) with entries of order one, so that errors show everywhere."""
+    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), cfg.param_dtype)  # noqa: E731
+    tables = tuple(draw(shape) for shape in cfg.table_shapes)
+    if cfg.projection_shape is None:
+        return tables, None
+    return tables, qrhash.Projection(draw(cfg.projection_shape), draw((cfg.features,)))
+
+
+def ids_of_every_shape(cfg, rng):
+    n = cfg.partition.num_embeddings
+    return [np.asarray(rng.integers(0, n, shape), np.int32) for shape in SHAPES]
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Equal to a part in 1/tolerance of the largest entry; NaN equals NaN."""
+    got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"shape {got.shape}, not {want.shape}"
+    scale = max(1.0, np.nanmax(np.abs(want), initial=0.0))
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)

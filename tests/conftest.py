@@ -1,0 +1,31 @@
+"""Eight host devices and strict settings, set before jax is imported."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "quick", deadline=None, max_examples=40, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("quick")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """No silent dtype promotion; a module that leans on other people's sums opts out by name."""
+    relaxed = getattr(request.module, "STANDARD_PROMOTION", False)
+    with jax.numpy_dtype_promotion("standard" if relaxed else "strict"):
+        yield
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,263 @@
+"""DeepRec's interface: its documented example, its arithmetic, and every one of its arguments."""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from cases import assert_close, quick_jit
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import qrhash
+from qrhash.deeprec import embedding_lookup, get_multihash_variable
+
+ones = nn.initializers.ones
+SQUARE = [[3, 4], [3, 4]]
+
+
+def test_deeprecs_documented_example():
+    """Ones, ids 0 to 3, loss sum(2 * embedding), TensorFlow's Adagrad(0.1): worked out by hand.
+
+    Each row is met twice, so each entry's gradient is 4 in every step; after t steps the
+    accumulator is 0.1 + 16 t and the step 0.1 * 4 / sqrt(0.1 + 16 t).
+    """
+    var = get_multihash_variable(
+        "multihash", [[2, 2], [2, 2]], operation="concat", initializer=ones
+    )
+    tx = optax.adagrad(0.1, initial_accumulator_value=0.1)
+    optimizer = nnx.Optimizer(var, tx, wrt=nnx.Param)
+    ids = np.array([0, 1, 2, 3])
+    for entry in (0.90031, 0.82971, 0.77203):
+        loss = lambda var: (2 * embedding_lookup(var, ids)).sum()  # noqa: E731
+        grads = nnx.grad(loss)(var)
+        assert all((g == 4).all() for g in jax.tree.leaves(grads))
+        optimizer.update(var, grads)
+        vectors = embedding_lookup(var, ids)
+        np.testing.assert_allclose(vectors, np.full((4, 4), entry), atol=1e-5)
+
+
+@pytest.mark.parametrize("operation", ["add", "mul", "mult", "concat"])
+def test_lookup_of_any_rank_equals_the_oracle(operation, rng):
+    dims = [[3, 4], [5, 2 if operation == "concat" else 4]]
+    var = get_multihash_variable("v", dims, operation=operation)
+    assert [t.shape for t in var.tables] == [(3, 4), (5, dims[1][1])]
+    assert var.config.partition == qrhash.DeepRecQuotientRemainder(9, 3, 5)
+    lookup = nnx.jit(embedding_lookup)
+    for shape in [(), (0,), (6,), (2, 3), (2, 1, 3)]:
+        ids = rng.integers(-1, 11, shape).astype(np.int32)
+        assert_close(lookup(var, ids), oracle.lookup(var.tables, ids, var.config))
+
+
+def test_the_arguments_are_deeprecs_in_deeprecs_order():
+    parameters = inspect.signature(get_multihash_variable).parameters.values()
+    by_position = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert " ".join(by_position) == (
+        "name dims num_of_partitions complementary_strategy operation dtype initializer "
+        "regularizer trainable collections caching_device partitioner validate_shape "
+        "use_resource custom_getter constraint synchronization aggregation"
+    )
+    given = {"num_of_partitions": 2, "complementary_strategy": "Q-R", "operation": "add"}
+    given |= {"dtype": float, "initializer": None, "trainable": None, "validate_shape": True}
+    assert given.items() <= by_position.items()
+    var = get_multihash_variable("v", SQUARE, 2, "Q-R", "mult", jnp.bfloat16, ones)
+    assert (var.name, var.config.operation) == ("v", "mult")
+    assert all((t == 1).all() and t.dtype == jnp.bfloat16 for t in var.tables)
+
+
+# --- sizes that collide or run out of range ------------------------------------------------------
+
+
+def test_sizes_are_refused_exactly_when_ids_collide_or_have_no_row():
+    """The refusal names ids that share all their rows, or that have none."""
+    for n in [*range(1, 12), 25]:
+        for q, r in [(1, 1), (2, 3), (3, 2), (3, 3), (4, 1), (5, 3), (3, 5)]:
+            partition = qrhash.DeepRecQuotientRemainder(n, q, r)
+            dims = [[q, 2], [r, 2]]
+            if oracle.is_complementary(partition):
+                var = get_multihash_variable("v", dims, num_embeddings=n)
+                assert var.config.partition == partition
+                continue
+            with pytest.raises(ValueError) as error:  # noqa: PT011
+                get_multihash_variable("v", dims, num_embeddings=n)
+            named = {int(word) for word in re.findall(r"\d+", str(error.value))}
+            codes = [oracle.code(partition, x) for x in range(n)]
+            unfit = [(x,) for x in range(n) if codes[x] is None] or [
+                (x, y) for y in range(n) for x in range(y) if codes[x] == codes[y]
+            ]
+            assert any(named >= set(ids) for ids in unfit), error.value
+
+
+def test_deeprecs_own_unit_test_is_accepted_only_by_name():
+    dims = [[5, 6], [3, 6]]
+    with pytest.raises(ValueError, match=r"0 and 3\b.*allow_collisions"):
+        get_multihash_variable("v", dims)
+    var = get_multihash_variable("v", dims, allow_collisions=True)
+    vectors = embedding_lookup(var, np.array([0, 3, 1]))
+    assert_close(vectors[0], vectors[1])
+    assert (vectors[0] != vectors[2]).any()
+
+
+def test_its_model_zoos_sizes_run_out_of_range():
+    """rows_q = floor(sqrt(n)): ids from rows_q**2 on have no row, and say so if let in."""
+    dims = [[3, 2], [4, 2]]
+    with pytest.raises(ValueError, match=r"\b9 to 10\b.*allow_collisions"):
+        get_multihash_variable("v", dims, num_embeddings=11)
+    var = get_multihash_variable("v", dims, num_embeddings=11, allow_collisions=True)
+    vectors = embedding_lookup(var, np.array([8, 9, 10]))
+    np.testing.assert_array_equal(np.isnan(vectors[:, 0]), [False, True, True])
+
+
+# --- arguments with a meaning --------------------------------------------------------------------
+
+
+def test_dtype_and_initializers():
+    assert get_multihash_variable("v", SQUARE).tables[0].dtype == jnp.float32
+    inits = [nn.initializers.constant(2.0), nn.initializers.constant(3.0)]
+    var = get_multihash_variable("v", SQUARE, operation="mul", initializer=inits)
+    assert (embedding_lookup(var, np.arange(9)) == 6).all()
+    same, other = (get_multihash_variable(name, SQUARE) for name in ("v", "w"))
+    again = get_multihash_variable("v", SQUARE)
+    assert (same.tables[0] == again.tables[0]).all()
+    assert (same.tables[0] != other.tables[0]).any()
+    seeded = get_multihash_variable("v", SQUARE, rngs=nnx.Rngs(3))
+    assert (same.tables[0] != seeded.tables[0]).any()
+    large = get_multihash_variable("v", [[300, 64], [300, 64]], operation="mult")
+    assert abs(embedding_lookup(large, np.arange(0, 90000, 7)).std() * 8 - 1) < 0.05
+
+
+def test_regularizer_and_constraint():
+    var = get_multihash_variable(
+        "v", SQUARE, initializer=ones, regularizer=lambda t: 0.5 * (t**2).sum(),
+        constraint=lambda t: jnp.clip(t, -0.25, 0.25),
+    )  # fmt: skip
+    assert var.regularization_loss() == 12
+    grads = nnx.grad(lambda v: v.regularization_loss())(var)
+    assert all((g == 1).all() for g in jax.tree.leaves(grads))
+    var.apply_constraint()
+    assert all((t == 0.25).all() for t in var.tables)
+    plain = get_multihash_variable("v", SQUARE, initializer=ones)
+    plain.apply_constraint()
+    assert plain.regularization_loss() == 0
+    assert all((t == 1).all() for t in plain.tables)
+
+
+def test_trainable_false_keeps_the_tables_from_the_optimizer():
+    var = get_multihash_variable("v", SQUARE, initializer=ones, trainable=False)
+    assert not nnx.state(var, nnx.Param)
+    assert (embedding_lookup(var, np.arange(9)) == 2).all()
+    grads = nnx.grad(lambda v: embedding_lookup(v, np.arange(9)).sum())(var)
+    assert not jax.tree.leaves(grads)
+    assert len(nnx.state(get_multihash_variable("v", SQUARE, trainable=True), nnx.Param)) == 2
+
+
+@pytest.mark.parametrize("partitioner", [PartitionSpec("data", None), ("data", None)])
+def test_partitioner_is_the_tables_sharding(partitioner):
+    var = get_multihash_variable("v", [[64, 2], [64, 2]], partitioner=partitioner)
+    mesh = jax.make_mesh((8,), ("data",))
+    state = nnx.state(var, nnx.Param)
+    placed = jax.device_put(state, nnx.get_named_sharding(state, mesh))
+    for table in jax.tree.leaves(placed):
+        assert {shard.data.shape for shard in table.addressable_shards} == {(8, 2)}
+
+
+def test_custom_getter_makes_each_table():
+    asked = []
+
+    def doubled(getter, *args, **kwargs):
+        asked.append((kwargs["name"], tuple(kwargs["shape"])))
+        return 2 * getter(*args, **kwargs)
+
+    var = get_multihash_variable("v", [[3, 4], [5, 4]], initializer=ones, custom_getter=doubled)
+    assert all((t == 2).all() for t in var.tables)
+    assert [shape for _, shape in asked] == [(3, 4), (5, 4)]
+    assert all("v" in name for name, _ in asked)
+    assert len({name for name, _ in asked}) == 2
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("collections", ["GLOBAL_VARIABLES"]),
+        ("collections", []),
+        ("caching_device", "/cpu:0"),
+        ("validate_shape", False),
+        ("use_resource", True),
+        ("use_resource", False),
+        ("synchronization", "ON_READ"),
+        ("aggregation", "MEAN"),
+        ("num_of_partitions", 3),
+        ("complementary_strategy", "CRT"),
+        ("operation", "sub"),
+        ("operation", "project"),
+        ("partitioner", 8),
+        ("initializer", [ones]),
+        ("initializer", 1.0),
+        ("num_embeddings", 0),
+        ("dims", [[3, 4]]),
+        ("dims", [[3, 4], [3, 4], [3, 4]]),
+        ("dims", [[0, 4], [3, 4]]),
+        ("dims", [[3, 4], [3, 4.5]]),
+        ("dims", 3),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        get_multihash_variable(**{"name": "v", "dims": SQUARE, argument: value})
+
+
+def test_widths_that_do_not_fit_the_operation_are_refused():
+    for operation in ("add", "mul"):
+        with pytest.raises(ValueError, match=r"(widths|dims).*4.*2"):
+            get_multihash_variable("v", [[3, 4], [3, 2]], operation=operation)
+
+
+# --- embedding_lookup ----------------------------------------------------------------------------
+
+
+def test_max_norm_scales_long_vectors_down_and_leaves_short_ones():
+    inits = [lambda key, shape, dtype: jnp.arange(6.0, dtype=dtype).reshape(shape)] * 2
+    var = get_multihash_variable("v", [[3, 2], [3, 2]], initializer=inits)
+    ids = np.array([[0, 8]])
+    plain, clipped = embedding_lookup(var, ids), embedding_lookup(var, ids, max_norm=2.5)
+    norms = np.linalg.norm(plain, axis=-1)
+    assert norms[0, 0] < 2.5 < norms[0, 1]
+    assert_close(clipped, plain * np.minimum(1, 2.5 / norms)[..., None])
+    zeros = get_multihash_variable("v", SQUARE, initializer=nn.initializers.zeros)
+    grads = nnx.grad(lambda v: embedding_lookup(v, ids, max_norm=1.0).sum())(zeros)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    for max_norm in (0.0, -1.0):
+        with pytest.raises(ValueError, match="max_norm"):
+            embedding_lookup(var, ids, max_norm=max_norm)
+
+
+def test_id_policies_reach_the_lookup():
+    ids = np.array([0, 9, -1])
+    vectors = {
+        policy: embedding_lookup(
+            get_multihash_variable("v", SQUARE, initializer=ones, id_policy=policy), ids
+        )[:, 0]
+        for policy in ("nan", "zero", "clip", "wrap")
+    }
+    np.testing.assert_array_equal(vectors["nan"], [2, np.nan, np.nan])
+    np.testing.assert_array_equal(vectors["zero"], [2, 0, 0])
+    np.testing.assert_array_equal(vectors["clip"], [2, 2, 2])
+    np.testing.assert_array_equal(vectors["wrap"], [2, 2, 2])
+    with pytest.raises(ValueError, match=r"\b9\b"):
+        embedding_lookup(get_multihash_variable("v", SQUARE, id_policy="raise"), ids)
+
+
+def test_the_correct_form_in_its_place():
+    """quotient-remainder divides by the remainder table's length: no sizes collide."""
+    var = get_multihash_variable("v", [[5, 6], [3, 6]], complementary_strategy="quotient-remainder")
+    assert var.config.partition == qrhash.QuotientRemainder(15, 3)
+    vectors = quick_jit(lambda t, i: qrhash.lookup(t, i, var.config))(var.tables, np.arange(15))
+    assert len(np.unique(vectors[:, 0])) == 15
