@@ -10,7 +10,7 @@ import numpy as np
 # NumPy or JAX integer arrays; this module and the partitions stay free of either's types.
 Array = Any
 
-_SEARCH_BUDGET = 50_000
+_SEARCH_BUDGET = 20_000
 
 
 def as_ids(ids: Array) -> Array:
@@ -94,7 +94,7 @@ def balanced_radices(n: int, k: int) -> tuple[int, ...]:
 
 def coprime_moduli(n: int, k: int) -> tuple[int, ...]:
     """The k pairwise coprime numbers whose product is at least n, of smallest sum."""
-    best: tuple[int, ...] = ()
+    best = min((_coprime_from_root(n, k, used) for used in range(1, k + 1)), key=sum)
     budget = _SEARCH_BUDGET
 
     def search(chosen: tuple[int, ...], needed: int) -> None:
@@ -110,9 +110,8 @@ def coprime_moduli(n: int, k: int) -> tuple[int, ...]:
             rest = ceil_div(needed, modulus)
             fewest = sum(chosen) + modulus
             fewest += sum(balanced_radices(rest, left - 1)) if left > 1 else 0
-            if (best and (budget <= 0 or fewest >= sum(best))) or (
-                chosen and modulus >= chosen[-1]
-            ):
+            descends = not chosen or modulus < chosen[-1]
+            if budget <= 0 or fewest >= sum(best) or not descends:
                 return
             budget -= 1
             if all(math.gcd(modulus, other) == 1 for other in chosen):
@@ -120,6 +119,17 @@ def coprime_moduli(n: int, k: int) -> tuple[int, ...]:
 
     search((), n)
     return best[::-1]
+
+
+def _coprime_from_root(n: int, k: int, used: int) -> tuple[int, ...]:
+    """Coprime numbers, of which `used` count up from the root and the others are 1."""
+    moduli: tuple[int, ...] = ()
+    candidates = itertools.count(ceil_root(n, used))
+    while len(moduli) < used:
+        candidate = next(candidates)
+        if all(math.gcd(candidate, modulus) == 1 for modulus in moduli):
+            moduli = (candidate, *moduli)
+    return moduli + (1,) * (k - used)
 
 
 def as_size(name: str, value: Any, minimum: int = 1) -> int:

@@ -169,6 +169,10 @@ def get_multihash_variable(
     if operation not in _OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}.")
     rows, widths = _checked_dims(dims, num_of_partitions)
+    if operation != "concat" and widths[0] != widths[1]:
+        raise ValueError(f"dims must have equal widths for {operation!r}, got {dims!r}.")
+    if isinstance(initializer, Sequence) and len(initializer) != num_of_partitions:
+        raise ValueError(f"initializer must be one or one per table, got {len(initializer)}.")
     partition = _partition(complementary_strategy, rows, num_embeddings, allow_collisions)
     trainable = True if trainable is None else trainable
     config = EmbedConfig(

@@ -3,7 +3,7 @@
 The parameters are named as in `qrhash.nnx`, `table_0`, `table_1`, ... and, for operation
 "project", `kernel` and `bias`, so that either module's parameters fit the other's:
 
-    nnx.update(nnx_module, variables["params"])                            # linen -> nnx
+    nnx.update(nnx_module, nn.unbox(variables)["params"])                  # linen -> nnx
     variables = {"params": nnx.to_pure_dict(nnx.state(nnx_module))}        # nnx -> linen
 """
 

@@ -184,9 +184,12 @@ def attend(
     queries = [query] * config.num_tables
     if config.operation == "concat":
         queries = jnp.split(query, np.cumsum(config.widths)[:-1].tolist(), axis=-1)
-    products = (part @ table.astype(dtype).T for part, table in zip(queries, tables, strict=True))
-    take = functools.partial(jnp.take, axis=-1, mode="fill", fill_value=_fill_value(config))
-    return functools.reduce(operator.add, map(take, products, config.partition.indices(ids)))
+    indices = map(_device_index, config.partition.indices(ids), config.partition.num_rows)
+    logits = (
+        _take(jnp.einsum("rf,...f->r...", table.astype(dtype), part), index, _fill_value(config))
+        for table, part, index in zip(tables, queries, indices, strict=True)
+    )
+    return jnp.moveaxis(functools.reduce(operator.add, logits), 0, -1)
 
 
 def _row_stddev(config: EmbedConfig) -> float:
@@ -232,7 +235,7 @@ def _take(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
     out_sharding = None
     if not sharding.mesh.empty and sharding.mesh.are_all_axes_explicit:
         # Rows are laid out over the mesh as their ids are.
-        spec = PartitionSpec(*jax.typeof(index).sharding.spec, sharding.spec[1])
+        spec = PartitionSpec(*jax.typeof(index).sharding.spec, *sharding.spec[1:])
         out_sharding = NamedSharding(sharding.mesh, spec)
     return table.at[index].get(
         mode="fill",
@@ -271,19 +274,18 @@ def _within_vocabulary(ids: chex.Array, config: EmbedConfig) -> chex.Array:
 
 def _check_ids(ids: chex.Array, has_rows: chex.Array, config: EmbedConfig) -> None:
     """Policy "raise"."""
-    n = config.num_embeddings
     if isinstance(ids, jax.core.Tracer):
         if ids.size:
             first = ids.reshape(-1)[jnp.argmin(has_rows)]
-            checkify.check(
-                has_rows.all(), f"id {{id}} is outside [0, num_embeddings={n})", id=first
-            )
+            checkify.check(has_rows.all(), f"id {{id}} has no row in {config.partition}", id=first)
         return
-    bad = np.argwhere(~np.asarray(has_rows))
+    # Constants of a jitted function are concrete, what is computed of them there is not.
+    ids = np.asarray(ids)
+    bad = np.argwhere(config.partition.indices(ids)[0] == config.partition.num_rows[0])
     if len(bad):
         position = tuple(bad[0].tolist())
         raise ValueError(
-            f"{len(bad)} of {ids.size} ids are outside [0, num_embeddings={n}), the first is "
+            f"{len(bad)} of {ids.size} ids have no row in {config.partition}, the first is "
             f"{ids[position]} at position {position}. Correct the ids, or choose another "
             "id_policy ('nan', 'zero', 'clip', 'wrap')."
         )

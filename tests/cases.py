@@ -48,8 +48,11 @@ class Case(NamedTuple):
         return config(self.family, self.operation, dtype=dtype, param_dtype=param_dtype)
 
     @property
-    def tolerance(self):
-        return 1e-5 if self.dtypes == "f32" else 2**-5
+    def tolerances(self):
+        """Of the vectors, in the dtype of the maths, and of gradients, also in the tables'."""
+        dtypes = [dtype or DTYPES[self.dtypes][0] for dtype in reversed(DTYPES[self.dtypes])]
+        exact = [dtype == jnp.float32 for dtype in dtypes]
+        return (1e-5 if exact[0] else 2**-5), (1e-5 if all(exact) else 2**-5)
 
     def __str__(self):
         return "-".join(self)
