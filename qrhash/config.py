@@ -36,8 +36,8 @@ class EmbedConfig:
         "nan": a vector of NaN, which no loss overlooks;
         "raise": a ValueError for concrete ids, checked on the host; inside `jax.jit` an error
         through `jax.experimental.checkify`, whose transformation is then required;
-        "zero": a vector of zeros, as for padding; "clip": the nearest id's vector;
-        "wrap": the vector of id mod num_embeddings.
+        "zero": a vector of zeros and no gradient at all: the choice for padding ids;
+        "clip": the nearest id's vector; "wrap": the vector of id mod num_embeddings.
       dtype: dtype of the maths and the vectors. Default: `param_dtype`.
       param_dtype: dtype of the tables and the projection.
       embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
@@ -64,7 +64,7 @@ class EmbedConfig:
     features: int
     operation: str = "mult"
     _: dataclasses.KW_ONLY
-    widths: tuple[int, ...] = None  # type: ignore[assignment]  # a tuple once built
+    widths: tuple[int, ...] | None = None
     id_policy: str = "nan"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -104,6 +104,7 @@ class EmbedConfig:
     @property
     def table_shapes(self) -> tuple[tuple[int, int], ...]:
         """Shape [rows, width] of each table."""
+        assert self.widths is not None  # Filled in when built.
         return tuple(zip(self.partition.num_rows, self.widths, strict=True))
 
     @property
@@ -111,8 +112,9 @@ class EmbedConfig:
         """Shape [num_inputs, features] of the kernel of "project"; None for the others."""
         if self.operation != "project":
             return None
-        products = self.widths[0] if self.num_tables > 1 else 0
-        return (sum(self.widths) + products, self.features)
+        widths = [width for _, width in self.table_shapes]
+        products = widths[0] if self.num_tables > 1 else 0
+        return (sum(widths) + products, self.features)
 
     @property
     def num_params(self) -> int:

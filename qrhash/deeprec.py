@@ -9,6 +9,8 @@ are refused with the ids that collide, unless `allow_collisions=True` asks for t
 """
 
 import dataclasses
+import functools
+import operator
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,7 +82,7 @@ class MultiHashVariable(MultiHashEmbed):
         """The regularizer summed over the tables, a scalar to add to the loss; 0 without one."""
         if self.regularizer is None:
             return jnp.zeros(())
-        return sum((self.regularizer(table) for table in self.tables), start=jnp.zeros(()))
+        return functools.reduce(operator.add, map(self.regularizer, self.tables))
 
     def apply_constraint(self) -> None:
         """Replaces each table by its constraint's value; call it after the optimizer's update."""
@@ -253,7 +255,8 @@ def _partition(
             f"complementary_strategy must be one of {', '.join(_STRATEGIES)}, got {strategy!r}."
         )
     if strategy == "quotient-remainder":
-        n = as_size("num_embeddings", num_embeddings or quotients * remainders)
+        n = quotients * remainders if num_embeddings is None else num_embeddings
+        n = as_size("num_embeddings", n)
         if ceil_div(n, remainders) != quotients:
             raise ValueError(
                 f"num_embeddings must lie in ({(quotients - 1) * remainders}, "

@@ -46,6 +46,16 @@ class MultiHashEmbed(nn.Module):
         """Width of the vectors."""
         return self.config.features
 
+    @property
+    def dtype(self) -> jax.numpy.dtype:
+        """Dtype of the maths and the vectors."""
+        return self.config.dtype or self.config.param_dtype
+
+    @property
+    def param_dtype(self) -> jax.numpy.dtype:
+        """Dtype of the parameters."""
+        return self.config.param_dtype
+
     def setup(self) -> None:
         """Declares the tables and, for "project", the dense parameters."""
         config = self.config

@@ -39,9 +39,10 @@ class MultiHashEmbed(nnx.Module):
 
     def __init__(self, config: EmbedConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        for j, table in enumerate(core.init(rngs.params(), config)):
+        key = rngs.params()
+        for j, table in enumerate(core.init(key, config)):
             setattr(self, self._table_names[j], _annotated(Table, table, config.table_axes(j)))
-        projection = core.init_projection(rngs.params(), config)
+        projection = core.init_projection(key, config)
         if projection is not None:
             kernel_axes, bias_axes = config.projection_axes
             self.kernel = _annotated(nnx.Param, projection.kernel, kernel_axes)
@@ -57,6 +58,16 @@ class MultiHashEmbed(nnx.Module):
     def features(self) -> int:
         """Width of the vectors."""
         return self.config.features
+
+    @property
+    def dtype(self) -> jax.numpy.dtype:
+        """Dtype of the maths and the vectors."""
+        return self.config.dtype or self.config.param_dtype
+
+    @property
+    def param_dtype(self) -> jax.numpy.dtype:
+        """Dtype of the parameters."""
+        return self.config.param_dtype
 
     @property
     def tables(self) -> tuple[jax.Array, ...]:

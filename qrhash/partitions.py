@@ -49,9 +49,7 @@ class Partition(abc.ABC):
     num_embeddings: int
 
     def __post_init__(self) -> None:
-        _set_size(self, "num_embeddings")
-        if self.num_embeddings > _MAX_NUM_EMBEDDINGS:
-            raise ValueError(f"num_embeddings must be at most 2**63, got {self.num_embeddings}.")
+        object.__setattr__(self, "num_embeddings", _vocabulary_size(self.num_embeddings))
 
     @property
     @abc.abstractmethod
@@ -67,6 +65,11 @@ class Partition(abc.ABC):
     def is_complementary(self) -> bool:
         """Whether no two ids share all their row numbers: decided exactly, by arithmetic."""
         return True
+
+    @property
+    def num_ids_with_rows(self) -> int:
+        """The ids below this have a row in every table: all ids, but for DeepRec's arithmetic."""
+        return self.num_embeddings
 
     def indices(self, ids: Array) -> tuple[Array, ...]:
         """Row numbers of ids, one array per table.
@@ -92,7 +95,7 @@ class Partition(abc.ABC):
         """
         ids = self._signed(as_ids(ids), "ids")
         xp = ids.__array_namespace__()
-        has_rows = (ids >= 0) & (ids <= self._num_ids_with_rows - 1)
+        has_rows = (ids >= 0) & (ids <= self.num_ids_with_rows - 1)
         digits = self._digits(xp.where(has_rows, ids, 0))
         return tuple(
             xp.where(has_rows, row, rows).astype(xp.int32 if rows <= _INT32_MAX else xp.int64)
@@ -145,11 +148,6 @@ class Partition(abc.ABC):
     @abc.abstractmethod
     def _compose(self, rows: tuple[Array, ...]) -> Array:
         """The id with these row numbers, if there is one; anything if there is none."""
-
-    @property
-    def _num_ids_with_rows(self) -> int:
-        """The ids below this have a row in every table."""
-        return self.num_embeddings
 
     def _check_rows(self) -> None:
         if max(self.num_rows) > _MAX_ROWS:
@@ -316,7 +314,7 @@ class MixedRadix(Partition):
         >>> MixedRadix.balanced(1_000, 3).radices
         (10, 10, 10)
         """
-        num_embeddings = as_size("num_embeddings", num_embeddings)
+        num_embeddings = _vocabulary_size(num_embeddings)
         num_tables = as_size("num_tables", num_tables, minimum=2)
         return cls(num_embeddings, balanced_radices(num_embeddings, num_tables))
 
@@ -389,7 +387,7 @@ class ChineseRemainder(Partition):
         >>> ChineseRemainder.balanced(1_000, 3).moduli
         (7, 11, 13)
         """
-        num_embeddings = as_size("num_embeddings", num_embeddings)
+        num_embeddings = _vocabulary_size(num_embeddings)
         num_tables = as_size("num_tables", num_tables, minimum=2)
         return cls(num_embeddings, coprime_moduli(num_embeddings, num_tables))
 
@@ -448,21 +446,28 @@ class DeepRecQuotientRemainder(Partition):
     def is_complementary(self) -> bool:
         # Two ids collide when they lie num_remainders apart within one block of num_quotients ids.
         block = min(self.num_quotients, self.num_embeddings)
-        return self.num_remainders >= block and self._num_ids_with_rows == self.num_embeddings
+        return self.num_remainders >= block and self.num_ids_with_rows == self.num_embeddings
 
     @property
-    def _num_ids_with_rows(self) -> int:
+    def num_ids_with_rows(self) -> int:
         return min(self.num_embeddings, self.num_quotients**2)
 
     def _digits(self, ids: Array) -> tuple[Array, ...]:
         return (
-            digit(ids, self.num_quotients, self.num_quotients, self._num_ids_with_rows),
-            digit(ids, 1, self.num_remainders, self._num_ids_with_rows),
+            digit(ids, self.num_quotients, self.num_quotients, self.num_ids_with_rows),
+            digit(ids, 1, self.num_remainders, self.num_ids_with_rows),
         )
 
     def _compose(self, rows: tuple[Array, ...]) -> Array:
         start = rows[0] * self.num_quotients
         return start + (rows[1] - start) % self.num_remainders
+
+
+def _vocabulary_size(value: int) -> int:
+    size = as_size("num_embeddings", value)
+    if size > _MAX_NUM_EMBEDDINGS:
+        raise ValueError(f"num_embeddings must be at most 2**63, got {size}.")
+    return size
 
 
 def _set_size(partition: Partition, name: str) -> None:

@@ -6,6 +6,7 @@ halves are public (`Partition.indices` and `gather`, then `combine`), because th
 are the place to differentiate at where a table is large.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -178,12 +179,15 @@ def attend(
     chex.assert_axis_dimension(query, -1, config.features)
     dtype = config.dtype or jnp.result_type(query, config.param_dtype)
     query = query.astype(dtype)
-    ids = np.arange(config.num_embeddings)
+    ids = jnp.arange(config.num_embeddings)
+    if config.id_policy == "raise":
+        config = dataclasses.replace(config, id_policy="nan")  # All ids here are in range.
     if config.operation not in ("add", "concat"):
         return query @ lookup(tables, ids, config, projection).astype(dtype).T
     queries = [query] * config.num_tables
     if config.operation == "concat":
-        queries = jnp.split(query, np.cumsum(config.widths)[:-1].tolist(), axis=-1)
+        ends = np.cumsum([width for _, width in config.table_shapes])
+        queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
     indices = map(_device_index, config.partition.indices(ids), config.partition.num_rows)
     logits = (
         _take(jnp.einsum("rf,...f->r...", table.astype(dtype), part), index, _fill_value(config))
@@ -201,15 +205,15 @@ def _row_stddev(config: EmbedConfig) -> float:
     if config.operation == "project":
         # Small rows under a kernel of about unit entries: optimizers that normalise each entry's
         # step, as Adagrad does, then move a row as readily as a full table's.
-        return config.stddev * sum(config.widths) ** -0.5
+        return config.stddev * sum(width for _, width in config.table_shapes) ** -0.5
     return config.stddev
 
 
 def _kernel_stddev(config: EmbedConfig) -> float:
     """The same for the kernel of "project", whose inputs are the rows and their product."""
-    variance, k = _row_stddev(config) ** 2, config.num_tables
+    variance, k, width = _row_stddev(config) ** 2, config.num_tables, config.table_shapes[0][1]
     products = variance**k if k > 1 else 0
-    return config.stddev * (config.widths[0] * (k * variance + products)) ** -0.5
+    return config.stddev * (width * (k * variance + products)) ** -0.5
 
 
 def _symmetric_uniform(stddev: float) -> Initializer:
@@ -261,7 +265,7 @@ def _device_index(index: chex.Array, rows: int) -> jax.Array:
 
 def _within_vocabulary(ids: chex.Array, config: EmbedConfig) -> chex.Array:
     """Ids after the policies that move an id; the others leave it outside, without rows."""
-    n = config.num_embeddings
+    n = config.partition.num_ids_with_rows
     if ids.dtype.itemsize < 8 and n - 1 > _INT32_MAX:
         return ids  # Too narrow for the vocabulary, which `Partition.indices` refuses.
     if config.id_policy == "clip":

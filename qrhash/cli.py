@@ -1,0 +1,132 @@
+"""The command line: `qrhash train`.
+
+Its options are the fields of `qrhash.ctr.settings.Settings`; an option that is not given leaves
+the word to the configuration file, and then to the default.
+"""
+
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import qrhash
+
+if TYPE_CHECKING:
+    import typer
+
+_TRAIN_EXTRA = ("grain", "matplotlib", "pyarrow", "rich", "typer")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    missing = [name for name in _TRAIN_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"qrhash needs {', '.join(missing)}; install them with: pip install 'qrhash[train]'"
+        )
+    build_app()(prog_name="qrhash")
+
+
+def build_app() -> "typer.Typer":
+    """The typer application."""
+    import typer
+
+    app = typer.Typer(
+        help="Compositional embeddings: a vector for every id, from a few small tables.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            print(f"qrhash {qrhash.__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def callback(
+        version: Annotated[
+            bool,
+            typer.Option(
+                "--version", callback=show_version, is_eager=True, help="Show the version."
+            ),
+        ] = False,
+    ) -> None:
+        pass
+
+    app.command()(_train_command())
+    return app
+
+
+def _train_command() -> Any:
+    """`train`, with one option for each field of the settings."""
+    import typer
+
+    from qrhash.ctr.settings import options
+
+    def train(config: Path | None = None, **given: Any) -> None:
+        """Train DLRM or DCN-v2 on click data, with compressed embeddings.
+
+        Without --data the rows are synthetic, and the best possible scores are known.
+        """
+        code = _run(config, {name: value for name, value in given.items() if value is not None})
+        raise typer.Exit(code)
+
+    def parameter(name: str, kind: Any, **option: Any) -> inspect.Parameter:
+        annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", **option)]
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+    parameters = [
+        parameter(
+            "config",
+            Path | None,
+            help="TOML file with any of these options, and a section columns.C1, columns.C2, ... "
+            "for each column that differs. The command line wins over it.",
+        )
+    ]
+    for name, kind, default, option in options():
+        parameters.append(
+            parameter(
+                name,
+                kind | None,
+                help=option.help,
+                rich_help_panel=option.panel,
+                show_default=False if default is None else str(default),
+            )
+        )
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {each.name: each.annotation for each in parameters}
+    return train
+
+
+def _run(config: Path | None, given: dict[str, Any]) -> int:
+    """Trains; returns the exit code."""
+    from rich.console import Console
+
+    from qrhash.ctr.display import Display
+    from qrhash.ctr.errors import UserError
+    from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, final_table
+    from qrhash.ctr.settings import load
+    from qrhash.ctr.train import fit
+
+    display = Display(Console(stderr=True))
+    directory = None
+    try:
+        settings = load(config, given)
+        with RunDirectory(settings.output_dir) as directory, display:
+            summary = fit(settings, display, directory.record)
+    except (UserError, OSError, MemoryError) as error:
+        display.line(f"Error: {error or 'out of memory.'}")
+        return 1
+    except KeyboardInterrupt:
+        display.line("Interrupted.")
+        return 130
+    else:
+        Console().print(final_table(summary))
+        return 0
+    finally:
+        if directory is not None and directory.path is not None:
+            display.line(f"{METRICS} and {PICTURE} are in {directory.path}")

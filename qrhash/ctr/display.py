@@ -1,0 +1,78 @@
+"""Progress bars on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+
+class Display:
+    """Says how far a run is, on `console`.
+
+    A run has phases, one after the other. On a terminal the phase under way has a bar that
+    `update` moves; elsewhere `update` prints a line now and then.
+
+    Args:
+      console: where to; usually standard error.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal
+        self._pause = 0.2 if self._live else 10.0  # seconds between two updates
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._task: TaskID | None = None
+        self._phase, self._total, self._updated = "", 0, 0.0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, total: int) -> None:
+        """Begins a phase of `total` rows."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=total, note="")
+        self._phase, self._total, self._updated = name, total, time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for another `update`."""
+        return time.monotonic() - self._updated >= self._pause
+
+    def update(self, rows: int, note: str = "") -> None:
+        """Shows that `rows` rows of the phase are done."""
+        self._updated = time.monotonic()
+        if self._task is not None and self._live:
+            self._progress.update(self._task, completed=min(rows, self._total), note=note)
+        else:
+            self.line(f"{self._phase}: {rows:,} of {self._total:,} rows  {note}".rstrip())
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,8 @@
+"""The one exception the command line turns into a sentence."""
+
+
+class UserError(ValueError):
+    """Something in the data or the options that the person at the keyboard can mend.
+
+    Its message is a whole sentence that names the file, the line or the option.
+    """

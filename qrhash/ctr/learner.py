@@ -1,0 +1,79 @@
+"""Parameters, optimizers and the compiled step.
+
+The model is split once into its structure and two groups of parameters; a step is a pure
+function of them. Tables learn by Adagrad. With a mean loss the squared gradients of a row are
+near 1e-8, hence the tiny initial accumulator: the usual 0.1 would freeze the tables. All other
+parameters learn by Adam, at a rate that falls linearly to zero: the noise of the last batches
+then averages out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from qrhash.ctr.pipeline import Batch
+from qrhash.ctr.settings import Settings
+from qrhash.nnx import Table
+
+
+class Learner:
+    """A model in training.
+
+    Args:
+      build: makes the model, which takes numbers [batch, 13] and ids [batch, columns] and gives
+        logits [batch].
+      settings: learning rates and the initial accumulator.
+      num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
+    """
+
+    def __init__(
+        self, build: Callable[[], nnx.Module], settings: Settings, *, num_steps: int
+    ) -> None:
+        graph = nnx.split(nnx.eval_shape(build), Table, ...)[0]
+        tables, dense = jax.jit(lambda: nnx.split(build(), Table, ...)[1:])()
+        groups = {"tables": "tables", "dense": "dense"}
+        optimizer = optax.partition(
+            {
+                "tables": optax.adagrad(
+                    settings.table_lr, initial_accumulator_value=settings.table_accumulator
+                ),
+                "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
+            },
+            groups,
+        )
+        self.params: dict[str, Any] = {"tables": tables, "dense": dense}
+        self._state = optimizer.init(self.params)
+
+        def logits_of(params: dict[str, Any], batch: Batch) -> jax.Array:
+            return nnx.merge(graph, *params.values())(batch.numbers, batch.ids)
+
+        def loss(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+            logits = logits_of(params, batch)
+            losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)
+            return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights), logits
+
+        def step(params: dict[str, Any], state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+            gradients, logits = jax.grad(loss, has_aux=True)(params, batch)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, logits
+
+        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._logits = jax.jit(logits_of)
+
+    def step(self, batch: Batch) -> jax.Array:
+        """Learns from a batch; returns the logits [batch] given before."""
+        self.params, self._state, logits = self._step(self.params, self._state, batch)
+        return logits
+
+    def logits(self, batch: Batch) -> jax.Array:
+        """The logits [batch] of a batch."""
+        return self._logits(self.params, batch)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters in all."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))

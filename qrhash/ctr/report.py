@@ -1,0 +1,154 @@
+"""What a run leaves behind: JSON lines, the picture of the learning curve, the final table.
+
+`metrics.jsonl` holds one record a line, by "kind": first the settings, then the points of the
+learning curve ("progress"), last the "summary".
+"""
+
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from rich.table import Table
+
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.metrics import Scores
+from qrhash.ctr.train import Summary
+
+METRICS, PICTURE = "metrics.jsonl", "learning_curve.png"
+
+
+class RunDirectory:
+    """The directory of one run; made when the first record arrives.
+
+    However the run ends, the records stay and the picture shows the points there are.
+
+    Args:
+      wanted: a directory without an earlier run; by default a new one, runs/<date-time>.
+
+    Attributes:
+      path: the directory, once it is made.
+
+    Raises:
+      UserError: the directory holds an earlier run.
+    """
+
+    def __init__(self, wanted: str | None) -> None:
+        self.path: Path | None = None
+        self._wanted = None if wanted is None else Path(wanted)
+        self._records: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+        if self._wanted is not None and (self._wanted / METRICS).exists():
+            raise UserError(f"{self._wanted} holds an earlier run; choose another --output-dir.")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None and self.path is not None:
+            self._file.close()
+            draw(self._records, self.path / PICTURE)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Appends a record to the metrics, written out at once."""
+        if self._file is None:
+            self._file = self._create()
+        plain = {name: _json_value(value) for name, value in record.items()}
+        self._records.append(plain)
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+    def _create(self) -> IO[str]:
+        path = self._wanted or _unused(Path("runs"))
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            file = (path / METRICS).open("x")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        self.path = path
+        return file
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Draws the learning curve of a run's records, log loss and AUC over rows, as a PNG."""
+    # Slow to import, and used here only.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    points = [record for record in records if record["kind"] == "progress"]
+    summary = next((record for record in records if record["kind"] == "summary"), {})
+    rows = [point["rows"] for point in points]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, metric, title in zip(
+        figure.subplots(1, 2), ("log_loss", "auc"), ("log loss", "AUC"), strict=True
+    ):
+        for part, name in (("train", "training rows, before each step"), ("test", "test rows")):
+            values = [point[f"{part}_{metric}"] for point in points]
+            axes.plot(rows, np.array(values, float), marker="o", markersize=3, label=name)
+        for part, name, color in (
+            ("constant", "constant predictor", "gray"),
+            ("truth", "ground truth", "black"),
+        ):
+            if (value := summary.get(f"{part}_{metric}")) is not None:
+                axes.axhline(value, color=color, linestyle="--", linewidth=1, label=name)
+        axes.set(xlabel="rows trained on", ylabel=title)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def final_table(summary: Summary) -> Table:
+    """The table a run ends with."""
+    table = Table(title=f"{summary.train_rows:,} rows trained on, {summary.test.rows:,} tested on")
+    table.add_column("")
+    table.add_column("this model", justify="right")
+    table.add_column("to compare with")
+    compression = summary.full_params / max(1, summary.embedding_params)
+    table.add_row(
+        "embedding parameters",
+        f"{summary.embedding_params:,}",
+        f"{summary.full_params:,} in full tables",
+    )
+    table.add_row("compression", f"{compression:.2f} x", "1.00 x with full tables")
+    table.add_row("embedding bytes", f"{summary.embedding_bytes:,}", "")
+    table.add_row("dense parameters", f"{summary.dense_params:,}", "")
+    table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
+    table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
+    table.add_section()
+    for metric, title in (("log_loss", "test log loss"), ("auc", "test AUC")):
+        table.add_row(title, _number(summary.test, metric), _comparison(summary, metric))
+    return table
+
+
+def _comparison(summary: Summary, metric: str) -> str:
+    text = f"{_number(summary.constant, metric)} constant predictor"
+    if summary.truth is not None:
+        text += f", {_number(summary.truth, metric)} ground truth"
+    return text
+
+
+def _number(part: Scores, metric: str) -> str:
+    value = getattr(part, metric)
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no nan: an undefined score is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unused(parent: Path) -> Path:
+    """A path named after date and time that does not exist yet."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())

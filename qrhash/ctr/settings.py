@@ -1,0 +1,293 @@
+"""Every option of a run, and the configuration file.
+
+`Settings` is the one place where an option has its name, type, default, help and least value:
+the command line and the configuration file are both made from its fields. A file may hold the
+same names at its top level, and a section for each column that differs:
+
+    collisions = 8
+    [columns.C3]
+    partition = "mixed-radix"
+    radices = [100, 120]
+"""
+
+import math
+import tomllib
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from qrhash.ctr.block import CATEGORIES
+from qrhash.ctr.errors import UserError
+
+PartitionName = Literal[
+    "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
+]
+Operation = Literal["mult", "concat", "add", "project"]
+_MULTI_TABLE = ("mixed-radix", "chinese-remainder")
+
+_T = TypeVar("_T")
+
+
+class Option(NamedTuple):
+    """What the command line says of an option, and its least and greatest values."""
+
+    panel: str
+    help: str
+    least: float = -math.inf
+    most: float = math.inf
+
+
+_PANELS = ("Data", "Embeddings", "Model", "Training", "Output")
+_data, _embeddings, _model, _training, _output = (partial(Option, panel) for panel in _PANELS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ColumnOptions:
+    """What may differ from column to column."""
+
+    partition: Annotated[
+        PartitionName,
+        _embeddings(
+            "Family for columns longer than --threshold; 'drop' leaves them out of the model."
+        ),
+    ] = "quotient-remainder"
+    collisions: Annotated[
+        int,
+        _embeddings(
+            "How many ids share a row of a column's largest table, in every family: the tables "
+            "have about so many times fewer rows than a full one. 0: as few as the family can.",
+            least=0,
+        ),
+    ] = 4
+    num_tables: Annotated[
+        int,
+        _embeddings("Tables per column for mixed-radix and chinese-remainder.", least=2),
+    ] = 2
+    operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
+        "mult"
+    )
+    init_stddev: Annotated[
+        float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
+    ] = 0.05
+    min_count: Annotated[
+        int, _data("Categories met less often in the training lines share id 0.", least=1)
+    ] = 1
+    hash_size: Annotated[
+        int | None,
+        _data(
+            "Take ids modulo this size instead of from a vocabulary pass over the training lines.",
+            least=2,
+            most=2**31 - 1,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSettings(_ColumnOptions):
+    """The options of one column: a section of the configuration file over the run's own."""
+
+    radices: Annotated[tuple[int, ...] | None, _embeddings("Radices of mixed-radix.")] = None
+    moduli: Annotated[tuple[int, ...] | None, _embeddings("Moduli of chinese-remainder.")] = None
+    widths: Annotated[tuple[int, ...] | None, _embeddings("Width of each table.")] = None
+    use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
+    param_dtype: Annotated[
+        Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
+    ] = "float32"
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        for name, family in (("radices", "mixed-radix"), ("moduli", "chinese-remainder")):
+            if getattr(self, name) is not None and self.partition != family:
+                raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(_ColumnOptions):
+    """The options of a run.
+
+    Attributes:
+      columns: column name -> the `ColumnSettings` that differ there.
+    """
+
+    data: Annotated[
+        str | None,
+        _data(
+            "Criteo-format file: tab-separated text, plain or gzip, or Parquet. "
+            "Default: a synthetic click stream whose true click rates are known."
+        ),
+    ] = None
+    synthetic_rows: Annotated[int, _data("Rows of the synthetic stream.", least=2)] = 200_000
+    test_fraction: Annotated[float, _data("Last part of the lines, to test on.", least=0)] = 0.2
+    test_rows: Annotated[
+        int | None,
+        _data("Test on exactly this many last lines, instead of a fraction.", least=1),
+    ] = None
+    max_bad_lines: Annotated[int, _data("Malformed lines to skip before giving up.", least=0)] = 100
+    threshold: Annotated[
+        int, _embeddings("Columns of at most this many ids keep a full table.", least=0)
+    ] = 200
+    features: Annotated[int, _embeddings("Width of an embedding vector.", least=1)] = 16
+    model: Annotated[
+        Literal["dlrm", "dcn"], _model("DLRM, or the deep and cross network (version 2).")
+    ] = "dlrm"
+    bottom_mlp: Annotated[
+        str, _model("DLRM: hidden widths over the integers; --features follows.")
+    ] = "512-256-64"
+    top_mlp: Annotated[str, _model("DLRM: hidden widths over the interactions.")] = "512-256"
+    deep_mlp: Annotated[str, _model("DCN: hidden widths beside the cross layers.")] = "512-256-64"
+    cross_layers: Annotated[int, _model("DCN: number of cross layers.", least=1)] = 3
+    epochs: Annotated[int, _training("Passes over the training lines.", least=1)] = 1
+    batch_size: Annotated[int, _training("Rows per step.", least=1)] = 128
+    table_lr: Annotated[float, _training("Adagrad's learning rate, tables.", least=0)] = 0.05
+    table_accumulator: Annotated[
+        float,
+        _training("Adagrad's initial accumulator: 0.1 would freeze the tables.", least=0),
+    ] = 1e-8
+    dense_lr: Annotated[float, _training("Adam's first learning rate, all else.", least=0)] = 1e-3
+    seed: Annotated[
+        int,
+        _training(
+            "The same seed gives the same numbers (and the same synthetic rows).",
+            least=0,
+            most=2**31 - 1,
+        ),
+    ] = 0
+    output_dir: Annotated[
+        str | None,
+        _output("New directory for metrics and picture; default runs/<date-time>."),
+    ] = None
+    evaluations: Annotated[int, _output("Points of the learning curve.", least=1)] = 10
+    eval_rows: Annotated[int, _output("Test rows for the points before the last.", least=1)] = (
+        10_000
+    )
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_values(self)
+        if not isinstance(self.columns, Mapping):
+            raise UserError(f"columns must be sections, got {self.columns!r}.")
+        if not 0 < self.test_fraction < 1:
+            raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
+        for name in ("bottom_mlp", "top_mlp", "deep_mlp"):
+            widths(name, getattr(self, name))
+        for name, section in self.columns.items():
+            if name not in CATEGORIES:
+                raise UserError(f"columns must be named C1 to C{len(CATEGORIES)}, got {name}.")
+            if not isinstance(section, Mapping):
+                raise UserError(f"columns.{name} must be a section, got {section!r}.")
+            self.column(name)
+        families = {self.partition, *(self.column(name).partition for name in self.columns)}
+        if self.num_tables != Settings.num_tables and not families.intersection(_MULTI_TABLE):
+            raise UserError(
+                f"num_tables goes with partition {' or '.join(_MULTI_TABLE)}, not "
+                f"{self.partition!r}."
+            )
+
+    def column(self, name: str) -> ColumnSettings:
+        """The options of the categorical column `name`."""
+        shared = {option.name: getattr(self, option.name) for option in fields(_ColumnOptions)}
+        section = self.columns.get(name, {})
+        return _build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as plain values, for the records of a run."""
+        return asdict(self)
+
+
+def options() -> list[tuple[str, Any, Any, Option]]:
+    """(name, type, default, option) of all that the command line offers, panel by panel."""
+    defaults = {each.name: each.default for each in fields(Settings)}
+    offered = [(name, kind, defaults[name], option) for name, kind, option in _options(Settings)]
+    return sorted(offered, key=lambda each: _PANELS.index(each[-1].panel))
+
+
+def load(config: Path | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of a run: defaults, under the file's, under the ones given.
+
+    Args:
+      config: a TOML file, or None.
+      given: option name -> value, from the command line.
+
+    Raises:
+      UserError: the file cannot be read; an option is unknown or has a value it cannot have.
+    """
+    contents: dict[str, Any] = {}
+    if config is not None:
+        try:
+            contents = tomllib.loads(config.read_text())
+        except OSError as error:
+            raise UserError(f"{config} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise UserError(f"{config} is not TOML: {error}.") from error
+    return _build(Settings, contents | dict(given), str(config))
+
+
+def widths(name: str, text: str) -> tuple[int, ...]:
+    """Layer widths, written as in the paper: "512-256-64"."""
+    parts = text.split("-") if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
+    return tuple(int(part) for part in parts)
+
+
+def _build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    known = get_type_hints(kind)
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
+    as_tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return kind(**as_tuples)
+
+
+def _options(kind: type) -> Iterator[tuple[str, Any, Option]]:
+    """(name, type, option) of every field that is an option."""
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        if get_origin(annotation) is Annotated:
+            yield name, *get_args(annotation)
+
+
+def _check_values(settings: Any) -> None:
+    """Holds every option against its type and its least value."""
+    for name, kind, option in _options(type(settings)):
+        value = getattr(settings, name)
+        if not _fits(value, kind):
+            raise UserError(f"{name} must be {_describe(kind)}, got {value!r}.")
+        if isinstance(value, (int, float)) and not option.least <= value <= option.most:
+            bound = f"least {option.least}" if value < option.least else f"most {option.most}"
+            raise UserError(f"{name} must be at {bound}, got {value}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in get_args(kind))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return _describe(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        return "a list of integers"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[kind]

@@ -1,0 +1,211 @@
+"""The run from the first line to the last.
+
+One pass counts the lines, one finds the categories of the training lines, one (or `epochs`)
+trains, one tests. Rows are taken in the order of the file, and tested on are the last ones:
+a model of clicks is judged by days it has not seen.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from qrhash.ctr.block import Block, Source
+from qrhash.ctr.columns import embed_configs
+from qrhash.ctr.display import Display
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.learner import Learner
+from qrhash.ctr.metrics import Scores, constant_logit, scores
+from qrhash.ctr.models import build_model
+from qrhash.ctr.pipeline import Batch, batches
+from qrhash.ctr.progress import Progress, Record, collect
+from qrhash.ctr.settings import Settings
+from qrhash.ctr.sources import BadLines, open_source
+from qrhash.ctr.synthetic import SyntheticSource
+from qrhash.ctr.vocabulary import Ids, build_ids
+
+_Rows = TypeVar("_Rows", Block, Batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What came of a run.
+
+    Attributes:
+      train_rows: rows trained on, over all epochs.
+      bad_lines: malformed lines skipped.
+      embedding_params: parameters of the embeddings: tables and projections.
+      embedding_bytes: their memory.
+      full_params: parameters of full tables for all 26 columns.
+      dense_params: all other parameters.
+      rows_per_second: of the training after its first step, which compiles; evaluations included.
+      test: scores of the model on the test rows.
+      constant: those of always saying the training rows' click rate.
+      truth: those of the true click rates; None for real data.
+    """
+
+    train_rows: int
+    bad_lines: int
+    embedding_params: int
+    embedding_bytes: int
+    full_params: int
+    dense_params: int
+    rows_per_second: float
+    test: Scores
+    constant: Scores
+    truth: Scores | None
+
+    def as_record(self) -> dict[str, Any]:
+        """The last record of a run."""
+        values = asdict(self)
+        for name in ("test", "constant", "truth"):
+            part = values.pop(name)
+            if part is not None:
+                values |= {f"{name}_log_loss": part.log_loss, f"{name}_auc": part.auc}
+        return {"kind": "summary", "test_rows": self.test.rows, **values}
+
+
+def fit(settings: Settings, display: Display, record: Record) -> Summary:
+    """Trains and tests a model.
+
+    Args:
+      settings: the options.
+      display: is told how far the run is.
+      record: called with every record: the settings, the points of the learning curve, and the
+        summary.
+
+    Raises:
+      UserError: the data or the options cannot be used.
+    """
+    source, bad_lines = _open(settings, display)
+    split = split_line(settings, source.num_lines)
+    ids = build_ids(settings, _shown(source.blocks(0, split), display, "vocabulary", split))
+    sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
+    configs = embed_configs(settings, sizes)
+    embedding_params = sum(config.num_params for config in configs.values())
+    data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
+    display.phase("building the model", split)
+    learner = Learner(
+        lambda: build_model(settings, list(configs.values())),
+        settings,
+        num_steps=settings.epochs * -(-split // settings.batch_size),
+    )
+
+    record({"kind": "settings", **settings.as_dict()})
+    progress = _train(settings, data, learner, display, record)
+    rows_per_second = progress.rows_per_second
+    constant = constant_logit(progress.click_rate)
+    test, constant_scores = _test(data, learner, constant, display)
+    progress.point(test)
+    summary = Summary(
+        train_rows=progress.rows,
+        bad_lines=len(bad_lines),
+        full_params=sum(sizes.values()) * settings.features,
+        embedding_params=embedding_params,
+        embedding_bytes=sum(c.num_params * c.param_dtype.itemsize for c in configs.values()),
+        dense_params=learner.num_params - embedding_params,
+        rows_per_second=rows_per_second,
+        test=test,
+        constant=constant_scores,
+        truth=_truth(source, split) if settings.data is None else None,
+    )
+    record(summary.as_record())
+    return summary
+
+
+def split_line(settings: Settings, num_lines: int) -> int:
+    """The first line to test on; lines are counted from 0 and include malformed ones."""
+    test_lines = settings.test_rows or max(1, round(num_lines * settings.test_fraction))
+    if test_lines >= num_lines:
+        raise UserError(
+            f"Testing on the last {test_lines} of {num_lines} lines leaves none to train on."
+        )
+    return num_lines - test_lines
+
+
+class _Data(NamedTuple):
+    source: Source
+    split: int
+    ids: Mapping[str, Ids]
+    batch_size: int
+
+    def training(self) -> AbstractContextManager[Iterator[Batch]]:
+        return batches(self.source, 0, self.split, self.ids, self.batch_size)
+
+    def test(self, rows: int | None = None) -> AbstractContextManager[Iterator[Batch]]:
+        """All the test rows, or those of the first so many lines."""
+        stop = self.source.num_lines if rows is None else self.split + rows
+        stop = min(stop, self.source.num_lines)
+        return batches(self.source, self.split, stop, self.ids, self.batch_size)
+
+
+def _open(settings: Settings, display: Display) -> tuple[Source, Sized]:
+    if settings.data is None:
+        return SyntheticSource(settings.synthetic_rows, settings.seed), ()
+    path = Path(settings.data)
+    bad_lines = BadLines(path, settings.max_bad_lines, display.line)
+    return open_source(path, bad_lines), bad_lines
+
+
+def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> Iterator[_Rows]:
+    """The same blocks or batches, with `display` told of them."""
+    display.phase(phase, total)
+    rows = 0
+    for item in items:
+        yield item
+        rows += len(item.labels)
+        if display.is_due:
+            display.update(rows)
+
+
+def _train(
+    settings: Settings, data: _Data, learner: Learner, display: Display, record: Record
+) -> Progress:
+    """Trains; adds a point to the learning curve now and then, but not the last one."""
+    with data.test(settings.eval_rows) as stream:
+        sample = list(stream)
+    total = data.split * settings.epochs
+    points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
+    display.phase("training", total)
+    progress = Progress(record, settings.batch_size)
+    for _ in range(settings.epochs):
+        with data.training() as stream:
+            for batch in stream:
+                progress.add(batch, learner.step(batch))
+                if display.is_due:
+                    display.update(progress.rows, progress.note())
+                if points and progress.rows >= points[0]:
+                    points = [point for point in points if point > progress.rows]
+                    test = scores(*collect((batch, learner.logits(batch)) for batch in sample))
+                    progress.point(test)
+                    display.line(
+                        f"after {progress.rows:,} rows: test log loss {test.log_loss:.4f}, "
+                        f"AUC {test.auc:.4f}"
+                    )
+    jax.block_until_ready(learner.params)  # the clock stops when the work has
+    if not progress.rows:
+        raise UserError(f"{data.source.name}: none of the {data.split} training lines can be read.")
+    return progress
+
+
+def _test(
+    data: _Data, learner: Learner, constant: float, display: Display
+) -> tuple[Scores, Scores]:
+    """Scores on all test rows, of the model and of a constant logit."""
+    lines = data.source.num_lines - data.split
+    with data.test() as stream:
+        shown = _shown(stream, display, "testing", lines)
+        labels, logits = collect((batch, learner.logits(batch)) for batch in shown)
+    if not len(labels):
+        raise UserError(f"{data.source.name}: none of the last {lines} lines can be read.")
+    return scores(labels, logits), scores(labels, np.full(len(labels), constant))
+
+
+def _truth(source: Source, split: int) -> Scores:
+    pairs = [(block.labels, block.truth) for block in source.blocks(split, source.num_lines)]
+    labels, truth = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return scores(labels, truth)

@@ -1,0 +1,143 @@
+"""The command line: its help, its errors, its exit codes."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import ctr_files
+import pytest
+from typer.testing import CliRunner
+
+import qrhash
+from qrhash import cli
+from qrhash.ctr.block import CATEGORIES
+from qrhash.ctr.report import METRICS, PICTURE
+from qrhash.ctr.settings import options
+
+STANDARD_PROMOTION = True  # optax.adam needs it
+
+SMALL = """
+features = 4
+bottom_mlp = "8"
+top_mlp = "8"
+batch_size = 64
+""" + "".join(f"[columns.{name}]\npartition = 'drop'\nhash_size = 2\n" for name in CATEGORIES[2:])
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text(SMALL)
+    return "--config=small.toml"
+
+
+def _run(*arguments):
+    return CliRunner().invoke(cli.build_app(), arguments, env={"COLUMNS": "200"})
+
+
+def test_version():
+    result = _run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"qrhash {qrhash.__version__}\n")
+
+
+def test_help_offers_every_option_with_its_default():
+    text = _run("train", "--help").stdout
+    for name, _, _, _ in options():
+        assert f"--{name.replace('_', '-')} " in text
+    for panel in ("Data", "Embeddings", "Model", "Training", "Output"):
+        assert f" {panel} " in text
+    assert "512-256-64" in text
+    assert "[columns" not in text  # rich would swallow it
+
+
+def test_a_run_leaves_metrics_and_picture(small, tmp_path):
+    path = ctr_files.write_text(tmp_path / "clicks.tsv", ctr_files.random_rows(300))
+    result = _run("train", small, "--data", str(path), "--output-dir", "out", "--test-rows", "50")
+    assert result.exit_code == 0, result.stderr
+    assert "250 rows trained on, 50 tested on" in result.stdout
+    assert "constant predictor" in result.stdout
+    assert f"{METRICS} and {PICTURE} are in out" in result.stderr
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {METRICS, PICTURE}
+
+    again = _run("train", small, "--data", str(path), "--output-dir", "out")
+    assert again.exit_code == 1
+    assert "holds an earlier run" in again.stderr
+
+
+MISTAKES = {
+    "missing file": (["--data", "absent.tsv"], "There is no file absent.tsv"),
+    "directory": (["--data", "."], ". is a directory"),
+    "not hex": (["--data", "words.tsv", "--max-bad-lines", "3"], "C1 is not a category"),
+    "labels": (["--data", "labels.tsv", "--max-bad-lines", "3"], "label is not 0 or 1: '7'"),
+    "all bad": (
+        ["--data", "labels.tsv", "--config", "small.toml"],
+        "none of the 16 training lines can be read",
+    ),
+    "value": (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+    "config": (["--config", "absent.toml"], "absent.toml cannot be read"),
+    "split": (["--test-rows", "200000"], "leaves none to train on"),
+    "embedding": (["--partition", "hash-trick", "--collisions", "0"], "Column C1, "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_1(name, small, tmp_path):
+    arguments, sentence = MISTAKES[name]
+    ctr_files.write_text(tmp_path / "words.tsv", [ctr_files.make_row(category="xyz")] * 20)
+    ctr_files.write_text(tmp_path / "labels.tsv", [ctr_files.make_row(label="7")] * 20)
+    if name == "embedding":
+        arguments = [*arguments, "--hash-size", "300", "--synthetic-rows", "100"]
+    result = _run("train", *arguments)
+    assert result.exit_code == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert sentence in errors[0]
+    assert "Traceback" not in result.output
+
+
+def test_a_wrong_choice_is_typers_to_refuse():
+    result = _run("train", "--partition", "magic")
+    assert result.exit_code == 2
+    assert "magic" in result.output
+
+
+def test_without_the_extra_one_sentence(monkeypatch):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "pyarrow" else find(name)
+    )
+    with pytest.raises(SystemExit, match=r"qrhash needs pyarrow; .*pip install 'qrhash\[train\]'"):
+        cli.main()
+
+
+def test_importing_the_command_line_loads_none_of_the_extra():
+    code = "import sys, qrhash.cli; print(sorted({*qrhash.cli._TRAIN_EXTRA} & {*sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n"
+
+
+def test_an_interrupt_keeps_what_was_written(small, tmp_path):
+    """Ctrl-C in a run that would take hours."""
+    arguments = ["train", small, "--output-dir=out", "--hash-size=30", "--evaluations=100000"]
+    arguments += ["--synthetic-rows=100000000", "--eval-rows=10"]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from qrhash.cli import main; main()", *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        metrics = tmp_path / "out" / METRICS
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and "progress" in metrics.read_text()):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted." in errors
+    assert f"{METRICS} and {PICTURE} are in out" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,125 @@
+"""Which embedding a column gets, and what `collisions` means."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import qrhash
+from qrhash.ctr.columns import embed_configs
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import Settings
+
+FAMILIES = ("quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick")
+
+
+def _config(size, name="C1", **options):
+    return embed_configs(Settings(**options), {name: size})[name]
+
+
+@pytest.mark.parametrize(
+    ("family", "num_tables"),
+    [*((family, 2) for family in FAMILIES), *itertools.product(FAMILIES[1:3], (3, 4))],
+)
+@pytest.mark.parametrize("collisions", [2, 4, 5, 60])
+def test_collisions_divide_the_rows_in_every_family(family, num_tables, collisions):
+    size = 100_003
+    partition = _config(
+        size, partition=family, num_tables=num_tables, collisions=collisions
+    ).partition
+    *small, large = sorted(partition.num_rows)
+    assert 0 <= large - size / collisions < collisions
+    assert sum(small) <= 2 * collisions
+    assert partition.is_complementary == (family != "hash-trick")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frequent_ids_share_no_row_of_the_largest_table(family):
+    partition = _config(1000, partition=family, collisions=4).partition
+    largest = partition.num_rows.index(max(partition.num_rows))
+    assert len(set(partition.indices(np.arange(250))[largest].tolist())) == 250
+
+
+@pytest.mark.parametrize("family", FAMILIES[:3])
+@pytest.mark.parametrize("collisions", [0, 1001, 10_000, 2_000_000])
+def test_no_more_collisions_than_give_the_least_memory(family, collisions):
+    partition = _config(1_000_000, partition=family, num_tables=2, collisions=collisions).partition
+    assert sum(partition.num_rows) < 2010
+
+
+def test_a_section_about_the_embedding_overrides_the_threshold():
+    assert _config(100, columns={"C1": {"min_count": 2}}).partition == qrhash.FullTable(100)
+    config = _config(
+        100, columns={"C1": {"collisions": 2, "operation": "concat", "widths": (12, 4)}}
+    )
+    assert config.table_shapes == ((2, 12), (50, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_tables": 3}, "num_tables goes with partition mixed-radix or chinese-remainder"),
+        ({"columns": {"C1": {"radices": (9, 9)}}}, "radices goes with partition 'mixed-radix'"),
+        ({"columns": {"C1": {"moduli": (9, 8)}}}, "moduli goes with partition 'chinese-remaind"),
+        ({"seed": 2**31}, "seed must be at most 2147483647"),
+        ({"hash_size": 2**31}, "hash_size must be at most 2147483647"),
+    ],
+)
+def test_what_means_nothing_is_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        Settings(**options)
+
+
+def test_the_threshold_separates_long_from_short_columns():
+    assert _config(200, threshold=200).partition == qrhash.FullTable(200)
+    assert _config(201, threshold=200).partition == qrhash.QuotientRemainder(201, 51)
+    assert embed_configs(Settings(partition="drop"), {"C1": 201, "C2": 9}).keys() == {"C2"}
+    assert _config(201, partition="full").partition == qrhash.FullTable(201)
+
+
+def test_a_column_that_would_not_shrink_stays_full():
+    assert _config(5, threshold=0, collisions=4).partition == qrhash.FullTable(5)
+    assert _config(300, collisions=1).partition == qrhash.FullTable(300)
+
+
+def test_a_section_overrides_its_column_whatever_the_threshold():
+    columns = {
+        "C1": {"partition": "mixed-radix", "radices": (10, 11), "operation": "concat"},
+        "C2": {"partition": "chinese-remainder", "moduli": (11, 13), "init_stddev": 0.5},
+        "C3": {"partition": "drop"},
+    }
+    settings = Settings(columns=columns, features=6)
+    configs = embed_configs(settings, dict.fromkeys(("C1", "C2", "C3", "C4"), 100))
+    assert list(configs) == ["C1", "C2", "C4"]
+    assert configs["C1"].partition == qrhash.MixedRadix(100, (10, 11))
+    assert configs["C1"].operation == "concat"
+    assert configs["C2"].partition == qrhash.ChineseRemainder(100, (11, 13))
+    assert configs["C2"].operation == "mult"
+    assert {config.features for config in configs.values()} == {6}
+
+
+def test_a_product_starts_as_a_row_of_the_largest_table_up_to_signs():
+    config = _config(1000, operation="mult", collisions=4, init_stddev=0.3)
+    signs, rows = qrhash.init(jax.random.key(0), config)
+    assert signs.shape == (4, 16)
+    assert (abs(abs(signs) - 1) < 0.6).all()
+    assert 10 < (signs > 0).sum() < 54
+    assert np.std(rows) == pytest.approx(0.3, rel=0.05)
+
+
+def test_a_single_table_is_not_combined():
+    assert _config(100, operation="project").num_params == 100 * Settings().features
+
+
+WRONG = {
+    "moduli": {"partition": "chinese-remainder", "moduli": (10, 20)},
+    "radices": {"partition": "mixed-radix", "radices": (2, 2)},
+    "collisions": {"partition": "hash-trick", "collisions": 0},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_the_core_refuses_names_the_column(name):
+    with pytest.raises(UserError, match=f"Column C5, 150 ids: .*{name}"):
+        embed_configs(Settings(columns={"C5": WRONG[name]}), {"C5": 150})

@@ -1,0 +1,142 @@
+"""DLRM and DCN-v2 against NumPy loops, and the compiled step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from qrhash import EmbedConfig, FullTable, QuotientRemainder
+from qrhash.ctr.learner import Learner
+from qrhash.ctr.models import DCN, DLRM, build_model
+from qrhash.ctr.pipeline import Batch
+from qrhash.ctr.settings import Settings
+from qrhash.nnx import Table
+
+CONFIGS = [EmbedConfig(FullTable(9), 4), EmbedConfig(QuotientRemainder(20, 4), 4)]
+STANDARD_PROMOTION = True  # optax.adam needs it
+
+SETTINGS = Settings(features=4, bottom_mlp="8", top_mlp="8-6", deep_mlp="8-6", cross_layers=2)
+
+
+def _batch(rng, rows=16, padding=0):
+    return Batch(
+        labels=rng.integers(0, 2, rows).astype(np.float32),
+        weights=np.array([1] * (rows - padding) + [0] * padding, np.float32),
+        numbers=rng.normal(size=(rows, 13)).astype(np.float32),
+        ids=rng.integers(0, 9, (rows, 2)).astype(np.int32),
+    )
+
+
+def _model(name, configs, rng):
+    """A model of random parameters, without the time that compiling its initialisers takes."""
+    settings = dataclasses.replace(SETTINGS, model=name)
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(settings, configs)))
+    return nnx.merge(
+        graph,
+        jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), state),
+    )
+
+
+def _linear(layer, x):
+    return x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+
+
+def _mlp(mlp, x):
+    for layer in mlp.layers:
+        x = np.maximum(_linear(layer, x), 0)
+    return x
+
+
+def _vectors(model, ids):
+    first, second = model.embeddings.columns
+    (table,), (quotient, remainder) = first.tables, second.tables
+    table, quotient, remainder = map(np.asarray, (table, quotient, remainder))
+    return [table[ids[0]], quotient[ids[1] // 4] * remainder[ids[1] % 4]]
+
+
+def _dlrm_row(model, numbers, ids):
+    dense = _mlp(model.bottom, numbers)
+    vectors = [dense, *_vectors(model, ids)]
+    pairs = [vectors[i] @ vectors[j] for i in range(3) for j in range(i + 1, 3)]
+    return _linear(model.logit, _mlp(model.top, np.concatenate([dense, pairs])))[0]
+
+
+def _dcn_row(model, numbers, ids):
+    x0 = x = np.concatenate([numbers, *_vectors(model, ids)])
+    for layer in model.cross:
+        x = x0 * _linear(layer, x) + x
+    return _linear(model.logit, np.concatenate([x, _mlp(model.deep, x0)]))[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "oracle"), [("dlrm", DLRM, _dlrm_row), ("dcn", DCN, _dcn_row)]
+)
+def test_models_equal_their_definition(name, kind, oracle, rng):
+    model = _model(name, CONFIGS, rng)
+    assert isinstance(model, kind)
+    batch = _batch(rng)
+    got = model(batch.numbers, batch.ids)
+    wanted = [oracle(model, *row) for row in zip(batch.numbers, batch.ids, strict=True)]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dcn"])
+def test_a_model_without_embeddings(name, rng):
+    model = _model(name, [], rng)
+    assert model(np.ones((3, 13), np.float32), np.zeros((3, 0), np.int32)).shape == (3,)
+
+
+def test_tables_learn_by_adagrad_and_the_rest_by_adam(rng):
+    """A step on a padded batch is a step of each optimizer on its own, on the real rows."""
+    learner = Learner(lambda: build_model(SETTINGS, CONFIGS), SETTINGS, num_steps=60)
+    start = jax.tree.map(np.array, learner.params)
+    padded = _batch(rng, padding=5)
+    batch = Batch(*(column[:11] for column in padded))
+    graph = nnx.split(nnx.eval_shape(lambda: build_model(SETTINGS, CONFIGS)), Table, ...)[0]
+    optimizers = {
+        "tables": optax.adagrad(
+            SETTINGS.table_lr, initial_accumulator_value=SETTINGS.table_accumulator
+        ),
+        "dense": optax.adam(optax.linear_schedule(SETTINGS.dense_lr, 0, 60)),
+    }
+
+    def loss(params):
+        logits = nnx.merge(graph, params["tables"], params["dense"])(batch.numbers, batch.ids)
+        return optax.sigmoid_binary_cross_entropy(logits, batch.labels).mean()
+
+    @jax.jit
+    def one_step(params):
+        gradients, moved = jax.grad(loss)(params), {}
+        for group, optimizer in optimizers.items():
+            state = optimizer.init(params[group])
+            updates, _ = optimizer.update(gradients[group], state, params[group])
+            moved[group] = optax.apply_updates(params[group], updates)
+        return moved
+
+    wanted = one_step(start)
+    learner.step(padded)
+    for group in optimizers:
+        got = jax.tree.leaves(learner.params[group])
+        for a, b in zip(got, jax.tree.leaves(wanted[group]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+        moved = [
+            float(abs(a - b).max()) for a, b in zip(got, jax.tree.leaves(start[group]), strict=True)
+        ]
+        assert min(moved) > 0
+    assert learner.num_params == sum(leaf.size for leaf in jax.tree.leaves(start))
+
+
+def test_it_learns_and_compiles_once(rng):
+    settings = dataclasses.replace(SETTINGS, dense_lr=0.01)
+    learner = Learner(lambda: build_model(settings, CONFIGS), settings, num_steps=60)
+    batch = _batch(rng)
+    before = np.asarray(learner.logits(batch))
+    for padding in (0, 3) * 30:
+        learner.step(batch._replace(weights=_batch(rng, padding=padding).weights))
+    after = np.asarray(learner.logits(batch))
+    sign = 2 * batch.labels - 1
+    assert (sign * after).mean() > (sign * before).mean() + 0.5
+    assert learner._step._cache_size() == 1

@@ -1,0 +1,73 @@
+"""Batches: every row once, in order, in one shape."""
+
+import numpy as np
+import pytest
+
+from qrhash.ctr.block import Block
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.pipeline import _Blocks, batches, encode
+from qrhash.ctr.synthetic import SyntheticSource
+from qrhash.ctr.vocabulary import HashedIds
+
+IDS = {"C2": HashedIds(7), "C26": HashedIds(100)}
+
+
+class _Uneven:
+    """Blocks of 3, 0, 5, 1 and 0 rows whose first integer counts the rows."""
+
+    name, num_lines = "uneven", 9
+
+    def blocks(self, start, stop):
+        first = 0
+        for rows in (3, 0, 5, 1, 0):
+            numbers = np.tile(np.arange(first, first + rows)[:, None], 13).astype(np.float32)
+            yield Block(np.ones(rows, np.float32), numbers, np.zeros((rows, 26), np.int64))
+            first += rows
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 9, 20])
+def test_no_row_is_lost_or_met_twice(batch_size):
+    with batches(_Uneven(), 0, 9, IDS, batch_size) as stream:
+        found = list(stream)
+    assert {len(batch.labels) for batch in found} == {batch_size}
+    assert len(found) == -(-9 // batch_size)
+    numbers = np.concatenate([batch.numbers[batch.weights == 1] for batch in found])
+    np.testing.assert_allclose(np.expm1(numbers[:, 0]), np.arange(9), rtol=1e-6)
+    assert sum(batch.weights.sum() for batch in found) == 9
+    padding = np.concatenate([batch.weights == 0 for batch in found])
+    assert not np.concatenate([batch.ids for batch in found])[padding].any()
+
+
+def test_encoding_of_a_row():
+    numbers = np.array([[np.nan, -3, 0, 1] + [np.e - 1] * 9], np.float32)
+    keys = np.arange(26, dtype=np.int64)[None] + 100
+    batch = encode(Block(np.ones(1, np.float32), numbers, keys), IDS)
+    np.testing.assert_allclose(batch.numbers[0, :5], [0, 0, 0, np.log(2), 1], rtol=1e-6)
+    assert batch.ids.tolist() == [[1 + 101 % 6, 1 + 125 % 99]]
+    assert (batch.numbers.dtype, batch.ids.dtype) == (np.float32, np.int32)
+
+
+def test_a_model_without_categories_gets_no_ids():
+    block = next(SyntheticSource(10, 0).blocks(0, 10))
+    assert encode(block, {}).ids.shape == (10, 0)
+
+
+def test_grain_can_save_and_restore_the_position():
+    dataset = _Blocks(SyntheticSource(30_000, 0), 100, 30_000)
+    iterator = iter(dataset)
+    next(iterator)
+    state = iterator.get_state()
+    wanted = next(iterator)
+    restored = iter(dataset)
+    restored.set_state(state)
+    np.testing.assert_array_equal(next(restored).keys, wanted.keys)
+
+
+def test_an_error_in_the_background_arrives():
+    class Broken(_Uneven):
+        def blocks(self, start, stop):
+            yield from super().blocks(start, stop)
+            raise UserError("line 10")
+
+    with pytest.raises(UserError, match="line 10"), batches(Broken(), 0, 9, IDS, 2) as stream:
+        list(stream)

@@ -1,0 +1,220 @@
+"""Whole runs with small models."""
+
+import io
+import json
+
+import ctr_files
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qrhash.ctr.block import CATEGORIES
+from qrhash.ctr.display import Display
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.learner import Learner
+from qrhash.ctr.metrics import Scores, constant_logit, log_loss
+from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, draw, final_table
+from qrhash.ctr.settings import Settings
+from qrhash.ctr.train import Summary, fit, split_line
+
+STANDARD_PROMOTION = True  # optax.adam needs it
+
+# Most columns are left out: the time goes into compiling their embeddings.
+COLUMNS = {name: {"partition": "drop", "hash_size": 2} for name in CATEGORIES[3:]}
+SMALL = {
+    "features": 4,
+    "bottom_mlp": "8",
+    "top_mlp": "8",
+    "deep_mlp": "8",
+    "batch_size": 64,
+    "threshold": 20,
+    "evaluations": 3,
+    "columns": COLUMNS,
+}
+
+LEARNS = {  # in the few steps of a test
+    "features": 8,
+    "operation": "mult",
+    "init_stddev": 0.35,
+    "bottom_mlp": "16",
+    "top_mlp": "32",
+    "batch_size": 32,
+    "dense_lr": 0.01,
+    "table_lr": 0.3,
+}
+
+
+def _fit(**options):
+    records = []
+    with Display(Console(file=io.StringIO())) as display:
+        summary = fit(Settings(**SMALL | options), display, records.append)
+    return summary, records
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return ctr_files.random_rows(3000)
+
+
+@pytest.mark.parametrize("model", ["dlrm", "dcn"])
+def test_it_learns_from_a_file(model, rows, tmp_path, monkeypatch):
+    learners = []
+    initialise = Learner.__init__
+
+    def watched(self, *arguments, **options):
+        learners.append(self)
+        initialise(self, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "__init__", watched)
+    path = ctr_files.write_gzip(tmp_path / "clicks", rows)
+    summary, records = _fit(data=str(path), model=model, test_rows=700, **LEARNS)
+    assert [record["kind"] for record in records] == ["settings", *["progress"] * 3, "summary"]
+    assert (summary.train_rows, summary.test.rows, summary.bad_lines) == (2300, 700, 0)
+    labels = np.array([float(row[0]) for row in rows])
+    constant = log_loss(labels[2300:], np.full(700, constant_logit(labels[:2300].mean())))
+    assert summary.constant.log_loss == pytest.approx(constant, rel=1e-5)
+    assert summary.test.log_loss < summary.constant.log_loss - 0.15
+    assert summary.test.auc > 0.8
+    assert records[-1]["test_auc"] == summary.test.auc
+    assert summary.truth is None
+    # C1..C3 have 51 categories and the unseen one: tables of ceil(52 / 4) and 4 rows.
+    assert summary.embedding_params == 3 * 17 * 8
+    assert summary.embedding_bytes == 3 * 17 * 8 * 4
+    assert summary.full_params == (3 * 52 + 23 * 2) * 8
+    assert [learner._step._cache_size() for learner in learners] == [1]
+
+
+def test_the_same_seed_gives_the_same_numbers_from_every_format(rows, tmp_path):
+    text = ctr_files.write_text(tmp_path / "text", rows)
+    parquet = ctr_files.write_parquet(tmp_path / "parquet", rows)
+    options = {"epochs": 2, "max_bad_lines": 0}
+    first, _ = _fit(data=str(text), **options)
+    second, _ = _fit(data=str(parquet), **options)
+    assert first.test == second.test
+    assert first.train_rows == 2 * 2400
+
+
+def test_the_synthetic_stream_is_bounded_by_its_truth():
+    summary, _ = _fit(synthetic_rows=6000, hash_size=50, **LEARNS)
+    assert summary.truth is not None
+    assert summary.truth.rows == summary.test.rows == 1200
+    assert summary.truth.log_loss < summary.test.log_loss < summary.constant.log_loss
+
+
+def test_malformed_lines_keep_the_split_where_it_is(rows, tmp_path):
+    """Nine bad lines, seven among the first 900: the test rows stay the last 100 lines."""
+    spoilt = [
+        ["x"] if i in (5, 6, 7, 8, 9, 10, 11, 950, 999) else row for i, row in enumerate(rows)
+    ]
+    path = ctr_files.write_text(tmp_path / "f", spoilt[:1000])
+    summary, _ = _fit(data=str(path), test_rows=100, epochs=2, max_bad_lines=9)
+    assert (summary.train_rows, summary.test.rows, summary.bad_lines) == (2 * 893, 98, 9)
+    with pytest.raises(UserError, match="More than 8 malformed lines"):
+        _fit(data=str(path), test_rows=100, max_bad_lines=8)
+
+
+def test_nothing_readable_to_train_or_test_on(rows, tmp_path):
+    bad = [["x"]] * 50
+    path = ctr_files.write_text(tmp_path / "train", bad + rows[:50])
+    with pytest.raises(UserError, match="none of the 50 training lines can be read"):
+        _fit(data=str(path), test_rows=50)
+    path = ctr_files.write_text(tmp_path / "test", rows[:50] + bad)
+    with pytest.raises(UserError, match="none of the last 50 lines can be read"):
+        _fit(data=str(path), test_rows=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "lines", "split"),
+    [({}, 10, 8), ({"test_rows": 3}, 10, 7), ({"test_fraction": 0.01}, 10, 9), ({}, 2, 1)],
+)
+def test_split_line(options, lines, split):
+    assert split_line(Settings(**options), lines) == split
+
+
+def test_a_split_that_leaves_nothing_to_train_on():
+    with pytest.raises(UserError, match="last 10 of 10 lines leaves none to train on"):
+        split_line(Settings(test_rows=10), 10)
+
+
+SUMMARY = Summary(
+    train_rows=1000,
+    bad_lines=2,
+    embedding_params=250,
+    embedding_bytes=1000,
+    full_params=1000,
+    dense_params=7,
+    rows_per_second=500.0,
+    test=Scores(0.45, float("nan"), 100),
+    constant=Scores(0.5, 0.5, 100),
+    truth=Scores(0.4, 0.8, 100),
+)
+
+
+def test_records_are_json_and_an_undefined_score_is_null(tmp_path):
+    with RunDirectory(str(tmp_path / "run")) as directory:
+        directory.record({"kind": "progress", "rows": 9, "train_log_loss": 0.5, "train_auc": 0.5}
+                         | {"test_log_loss": 0.6, "test_auc": float("nan")})  # fmt: skip
+        directory.record(SUMMARY.as_record())
+    lines = (tmp_path / "run" / METRICS).read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [record["kind"] for record in records] == ["progress", "summary"]
+    assert records[1]["test_auc"] is None
+    assert records[1]["truth_log_loss"] == 0.4
+    assert (tmp_path / "run" / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_earlier_run_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = set()
+    for _ in range(3):
+        with RunDirectory(None) as directory:
+            directory.record({"kind": "settings"})
+        paths.add(directory.path)
+    assert len(paths) == 3
+    with pytest.raises(UserError, match="holds an earlier run"):
+        RunDirectory(str(next(iter(paths))))
+
+
+def test_a_run_without_records_leaves_nothing(tmp_path):
+    with RunDirectory(str(tmp_path / "run")) as directory:
+        pass
+    assert directory.path is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        RunDirectory(str(tmp_path / "file" / "run")) as directory,
+        pytest.raises(UserError, match="cannot be written"),
+    ):
+        directory.record({"kind": "settings"})
+
+
+def test_a_picture_without_points(tmp_path):
+    draw([], tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").exists()
+
+
+def test_the_final_table_says_it_all():
+    console = Console(file=io.StringIO(), width=120)
+    console.print(final_table(SUMMARY))
+    text = console.file.getvalue()
+    for part in ("250", "1,000 in full tables", "4.00 x", "500 rows/s", "0.4500", "undefined"):
+        assert part in text
+    assert "0.5000 constant predictor, 0.4000 ground truth" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_display_tells_lines_and_bars(terminal):
+    file = io.StringIO()
+    with Display(Console(file=file, force_terminal=terminal, width=150)) as display:
+        display.phase("training", 1000)
+        display.update(500, "log loss 0.5")
+        display.line("[bold]skipped line 3[/]")
+        display.phase("testing", 10)
+        display.update(10)
+    text = file.getvalue()
+    assert "[bold]skipped line 3[/]" in text
+    assert ("training: 500 of 1,000 rows  log loss 0.5" in text) != terminal
+    assert ("10/10" in text) == terminal
