@@ -4,7 +4,8 @@ One feature of 1e7 ids, 4 collisions, features 64, operation mult, batches of 16
 ids, float32 on the CPU. The peer is PyTorch's two `F.embedding` calls, on id // 4 and id % 4, and
 their product. Both get the same ids, each batch fresh; their turns alternate in blocks, because
 the two libraries' thread pools disturb each other when single calls do; the figure is the median
-over blocks of the ratio of the block medians.
+over blocks of the ratio of the block medians. "one table" is a single `F.embedding` call on the
+large table with the quotients given: what it costs to fetch the rows at all.
 
     pip install -e ".[bench]" && python benchmarks/lookup.py
 """
@@ -56,9 +57,12 @@ def main() -> None:
         quotient, remainder = ids // args.collisions, ids % args.collisions
         return F.embedding(quotient, weight_q) * F.embedding(remainder, weight_r)
 
+    def one_table(quotient: torch.Tensor) -> torch.Tensor:
+        return F.embedding(quotient, weight_q)
+
     rng = np.random.default_rng(0)
     log_size, shape = np.log(args.num_embeddings), (args.calls, args.batch_size)
-    seconds: dict[str, list[float]] = {"qrhash": [], "torch": []}
+    seconds: dict[str, list[float]] = {"qrhash": [], "torch": [], "one table": []}
     with torch.inference_mode():
         for _ in range(args.blocks):
             ids = np.exp(rng.uniform(0, log_size, shape)).astype(np.int64) - 1
@@ -66,13 +70,16 @@ def main() -> None:
             torch_ids = [torch.from_numpy(batch) for batch in ids]
             seconds["qrhash"].append(block_median(ours, jax_ids))
             seconds["torch"].append(block_median(peer, torch_ids))
+            quotients = [batch // args.collisions for batch in torch_ids]
+            seconds["one table"].append(block_median(one_table, quotients))
 
     for name, medians in seconds.items():
         low, middle, high = np.percentile(medians, [0, 50, 100]) * 1e3
-        print(f"{name:8} median {middle:.3f} ms per batch (blocks from {low:.3f} to {high:.3f})")
-    ratios = np.array(seconds["torch"]) / np.array(seconds["qrhash"])
-    low, middle, high = np.percentile(ratios, [0, 50, 100])
-    print(f"torch / qrhash: {middle:.2f}x (blocks from {low:.2f} to {high:.2f})")
+        print(f"{name:9} median {middle:.3f} ms per batch (blocks from {low:.3f} to {high:.3f})")
+    for name in ("torch", "one table"):
+        ratios = np.array(seconds[name]) / np.array(seconds["qrhash"])
+        low, middle, high = np.percentile(ratios, [0, 50, 100])
+        print(f"{name} / qrhash: {middle:.2f}x (blocks from {low:.2f} to {high:.2f})")
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 
