@@ -6,6 +6,8 @@ the word to the configuration file, and then to the default.
 
 import importlib.util
 import inspect
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,17 +17,36 @@ import qrhash
 if TYPE_CHECKING:
     import typer
 
+_INTERRUPTED = 130  # exit code of a program that a SIGINT ended
 _TRAIN_EXTRA = ("grain", "matplotlib", "pyarrow", "rich", "typer")
 
 
 def main() -> None:
     """Entry point of the console script."""
+    # Until a run has something to keep, an interrupt ends it at once, whoever is being imported.
+    signal.signal(signal.SIGINT, _interrupted_early)
     missing = [name for name in _TRAIN_EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
             f"qrhash needs {', '.join(missing)}; install them with: pip install 'qrhash[train]'"
         )
-    build_app()(prog_name="qrhash")
+    try:
+        build_app()(prog_name="qrhash")
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            _leave()  # Threads that read ahead may still be running; nobody waits for them.
+        raise
+
+
+def _interrupted_early(*_: Any) -> None:
+    print("Interrupted before training began; nothing was written.", file=sys.stderr)
+    _leave()
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_INTERRUPTED)
 
 
 def build_app() -> "typer.Typer":
@@ -92,9 +113,9 @@ def _train_command() -> Any:
             parameter(
                 name,
                 kind | None,
-                help=option.help,
+                help=option.help if default is None else f"{option.help} Default: {default}.",
                 rich_help_panel=option.panel,
-                show_default=False if default is None else str(default),
+                show_default=False,
             )
         )
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -114,16 +135,22 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
 
     display = Display(Console(stderr=True))
     directory = None
+
+    def record(record: dict[str, Any]) -> None:
+        assert directory is not None
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        directory.record(record)
+
     try:
         settings = load(config, given)
         with RunDirectory(settings.output_dir) as directory, display:
-            summary = fit(settings, display, directory.record)
+            summary = fit(settings, display, record)
     except (UserError, OSError, MemoryError) as error:
         display.line(f"Error: {error or 'out of memory.'}")
         return 1
     except KeyboardInterrupt:
         display.line("Interrupted.")
-        return 130
+        return _INTERRUPTED
     else:
         Console().print(final_table(summary))
         return 0

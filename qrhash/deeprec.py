@@ -168,6 +168,8 @@ def get_multihash_variable(
     for argument, (silent, reason) in _NO_MEANING.items():
         if given[argument] is not silent and given[argument] != silent:
             raise ValueError(f"{argument}={given[argument]!r} has no meaning here: {reason}.")
+    if not isinstance(name, str):
+        raise ValueError(f"name must be a string, got {name!r}.")
     if operation not in _OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}.")
     rows, widths = _checked_dims(dims, num_of_partitions)
@@ -214,8 +216,13 @@ def embedding_lookup(
       Vectors [*shape, features].
 
     Raises:
-      ValueError: `max_norm` is not positive, or an id breaks the variable's policy.
+      ValueError: `params` is no multi-hash variable, `max_norm` is not positive, or an id breaks
+        the variable's policy.
     """
+    if not isinstance(params, MultiHashVariable):
+        raise ValueError(
+            f"params must be what get_multihash_variable returns, got {type(params).__name__}."
+        )
     vectors = params(ids)
     if max_norm is None:
         return vectors

@@ -138,7 +138,9 @@ def lookup(
     >>> lookup(init(jax.random.key(0), config), jnp.array([[1, 2, 3]]), config).shape
     (1, 3, 8)
     """
-    chex.assert_shape(list(tables), list(config.table_shapes))
+    chex.assert_shape(
+        list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
+    )
     dtype = config.dtype or config.param_dtype
     ids = _within_vocabulary(as_ids(ids), config)
     indices = config.partition.indices(ids)

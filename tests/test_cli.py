@@ -141,3 +141,21 @@ def test_an_interrupt_keeps_what_was_written(small, tmp_path):
     assert f"{METRICS} and {PICTURE} are in out" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_early_interrupt_ends_at_once(tmp_path):
+    code = "import qrhash.cli as cli; signal = cli.signal.signal\n"
+    code += "cli.signal.signal = lambda *args: (signal(*args), print('ready', flush=True))\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code + "cli.main()", "train", "--output-dir=out"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "Interrupted before training began; nothing was written.\n"
+    assert not (tmp_path / "out").exists()
