@@ -129,6 +129,11 @@ class EmbedConfig:
         """Standard deviation of a vector's entries under the default initializer."""
         return self.features**-0.5 if self.init_stddev is None else self.init_stddev
 
+    @property
+    def vector_dtype(self) -> np.dtype:
+        """Dtype of the maths and the vectors: `dtype`, by default `param_dtype`."""
+        return self.dtype or self.param_dtype
+
     def table_axes(self, table: int) -> tuple[str | None, str | None]:
         """Logical axis names of a table, given its number; small ones are not split by rows."""
         row_axis, feature_axis = self.logical_axes

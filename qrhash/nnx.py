@@ -62,7 +62,7 @@ class MultiHashEmbed(nnx.Module):
     @property
     def dtype(self) -> jax.numpy.dtype:
         """Dtype of the maths and the vectors."""
-        return self.config.dtype or self.config.param_dtype
+        return self.config.vector_dtype
 
     @property
     def param_dtype(self) -> jax.numpy.dtype:

@@ -123,7 +123,7 @@ def lookup(
       projection: for operation "project", as from `init_projection`.
 
     Returns:
-      Vectors [*shape, features] of `config.dtype`.
+      Vectors [*shape, features] of `config.vector_dtype`.
 
     Raises:
       ValueError: policy "raise" met a concrete id outside the vocabulary; or the ids are too
@@ -141,7 +141,7 @@ def lookup(
     chex.assert_shape(
         list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
     )
-    dtype = config.dtype or config.param_dtype
+    dtype = config.vector_dtype
     ids = _within_vocabulary(as_ids(ids), config)
     indices = config.partition.indices(ids)
     has_rows = indices[0] < config.partition.num_rows[0]

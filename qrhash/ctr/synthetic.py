@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qrhash.arithmetic import ceil_div
 from qrhash.ctr.block import CATEGORIES, INTEGERS, MISSING_KEY, Block
 
 _BLOCK_ROWS = 8192
@@ -50,7 +51,7 @@ class SyntheticSource:
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Yields the rows of lines [start, stop); see `Source`."""
-        for number in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+        for number in range(start // _BLOCK_ROWS, ceil_div(stop, _BLOCK_ROWS)):
             first = number * _BLOCK_ROWS
             block = self._block(number)
             yield block.rows(max(0, start - first), stop - first)

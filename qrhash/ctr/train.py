@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from qrhash.arithmetic import ceil_div
 from qrhash.ctr.block import Block, Source
 from qrhash.ctr.columns import embed_configs
 from qrhash.ctr.display import Display
@@ -92,7 +93,7 @@ def fit(settings: Settings, display: Display, record: Record) -> Summary:
     learner = Learner(
         lambda: build_model(settings, list(configs.values())),
         settings,
-        num_steps=settings.epochs * -(-split // settings.batch_size),
+        num_steps=settings.epochs * ceil_div(split, settings.batch_size),
     )
 
     record({"kind": "settings", **settings.as_dict()})
