@@ -3,8 +3,11 @@
 import importlib
 from types import ModuleType
 
+from qrhash import collection
+from qrhash.collection import CollectionConfig
 from qrhash.combine import Projection, combine
 from qrhash.config import EmbedConfig
+from qrhash.optim import adagrad, apply_updates, rowwise_adagrad, touched_rows
 from qrhash.partitions import (
     ChineseRemainder,
     DeepRecQuotientRemainder,
@@ -14,12 +17,22 @@ from qrhash.partitions import (
     Partition,
     QuotientRemainder,
 )
-from qrhash.tables import attend, gather, init, init_projection, lookup
+from qrhash.rowgrads import RowGrads, merged_values, take_rows, value_and_grad
+from qrhash.tables import (
+    attend,
+    gather,
+    init,
+    init_projection,
+    lookup,
+    row_numbers,
+    vectors,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ChineseRemainder",
+    "CollectionConfig",
     "DeepRecQuotientRemainder",
     "EmbedConfig",
     "FullTable",
@@ -28,7 +41,11 @@ __all__ = [
     "Partition",
     "Projection",
     "QuotientRemainder",
+    "RowGrads",
+    "adagrad",
+    "apply_updates",
     "attend",
+    "collection",
     "combine",
     "deeprec",
     "gather",
@@ -36,7 +53,14 @@ __all__ = [
     "init_projection",
     "linen",
     "lookup",
+    "merged_values",
     "nnx",
+    "row_numbers",
+    "rowwise_adagrad",
+    "take_rows",
+    "touched_rows",
+    "value_and_grad",
+    "vectors",
 ]
 
 

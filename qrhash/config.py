@@ -48,8 +48,9 @@ class EmbedConfig:
       use_bias: whether "project" adds a bias.
       logical_axes: names of a table's two axes, rows and features, in the partition metadata of
         the Flax modules: logical names to be mapped to a mesh, or mesh axes, or None.
-      large_table_rows: a table of at least this many rows is large and is split by rows over
-        devices; smaller ones are replicated.
+      large_table_rows: a table of at least this many rows is large: its gradients name the rows
+        they touch (`qrhash.RowGrads`), and it is split by rows over devices. Smaller tables are
+        ordinary dense parameters, and replicated.
 
     Raises:
       ValueError: an argument breaks its rule; the message names it, the rule and the value.
@@ -117,6 +118,13 @@ class EmbedConfig:
         return (sum(widths) + products, self.features)
 
     @property
+    def projection_fields(self) -> tuple[str, ...]:
+        """Which fields of `Projection` the feature has: none but for "project"."""
+        if self.operation != "project":
+            return ()
+        return Projection._fields if self.use_bias else ("kernel",)
+
+    @property
     def num_params(self) -> int:
         """Parameters in all, tables and projection."""
         count = sum(rows * width for rows, width in self.table_shapes)
@@ -134,11 +142,15 @@ class EmbedConfig:
         """Dtype of the maths and the vectors: `dtype`, by default `param_dtype`."""
         return self.dtype or self.param_dtype
 
+    @property
+    def large_tables(self) -> tuple[bool, ...]:
+        """Whether each table is large: trained by rows, and split by rows over devices."""
+        return tuple(rows >= self.large_table_rows for rows in self.partition.num_rows)
+
     def table_axes(self, table: int) -> tuple[str | None, str | None]:
         """Logical axis names of a table, given its number; small ones are not split by rows."""
         row_axis, feature_axis = self.logical_axes
-        is_large = self.partition.num_rows[table] >= self.large_table_rows
-        return (row_axis if is_large else None, feature_axis)
+        return (row_axis if self.large_tables[table] else None, feature_axis)
 
     @property
     def projection_axes(self) -> Projection:

@@ -1,22 +1,36 @@
-"""The Flax NNX module: holds the arrays of a feature and calls the pure core.
+"""The Flax NNX modules: hold the arrays of features and call the pure core.
 
 The parameters are named as in `qrhash.linen`, whose docstring shows how either module takes
-over the other's.
+over the other's. `value_and_grad` and `Optimizer` stand where those of `flax.nnx` do, for training
+whose cost goes by the batch and not by the tables:
+
+    loss, grads = qrhash.nnx.value_and_grad(loss_fn)(model, batch)
+    optimizer.update(model, grads)          # optimizer = qrhash.nnx.Optimizer(model, tx)
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
 import jax
+import optax
 from flax import nnx
 
+from qrhash import collection
 from qrhash import tables as core
+from qrhash.collection import CollectionConfig
 from qrhash.combine import Projection
 from qrhash.config import EmbedConfig
+from qrhash.optim import apply_updates, touched_rows
+from qrhash.rowgrads import LookedUp, row_grads, zero_offsets
 
 
 class Table(nnx.Param):
-    """A table: an `nnx.Param` of a type of its own, so that a filter can tell tables apart."""
+    """A table: an `nnx.Param` of a type of its own, so that a filter can tell tables apart.
+
+    Its metadata `is_large` says whether it is trained by rows.
+    """
 
 
 class MultiHashEmbed(nnx.Module):
@@ -41,13 +55,15 @@ class MultiHashEmbed(nnx.Module):
         self.config = config
         key = rngs.params()
         for j, table in enumerate(core.init(key, config)):
-            setattr(self, self._table_names[j], _annotated(Table, table, config.table_axes(j)))
+            setattr(
+                self,
+                self._table_names[j],
+                _table(table, config.table_axes(j), config.large_tables[j]),
+            )
         projection = core.init_projection(key, config)
-        if projection is not None:
-            kernel_axes, bias_axes = config.projection_axes
-            self.kernel = _annotated(nnx.Param, projection.kernel, kernel_axes)
-            if projection.bias is not None:
-                self.bias = _annotated(nnx.Param, projection.bias, bias_axes)
+        for field in config.projection_fields:
+            axes = getattr(config.projection_axes, field)
+            setattr(self, field, _annotated(nnx.Param, getattr(projection, field), axes))
 
     @property
     def num_embeddings(self) -> int:
@@ -72,7 +88,7 @@ class MultiHashEmbed(nnx.Module):
     @property
     def tables(self) -> tuple[jax.Array, ...]:
         """The tables' arrays, [rows_j, width_j] each."""
-        return tuple(getattr(self, name)[...] for name in self._table_names)
+        return tuple(getattr(self, name).get_value() for name in self._table_names)
 
     @property
     def _table_names(self) -> tuple[str, ...]:
@@ -81,9 +97,8 @@ class MultiHashEmbed(nnx.Module):
     @property
     def projection(self) -> Projection | None:
         """The dense parameters of operation "project"; None for the others."""
-        if self.config.operation != "project":
-            return None
-        return Projection(self.kernel[...], self.bias[...] if self.config.use_bias else None)
+        fields = self.config.projection_fields
+        return Projection(*(getattr(self, field)[...] for field in fields)) if fields else None
 
     def __call__(self, inputs: chex.Array) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.lookup`.
@@ -108,6 +123,215 @@ class MultiHashEmbed(nnx.Module):
         return core.attend(self.tables, query, self.config, self.projection)
 
 
-def _annotated(variable: type[nnx.Param], value: chex.Array, axes: Any) -> nnx.Param:
+class EmbedCollection(nnx.Module):
+    """Vectors for the ids of many features, from few stacked tables.
+
+    The stacks are attributes of type `Table` named as in `config.stacks`. For operation "project"
+    a feature's `<name>_kernel` and `<name>_bias` are ordinary parameters.
+
+    Args:
+      config: the `CollectionConfig`, or a mapping to make one of.
+      rngs: random number generators; the stream "params" initialises the parameters.
+
+    >>> from qrhash import EmbedConfig, FullTable, QuotientRemainder
+    >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 8)
+    >>> day = EmbedConfig(FullTable(7), 8)
+    >>> embed = EmbedCollection({"item": item, "day": day}, rngs=nnx.Rngs(0))
+    >>> vectors = embed({"item": jax.numpy.array([1, 999_999]), "day": jax.numpy.array([0, 6])})
+    >>> vectors["item"].shape, vectors["day"].shape
+    ((2, 8), (2, 8))
+    """
+
+    def __init__(
+        self, config: CollectionConfig | Mapping[str, EmbedConfig | str], *, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config if isinstance(config, CollectionConfig) else CollectionConfig(config)
+        key = rngs.params()
+        for stack in self.config.stacks:
+            table = collection.init_stack(key, self.config, stack)
+            setattr(self, stack.name, _table(table, stack.axes, stack.is_large))
+        configs = self.config.configs
+        for name, projection in collection.init_projections(key, self.config).items():
+            axes = configs[name].projection_axes
+            for field in configs[name].projection_fields:
+                param = _annotated(nnx.Param, getattr(projection, field), getattr(axes, field))
+                setattr(self, f"{name}_{field}", param)
+
+    def __call__(self, inputs: Mapping[str, chex.Array]) -> dict[str, jax.Array]:
+        """Looks up the vectors of ids; see `qrhash.collection.lookup`.
+
+        Args:
+          inputs: {feature name: integer ids [*shape]}, of any of the features.
+
+        Returns:
+          {feature name: vectors [*shape, features]}.
+        """
+        stacks = {stack.name: self._stack(stack.name).get_value() for stack in self.config.stacks}
+        projections = {
+            name: Projection(
+                *(getattr(self, f"{name}_{field}")[...] for field in config.projection_fields)
+            )
+            for name, config in self.config.owned.items()
+            if config.projection_fields
+        }
+        return collection.lookup(stacks, inputs, self.config, projections)
+
+    @property
+    def tables(self) -> dict[str, tuple[jax.Array, ...]]:
+        """The tables [rows_j, width_j] of each feature that has its own."""
+        stacks = {stack.name: self._stack(stack.name)[...] for stack in self.config.stacks}
+        return collection.unstack(stacks, self.config)
+
+    def set_tables(self, tables: Mapping[str, tuple[chex.Array, ...]]) -> None:
+        """Takes over the tables of each feature, as `tables` gives them."""
+        for name, table in collection.stack(tables, self.config).items():
+            self._stack(name).set_value(table)
+
+    def _stack(self, name: str) -> Table:
+        return getattr(self, name)
+
+
+def value_and_grad(
+    f: Callable[..., Any], *, has_aux: bool = False, wrt: Any = nnx.Param
+) -> Callable[..., Any]:
+    """`nnx.value_and_grad`, in which large tables get `qrhash.RowGrads`.
+
+    Args:
+      f: a function whose first argument is a module (or a tree of modules) and whose result is a
+        scalar. The module's large tables may be looked up any number of times, and used for
+        nothing else.
+      has_aux: whether `f` returns a pair of the scalar and something else.
+      wrt: filter of the variables to differentiate with respect to.
+
+    Returns:
+      A function of the same arguments that returns (value, gradients), or ((value, aux),
+      gradients): an `nnx.State` like that of `nnx.value_and_grad`, in which the value of a large
+      `Table` is a `RowGrads`.
+
+    Raises (the function returned):
+      TypeError: a large table is used for anything but a look-up, or inside another transformation.
+    """
+    is_large = nnx.All(wrt, _is_large)
+
+    def with_offsets(model: Any, offsets: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        tables = _variables(model, is_large)
+        arrays = [table.get_value() for table in tables.values()]
+        reads = [LookedUp(*pair) for pair in zip(arrays, offsets, strict=True)]
+        for table, read in zip(tables.values(), reads, strict=True):
+            table.set_value(read)
+        try:
+            result = f(model, *args, **kwargs)
+        finally:
+            for table, array in zip(tables.values(), arrays, strict=True):
+                table.set_value(array)
+        value, aux = result if has_aux else (result, None)
+        return value, (aux, [read.indices for read in reads])
+
+    gradient = nnx.value_and_grad(
+        with_offsets,
+        argnums=(nnx.DiffState(0, nnx.All(wrt, nnx.Not(_is_large))), 1),
+        has_aux=True,
+    )
+
+    @functools.wraps(f)
+    def differentiated(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        tables = _variables(model, is_large)
+        arrays = [table.get_value() for table in tables.values()]
+        offsets = _zero_offsets(f, is_large, arrays, model, *args, **kwargs)
+        (value, (aux, indices)), (grads, offset_grads) = gradient(model, offsets, *args, **kwargs)
+        table_grads = zip(tables.items(), row_grads(arrays, indices, offset_grads), strict=True)
+        flat = {path: table.replace(grad) for (path, table), grad in table_grads}
+        grads = nnx.merge_state(grads, nnx.from_flat_state(flat))
+        return ((value, aux) if has_aux else value), grads
+
+    return differentiated
+
+
+def _zero_offsets(
+    f: Callable[..., Any], is_large: Any, arrays: list[jax.Array], *args: Any, **kwargs: Any
+) -> list[list[jax.Array]]:
+    """The offsets of all look-ups, found on a copy of the modules."""
+    graph, state = nnx.split((args, kwargs))
+
+    def run(reads: Any) -> None:
+        (model, *others), options = nnx.merge(graph, state, copy=True)
+        for table, read in zip(_variables(model, is_large).values(), reads, strict=True):
+            table.set_value(read)
+        f(model, *others, **options)
+
+    return zero_offsets(run, arrays)
+
+
+def _is_large(path: Any, value: Any) -> bool:
+    return isinstance(value, Table) and value.is_large
+
+
+def _variables(model: Any, wanted: Any) -> dict[Any, nnx.Variable]:
+    """Path -> variable, of a model's own variables that a filter takes."""
+    takes = nnx.filterlib.to_predicate(wanted)
+    return {
+        path: node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable) and takes(path, node)
+    }
+
+
+class Optimizer(nnx.Optimizer):
+    """`nnx.Optimizer` that takes the gradients of `qrhash.nnx.value_and_grad`.
+
+    For updates in place, donate the model and the optimizer to the compiled step:
+    `nnx.jit(step, donate_argnames=("model", "optimizer"))`.
+
+    Args:
+      model: the module.
+      tx: an optax transformation; `qrhash.touched_rows` is applied to it.
+      wrt: filter of the variables to optimize, as given to `value_and_grad`.
+
+    >>> from qrhash import EmbedConfig, QuotientRemainder
+    >>> model = MultiHashEmbed(EmbedConfig(QuotientRemainder(100_000, 4), 8), rngs=nnx.Rngs(0))
+    >>> optimizer = Optimizer(model, optax.adagrad(0.05, initial_accumulator_value=1e-8))
+    >>> ids = jax.numpy.array([1, 2, 99_999])
+    >>> loss, grads = value_and_grad(lambda model: (model(ids) ** 2).sum())(model)
+    >>> grads.table_0.get_value().rows.tolist()
+    [0, 0, 24999]
+    >>> optimizer.update(model, grads)
+    """
+
+    def __init__(
+        self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param
+    ) -> None:
+        super().__init__(model, touched_rows(tx), wrt=wrt)
+
+    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:
+        """Updates the model's parameters and the optimizer's state.
+
+        Args:
+          model: the module.
+          grads: gradients from `value_and_grad`, or from `nnx.value_and_grad`.
+          **kwargs: extra arguments of the transformation.
+        """
+        params = _arrays(nnx.state(model, self.wrt))
+        state = _arrays(self.opt_state)
+        updates, state = self.tx.update(
+            _arrays(nnx.state(grads, self.wrt)), state, params, **kwargs
+        )
+        nnx.update(model, apply_updates(params, updates))
+        nnx.update(self.opt_state, nnx.state(state))
+        self.step[...] += 1
+
+
+def _arrays(tree: Any) -> Any:
+    """The tree with the values of variables in their place."""
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    return jax.tree.map(
+        lambda node: node.get_value() if is_variable(node) else node, tree, is_leaf=is_variable
+    )
+
+
+def _table(value: chex.Array, axes: Any, is_large: bool) -> Table:
+    return _annotated(Table, value, axes, is_large=is_large)
+
+
+def _annotated(variable: type[nnx.Param], value: chex.Array, axes: Any, **metadata: Any) -> Any:
     # Logical names need no mesh until they are mapped to one: hence not placed here and now.
-    return variable(value, out_sharding=axes, eager_sharding=False)
+    return variable(value, out_sharding=axes, eager_sharding=False, **metadata)

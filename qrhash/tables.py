@@ -1,15 +1,17 @@
 """Tables: the pure core. Initialise, gather, look up, attend.
 
 A feature's tables are a tuple of arrays [rows_j, width_j]; the dense parameters of operation
-"project" stay apart from them. A look-up is id -> row numbers -> rows -> vector, and its two
-halves are public (`Partition.indices` and `gather`, then `combine`), because the gathered rows
-are the place to differentiate at where a table is large.
+"project" stay apart from them. A look-up is id -> row numbers -> rows -> vector, and its three
+steps are public (`row_numbers`, `gather`, `vectors`), because the gathered rows are the place to
+differentiate at where a table is large: see `qrhash.rowgrads`.
 """
 
+import abc
 import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -23,6 +25,37 @@ from qrhash.combine import Projection, as_projection, combine
 from qrhash.config import EmbedConfig, Initializer
 
 _INT32_MAX = 2**31 - 1
+
+# Up to this many rows, a one-hot product gives a table's gradient faster than a scatter-add of
+# all the batch's rows onto it, which on an accelerator waits for itself at every duplicate.
+_ONE_HOT_ROWS = {"cpu": 8}
+_ONE_HOT_ROWS_ELSEWHERE = 2048
+_ONE_HOT_ENTRIES = 2**26
+
+
+class Segment(NamedTuple):
+    """Some look-ups, next to each other, that all go to one part of a table.
+
+    Attributes:
+      offset: first row of the part.
+      rows: its number of rows.
+      lookups: number of row numbers.
+    """
+
+    offset: int
+    rows: int
+    lookups: int
+
+
+class RowTable(abc.ABC):
+    """What may stand for a table in a look-up: something to read rows from, and no more."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @abc.abstractmethod
+    def take(self, index: chex.Array, fill_value: float) -> jax.Array:
+        """Rows [*index.shape, width]; those outside the table hold `fill_value`."""
 
 
 def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[jax.Array, ...]:
@@ -82,7 +115,7 @@ def gather(
 
     Args:
       tables: k arrays [rows_j, width_j].
-      indices: k integer arrays [*shape], NumPy or JAX, as `Partition.indices` returns them.
+      indices: k integer arrays [*shape], NumPy or JAX, as `row_numbers` returns them.
         Negative numbers do not count from the end: they are outside the table.
       fill_value: what a row outside the table holds.
 
@@ -96,12 +129,9 @@ def gather(
     >>> gather((jnp.arange(6.0).reshape(3, 2),), (np.array([2, 3]),))[0].tolist()
     [[4.0, 5.0], [nan, nan]]
     """
-    if len(tables) != len(indices):
-        raise ValueError(
-            f"indices must hold one array per table, {len(tables)}, got {len(indices)}."
-        )
+    check_one_index_per_table(tables, indices)
     return tuple(
-        _take(jnp.asarray(table), _device_index(index, table.shape[0]), fill_value)
+        _take(table, device_index(index, table.shape[0]), fill_value)
         for table, index in zip(tables, indices, strict=True)
     )
 
@@ -141,20 +171,60 @@ def lookup(
     chex.assert_shape(
         list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
     )
-    dtype = config.vector_dtype
+    indices = row_numbers(ids, config)
+    rows = gather(tables, indices, fill_value=row_fill_value(config))
+    return vectors(rows, indices, config, projection)
+
+
+def row_numbers(ids: chex.Array, config: EmbedConfig) -> tuple[chex.Array, ...]:
+    """The first step of `lookup`: row numbers of ids, after the config's id policy.
+
+    Args:
+      ids: integers [*shape] of any rank, NumPy or JAX.
+      config: the feature's `EmbedConfig`.
+
+    Returns:
+      k integer arrays [*shape]. An id that has no row, under the policies "nan" and "zero", has the
+      row number `num_rows[j]`, one past the end, in every table.
+
+    Raises:
+      ValueError, TypeError: as `lookup`.
+    """
     ids = _within_vocabulary(as_ids(ids), config)
     indices = config.partition.indices(ids)
-    has_rows = indices[0] < config.partition.num_rows[0]
     if config.id_policy == "raise":
-        _check_ids(ids, has_rows, config)
-    fill_value = _fill_value(config)
-    # A projection shared by all ids must not meet NaN: not even times zero, in a gradient.
-    shared = config.operation == "project"
-    rows = gather(tables, indices, fill_value=0 if shared else fill_value)
-    vectors = combine(
+        _check_ids(ids, indices[0] < config.partition.num_rows[0], config)
+    return indices
+
+
+def vectors(
+    rows: Sequence[chex.Array],
+    indices: Sequence[chex.Array],
+    config: EmbedConfig,
+    projection: Projection | chex.Array | None = None,
+) -> jax.Array:
+    """The last step of `lookup`: gathered rows -> vectors.
+
+    Args:
+      rows: k arrays [*shape, width_j], gathered from the feature's tables.
+      indices: the k arrays [*shape] of row numbers they were gathered by.
+      config: the feature's `EmbedConfig`.
+      projection: for operation "project", as from `init_projection`.
+
+    Returns:
+      Vectors [*shape, features] of `config.vector_dtype`.
+    """
+    dtype = config.vector_dtype
+    if config.operation != "project":
+        has_rows = None
+    else:
+        # A projection shared by all ids must not meet NaN: not even times zero, in a gradient.
+        has_rows = (indices[0] < config.partition.num_rows[0])[..., None]
+        rows = [jnp.where(has_rows, row, 0) for row in rows]
+    combined = combine(
         [row.astype(dtype) for row in rows], config.operation, _cast(projection, dtype)
     )
-    return jnp.where(has_rows[..., None], vectors, fill_value) if shared else vectors
+    return combined if has_rows is None else jnp.where(has_rows, combined, _fill_value(config))
 
 
 def attend(
@@ -190,7 +260,7 @@ def attend(
     if config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
-    indices = map(_device_index, config.partition.indices(ids), config.partition.num_rows)
+    indices = map(device_index, config.partition.indices(ids), config.partition.num_rows)
     logits = (
         _take(jnp.einsum("rf,...f->r...", table.astype(dtype), part), index, _fill_value(config))
         for table, part, index in zip(tables, queries, indices, strict=True)
@@ -231,27 +301,108 @@ def _uniform(
     return jax.random.uniform(key, shape, wide, -limit, limit).astype(dtype)
 
 
+def row_fill_value(config: EmbedConfig) -> float:
+    """What the gathered row of an id without rows holds, for `vectors` to give the right one."""
+    return 0.0 if config.operation == "project" else _fill_value(config)
+
+
 def _fill_value(config: EmbedConfig) -> float:
     """What the vector of an id without rows holds."""
     return 0.0 if config.id_policy == "zero" else jnp.nan
 
 
-def _take(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
-    sharding = jax.typeof(table).sharding
-    out_sharding = None
-    if not sharding.mesh.empty and sharding.mesh.are_all_axes_explicit:
-        # Rows are laid out over the mesh as their ids are.
-        spec = PartitionSpec(*jax.typeof(index).sharding.spec, *sharding.spec[1:])
-        out_sharding = NamedSharding(sharding.mesh, spec)
+def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> None:
+    """Raises a ValueError unless there is one array of row numbers for each table."""
+    if len(tables) != len(indices):
+        raise ValueError(
+            f"indices must hold one array per table, {len(tables)}, got {len(indices)}."
+        )
+
+
+def _take(table: chex.Array | RowTable, index: jax.Array, fill_value: float) -> jax.Array:
+    segment = Segment(0, table.shape[0], index.size)
+    return take_segments(table, index, (segment,), fill_value)
+
+
+def take_segments(
+    table: chex.Array | RowTable, index: jax.Array, segments: tuple[Segment, ...], fill_value: float
+) -> jax.Array:
+    """Gathers rows [*index.shape, width] of a table that is a stack of others.
+
+    `segments` say which look-ups, in the order of the index, go to which part of the table. The
+    gradient of a part of few rows is then a product with one-hot rows.
+    """
+    if isinstance(table, RowTable):
+        return table.take(index, fill_value)
+    table = jnp.asarray(table)
+    if not any(map(_is_for_one_hot, segments)) or _out_sharding(table, index) is not None:
+        return _take_from_large(table, index, fill_value)
+    return _take_from_small(segments, fill_value, table, index)
+
+
+def _take_from_large(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
     return table.at[index].get(
         mode="fill",
         fill_value=fill_value,
         wrap_negative_indices=False,
-        out_sharding=out_sharding,
+        out_sharding=_out_sharding(table, index),
     )
 
 
-def _device_index(index: chex.Array, rows: int) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _take_from_small(
+    segments: tuple[Segment, ...], fill_value: float, table: jax.Array, index: jax.Array
+) -> jax.Array:
+    del segments  # Of concern to the derivative alone.
+    return _take_from_large(table, index, fill_value)
+
+
+@_take_from_small.defjvp
+def _take_from_small_jvp(
+    segments: tuple[Segment, ...],
+    fill_value: float,
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """The derivative, in a form whose transpose is the table's gradient."""
+    (table, index), (table_dot, _) = primals, tangents
+    flat = index.reshape(-1)
+    ends = np.cumsum([segment.lookups for segment in segments])
+    parts = []
+    for segment, end in zip(segments, ends.tolist(), strict=True):
+        rows = flat[end - segment.lookups : end]
+        if not _is_for_one_hot(segment):
+            parts.append(_take_from_large(table_dot, rows, 0.0))
+            continue
+        of_segment = table_dot[segment.offset : segment.offset + segment.rows]
+        one_hot = jax.nn.one_hot(rows - segment.offset, segment.rows, axis=0, dtype=table.dtype)
+        parts.append(
+            jnp.einsum("rn,rf->nf", one_hot, of_segment, precision=jax.lax.Precision.HIGHEST)
+        )
+    rows_dot = jnp.concatenate(parts).reshape(*index.shape, table.shape[1])
+    # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
+    in_table = (index >= 0) & (index < table.shape[0])
+    return (
+        _take_from_large(table, index, fill_value),
+        jnp.where(in_table[..., None], rows_dot, 0),
+    )
+
+
+def _is_for_one_hot(segment: Segment) -> bool:
+    most = _ONE_HOT_ROWS.get(jax.default_backend(), _ONE_HOT_ROWS_ELSEWHERE)
+    return segment.rows <= most and segment.rows * segment.lookups <= _ONE_HOT_ENTRIES
+
+
+def _out_sharding(table: jax.Array, index: jax.Array) -> NamedSharding | None:
+    """On a mesh of explicit axes, that of rows: laid out as their ids are."""
+    sharding = jax.typeof(table).sharding
+    if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
+        return None
+    spec = PartitionSpec(*jax.typeof(index).sharding.spec, *sharding.spec[1:])
+    return NamedSharding(sharding.mesh, spec)
+
+
+def device_index(index: chex.Array, rows: int) -> jax.Array:
     """Row numbers for the device; from the host they are 64 bits wide and must not wrap."""
     index = as_ids(index)
     if not isinstance(index, np.ndarray):

@@ -18,8 +18,11 @@ ROOMS = {
     "combine": {"jax", "chex"},
     "config": {"jax", "numpy"},
     "tables": {"jax", "chex", "numpy"},
+    "collection": {"jax", "chex", "numpy"},
+    "rowgrads": {"jax", "chex"},
+    "optim": {"jax", "chex", "optax"},
     "linen": {"jax", "chex", "flax"},
-    "nnx": {"jax", "chex", "flax"},
+    "nnx": {"jax", "chex", "flax", "optax"},
     "deeprec": {"jax", "chex", "flax"},
     "ctr": {
         *("jax", "chex", "flax", "optax", "numpy"),
@@ -100,5 +103,6 @@ def test_the_flax_modules_are_attributes_loaded_on_first_use():
 def test_public_names_hold():
     names = "FullTable HashTrick QuotientRemainder MixedRadix ChineseRemainder EmbedConfig combine"
     names += " DeepRecQuotientRemainder init gather lookup linen nnx deeprec"
+    names += " RowGrads touched_rows apply_updates"
     assert set(names.split()) <= set(qrhash.__all__)
     assert all(hasattr(qrhash, name) for name in qrhash.__all__)

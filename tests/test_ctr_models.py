@@ -15,7 +15,10 @@ from qrhash.ctr.pipeline import Batch
 from qrhash.ctr.settings import Settings
 from qrhash.nnx import Table
 
-CONFIGS = [EmbedConfig(FullTable(9), 4), EmbedConfig(QuotientRemainder(20, 4), 4)]
+CONFIGS = {
+    "C1": EmbedConfig(FullTable(9), 4),
+    "C2": EmbedConfig(QuotientRemainder(20, 4), 4, large_table_rows=5),
+}
 STANDARD_PROMOTION = True  # optax.adam needs it
 
 SETTINGS = Settings(features=4, bottom_mlp="8", top_mlp="8-6", deep_mlp="8-6", cross_layers=2)
@@ -51,8 +54,8 @@ def _mlp(mlp, x):
 
 
 def _vectors(model, ids):
-    first, second = model.embeddings.columns
-    (table,), (quotient, remainder) = first.tables, second.tables
+    tables = model.embeddings.columns.tables
+    (table,), (quotient, remainder) = tables["C1"], tables["C2"]
     table, quotient, remainder = map(np.asarray, (table, quotient, remainder))
     return [table[ids[0]], quotient[ids[1] // 4] * remainder[ids[1] % 4]]
 
@@ -85,13 +88,15 @@ def test_models_equal_their_definition(name, kind, oracle, rng):
 
 @pytest.mark.parametrize("name", ["dlrm", "dcn"])
 def test_a_model_without_embeddings(name, rng):
-    model = _model(name, [], rng)
+    model = _model(name, {}, rng)
     assert model(np.ones((3, 13), np.float32), np.zeros((3, 0), np.int32)).shape == (3,)
 
 
-def test_tables_learn_by_adagrad_and_the_rest_by_adam(rng):
+@pytest.mark.parametrize("dense_updates", [False, True])
+def test_tables_learn_by_adagrad_and_the_rest_by_adam(dense_updates, rng):
     """A step on a padded batch is a step of each optimizer on its own, on the real rows."""
-    learner = Learner(lambda: build_model(SETTINGS, CONFIGS), SETTINGS, num_steps=60)
+    settings = dataclasses.replace(SETTINGS, dense_updates=dense_updates)
+    learner = Learner(lambda: build_model(settings, CONFIGS), settings, num_steps=60)
     start = jax.tree.map(np.array, learner.params)
     padded = _batch(rng, padding=5)
     batch = Batch(*(column[:11] for column in padded))

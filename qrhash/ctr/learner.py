@@ -1,10 +1,11 @@
 """Parameters, optimizers and the compiled step.
 
 The model is split once into its structure and two groups of parameters; a step is a pure
-function of them. Tables learn by Adagrad. With a mean loss the squared gradients of a row are
-near 1e-8, hence the tiny initial accumulator: the usual 0.1 would freeze the tables. All other
-parameters learn by Adam, at a rate that falls linearly to zero: the noise of the last batches
-then averages out.
+function of them. Its cost goes by the batch: large tables are differentiated and updated by the
+rows touched, unless `settings.dense_updates`. Tables learn by Adagrad. With a mean loss the
+squared gradients of a row are near 1e-8, hence the tiny initial accumulator: the usual 0.1 would
+freeze the tables. All other parameters learn by Adam, at a rate that falls linearly to zero: the
+noise of the last batches then averages out.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from qrhash import apply_updates, touched_rows, value_and_grad
 from qrhash.ctr.pipeline import Batch
 from qrhash.ctr.settings import Settings
 from qrhash.nnx import Table
@@ -36,15 +38,22 @@ class Learner:
         graph = nnx.split(nnx.eval_shape(build), Table, ...)[0]
         tables, dense = jax.jit(lambda: nnx.split(build(), Table, ...)[1:])()
         groups = {"tables": "tables", "dense": "dense"}
-        optimizer = optax.partition(
-            {
-                "tables": optax.adagrad(
-                    settings.table_lr, initial_accumulator_value=settings.table_accumulator
-                ),
-                "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
-            },
-            groups,
+        optimizer = touched_rows(
+            optax.partition(
+                {
+                    "tables": optax.adagrad(
+                        settings.table_lr, initial_accumulator_value=settings.table_accumulator
+                    ),
+                    "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
+                },
+                groups,
+            )
         )
+        by_rows: dict[str, Any] = {"tables": False, "dense": False}
+        if not settings.dense_updates:
+            by_rows["tables"] = nnx.map_state(
+                lambda _, table: table.replace(table.is_large), tables
+            )
         self.params: dict[str, Any] = {"tables": tables, "dense": dense}
         self._state = optimizer.init(self.params)
 
@@ -56,10 +65,12 @@ class Learner:
             losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)
             return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights), logits
 
+        loss_and_gradients = value_and_grad(loss, by_rows, has_aux=True)
+
         def step(params: dict[str, Any], state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
-            gradients, logits = jax.grad(loss, has_aux=True)(params, batch)
+            (_, logits), gradients = loss_and_gradients(params, batch)
             updates, state = optimizer.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state, logits
+            return apply_updates(params, updates), state, logits
 
         self._step = jax.jit(step, donate_argnums=(0, 1))
         self._logits = jax.jit(logits_of)

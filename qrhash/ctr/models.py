@@ -7,7 +7,7 @@ maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import chex
 import jax
@@ -17,7 +17,7 @@ from flax import nnx
 from qrhash import EmbedConfig
 from qrhash.ctr.block import INTEGERS
 from qrhash.ctr.settings import Settings, widths
-from qrhash.nnx import MultiHashEmbed
+from qrhash.nnx import EmbedCollection
 
 
 class MLP(nnx.Module):
@@ -34,22 +34,24 @@ class MLP(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """One embedding for each column."""
+    """One embedding for each column, all of them in few stacked tables."""
 
-    def __init__(self, configs: Sequence[EmbedConfig], *, rngs: nnx.Rngs) -> None:
-        self.columns = nnx.List(MultiHashEmbed(config, rngs=rngs) for config in configs)
+    def __init__(self, configs: Mapping[str, EmbedConfig], *, rngs: nnx.Rngs) -> None:
+        self.names = tuple(configs)
+        self.columns = EmbedCollection(configs, rngs=rngs)
 
     def __call__(self, ids: jax.Array) -> list[jax.Array]:
         """Ids [batch, columns] -> one [batch, features] for each column."""
-        chex.assert_shape(ids, (None, len(self.columns)))
-        return [embed(ids[:, j]) for j, embed in enumerate(self.columns)]
+        chex.assert_shape(ids, (None, len(self.names)))
+        vectors = self.columns({name: ids[:, j] for j, name in enumerate(self.names)})
+        return [vectors[name] for name in self.names]
 
 
 class DLRM(nnx.Module):
     """The deep learning recommendation model.
 
     Args:
-      configs: one for each categorical column, all `features` wide.
+      configs: of the categorical columns, by name, all `features` wide.
       features: width of the vectors, and of what the bottom MLP makes of the integers.
       bottom: hidden widths of the bottom MLP.
       top: hidden widths of the top MLP.
@@ -58,7 +60,7 @@ class DLRM(nnx.Module):
 
     def __init__(
         self,
-        configs: Sequence[EmbedConfig],
+        configs: Mapping[str, EmbedConfig],
         *,
         features: int,
         bottom: Sequence[int],
@@ -85,7 +87,7 @@ class DCN(nnx.Module):
     """The deep and cross network, version 2, with full matrices.
 
     Args:
-      configs: one for each categorical column.
+      configs: of the categorical columns, by name.
       cross_layers: number of cross layers.
       deep: hidden widths of the MLP beside them.
       rngs: random number generators.
@@ -93,13 +95,13 @@ class DCN(nnx.Module):
 
     def __init__(
         self,
-        configs: Sequence[EmbedConfig],
+        configs: Mapping[str, EmbedConfig],
         *,
         cross_layers: int,
         deep: Sequence[int],
         rngs: nnx.Rngs,
     ) -> None:
-        inputs = len(INTEGERS) + sum(config.features for config in configs)
+        inputs = len(INTEGERS) + sum(config.features for config in configs.values())
         deep_sizes = (inputs, *deep)
         self.embeddings = Embeddings(configs, rngs=rngs)
         self.cross = nnx.List(nnx.Linear(inputs, inputs, rngs=rngs) for _ in range(cross_layers))
@@ -115,7 +117,7 @@ class DCN(nnx.Module):
         return self.logit(jnp.concatenate([x, self.deep(x0)], axis=1))[:, 0]
 
 
-def build_model(settings: Settings, configs: Sequence[EmbedConfig]) -> DLRM | DCN:
+def build_model(settings: Settings, configs: Mapping[str, EmbedConfig]) -> DLRM | DCN:
     """The model the settings name, with the embeddings of `configs`."""
     rngs = nnx.Rngs(settings.seed)
     if settings.model == "dcn":

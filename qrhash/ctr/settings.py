@@ -156,6 +156,10 @@ class Settings(_ColumnOptions):
         float,
         _training("Adagrad's initial accumulator: 0.1 would freeze the tables.", least=0),
     ] = 1e-8
+    dense_updates: Annotated[
+        bool,
+        _training("Update whole tables at every step, not only the rows that the batch touches."),
+    ] = False
     dense_lr: Annotated[float, _training("Adam's first learning rate, all else.", least=0)] = 1e-3
     seed: Annotated[
         int,

@@ -91,7 +91,7 @@ def fit(settings: Settings, display: Display, record: Record) -> Summary:
     data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
     display.phase("building the model", split)
     learner = Learner(
-        lambda: build_model(settings, list(configs.values())),
+        lambda: build_model(settings, configs),
         settings,
         num_steps=settings.epochs * ceil_div(split, settings.batch_size),
     )

@@ -1,0 +1,374 @@
+"""Collections: many features in few stacked tables.
+
+A model of clicks has dozens of features, each with small tables of its own. One after another
+they are dozens of small gathers and updates; put on top of each other, all tables of one width,
+dtype and kind (large and trained by rows, or small and dense) are one table, from which all
+features of a batch are gathered, differentiated and updated together. Which rows of the stack are
+a feature's own is known when the config is built; exports still speak of features and tables.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qrhash import tables as core
+from qrhash.combine import Projection
+from qrhash.config import EmbedConfig
+
+_INT32_MAX = 2**31 - 1
+
+
+class Place(NamedTuple):
+    """Where a table of a feature stands.
+
+    Attributes:
+      feature: name of the feature.
+      table: number of the table among the feature's.
+      offset: its first row in the stack.
+      rows: its number of rows.
+    """
+
+    feature: str
+    table: int
+    offset: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A table made of other tables, on top of each other.
+
+    Attributes:
+      name: "large_" or "small_", width and dtype, such as "large_16_float32".
+      is_large: whether it is trained by rows: what `qrhash.value_and_grad` asks for.
+      width: width of its rows.
+      dtype: of its entries.
+      axes: logical axis names of rows and features.
+      places: the tables in it, from the first row on.
+    """
+
+    name: str
+    is_large: bool
+    width: int
+    dtype: np.dtype
+    axes: tuple[str | None, str | None]
+    places: tuple[Place, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, width]."""
+        return (self.places[-1].offset + self.places[-1].rows, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectionConfig:
+    """The embeddings of many features.
+
+    Attributes:
+      features: feature name -> its `EmbedConfig`, or the name of another feature, whose tables and
+        projection it then shares. A mapping, kept as a tuple of pairs.
+
+    Raises:
+      ValueError: a feature shares with one that is not there, or that itself shares; or tables of
+        one stack differ in their logical axes.
+
+    >>> from qrhash.partitions import FullTable, QuotientRemainder
+    >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 16)
+    >>> day = EmbedConfig(FullTable(7), 16)
+    >>> config = CollectionConfig({"item": item, "last_item": "item", "day": day})
+    >>> [(stack.name, stack.shape) for stack in config.stacks]
+    [('large_16_float32', (250000, 16)), ('small_16_float32', (11, 16))]
+    """
+
+    features: Any
+
+    def __post_init__(self) -> None:
+        pairs = self.features.items() if isinstance(self.features, Mapping) else self.features
+        features = dict(pairs)
+        for name, value in features.items():
+            if not isinstance(name, str):
+                raise ValueError(f"features must have names, got {name!r}.")
+            shared = features.get(value) if isinstance(value, str) else value
+            if not isinstance(shared, EmbedConfig):
+                raise ValueError(
+                    f"features[{name!r}] must be an EmbedConfig or the name of a feature that has "
+                    f"one, got {value!r}."
+                )
+        object.__setattr__(self, "features", tuple(features.items()))
+        object.__setattr__(self, "_stacks", tuple(_stacks(self.owned)))
+
+    @property
+    def owned(self) -> dict[str, EmbedConfig]:
+        """Feature name -> config, of the features that have tables of their own."""
+        return {name: value for name, value in self.features if isinstance(value, EmbedConfig)}
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Feature name -> name of the feature whose tables it uses: its own, or shared."""
+        return {name: value if isinstance(value, str) else name for name, value in self.features}
+
+    @property
+    def configs(self) -> dict[str, EmbedConfig]:
+        """Feature name -> config, of every feature."""
+        owned = self.owned
+        return {name: owned[owner] for name, owner in self.owners.items()}
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacked tables: one per width, dtype and kind."""
+        return self._stacks  # type: ignore[attr-defined]
+
+    @property
+    def large_tables(self) -> dict[str, bool]:
+        """Stack name -> whether it is trained by rows: `by_rows` of `qrhash.value_and_grad`."""
+        return {stack.name: stack.is_large for stack in self.stacks}
+
+    @property
+    def num_params(self) -> int:
+        """Parameters in all, tables and projections."""
+        return sum(config.num_params for config in self.owned.values())
+
+
+def init(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, jax.Array]:
+    """Creates the stacked tables: those that `qrhash.init` gives for each feature, stacked.
+
+    Args:
+      key: a JAX random key.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {stack name: array [rows, width]}.
+    """
+    return {stack.name: init_stack(key, config, stack) for stack in config.stacks}
+
+
+def init_stack(key: chex.PRNGKey, config: CollectionConfig, stack: Stack) -> jax.Array:
+    """Creates one stack; part by part into its place, so that the parts never exist twice."""
+    owned, keys = config.owned, _feature_keys(key, config)
+
+    def part(place: Place) -> jax.Array:
+        table_keys = jax.random.split(keys[place.feature], owned[place.feature].num_tables)
+        return core.init_table(table_keys[place.table], owned[place.feature], place.table)
+
+    if len(stack.places) == 1:
+        return part(stack.places[0])
+    table = jnp.empty(stack.shape, stack.dtype)
+    for place in stack.places:
+        table = _put(table, part(place), place.offset)
+    return table
+
+
+def init_projections(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Projection]:
+    """Creates the dense parameters of the features with operation "project".
+
+    Args:
+      key: a JAX random key; may be the one given to `init`.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {feature name: Projection}, of the features that have tables of their own.
+    """
+    keys = _feature_keys(key, config)
+    projections = {
+        name: core.init_projection(keys[name], owned) for name, owned in config.owned.items()
+    }
+    return {name: made for name, made in projections.items() if made is not None}
+
+
+def lookup(
+    stacks: Mapping[str, Any],
+    ids: Mapping[str, chex.Array],
+    config: CollectionConfig,
+    projections: Mapping[str, Projection] | None = None,
+) -> dict[str, jax.Array]:
+    """Looks up the vectors of many features, with one gather for each stack.
+
+    Args:
+      stacks: {stack name: array [rows, width]}, as from `init`.
+      ids: {feature name: integers [*shape]}, of any of the features, each of any shape.
+      config: the `CollectionConfig`.
+      projections: as from `init_projections`, where there are any.
+
+    Returns:
+      {feature name: vectors [*shape, features]}, equal to those of `qrhash.lookup` on the
+      feature's own tables.
+
+    Raises:
+      ValueError: ids of a feature that is not in the collection.
+      ValueError, TypeError: as `qrhash.lookup`.
+
+    >>> from qrhash.partitions import QuotientRemainder
+    >>> config = CollectionConfig({"item": EmbedConfig(QuotientRemainder(1000, 4), 8)})
+    >>> stacks = init(jax.random.key(0), config)
+    >>> lookup(stacks, {"item": jnp.array([[1, 2, 3]])}, config)["item"].shape
+    (1, 3, 8)
+    """
+    configs, owners = config.configs, config.owners
+    unknown = [name for name in ids if name not in configs]
+    if unknown:
+        raise ValueError(
+            f"ids must be of features of the collection, {', '.join(configs)}, got {unknown[0]!r}."
+        )
+    indices = {name: core.row_numbers(of_name, configs[name]) for name, of_name in ids.items()}
+    rows: dict[tuple[str, int], jax.Array] = {}
+    for stack in config.stacks:
+        reads = [
+            _Read(name, place, core.device_index(indices[name][place.table], place.rows))
+            for place in stack.places
+            for name in indices
+            if owners[name] == place.feature
+        ]
+        fills = {name: core.row_fill_value(configs[name]) for name, *_ in reads}
+        for read, taken in _take(stack, stacks[stack.name], reads, fills):
+            rows[read.feature, read.place.table] = taken
+    return {
+        name: core.vectors(
+            [rows[name, j] for j in range(configs[name].num_tables)],
+            indices[name],
+            configs[name],
+            (projections or {}).get(owners[name]),
+        )
+        for name in ids
+    }
+
+
+def unstack(
+    stacks: Mapping[str, chex.Array], config: CollectionConfig
+) -> dict[str, tuple[chex.Array, ...]]:
+    """The tables of each feature.
+
+    Args:
+      stacks: {stack name: array [rows, ...]}: stacked tables, or optimizer state laid out as they
+        are.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {feature name: k arrays [rows_j, ...]}, of the features that have tables of their own.
+    """
+    parts = {
+        (place.feature, place.table): stacks[stack.name][place.offset : place.offset + place.rows]
+        for stack in config.stacks
+        for place in stack.places
+    }
+    return {
+        name: tuple(parts[name, j] for j in range(owned.num_tables))
+        for name, owned in config.owned.items()
+    }
+
+
+def stack(
+    tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig
+) -> dict[str, jax.Array]:
+    """The stacks of the features' tables: the inverse of `unstack`.
+
+    Args:
+      tables: {feature name: k arrays [rows_j, ...]}, of all features that have tables of their own.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {stack name: array [rows, ...]}.
+
+    Raises:
+      ValueError: a feature is missing, or a table has another number of rows.
+    """
+    for name, owned in config.owned.items():
+        got = tuple(table.shape[0] for table in tables.get(name, ()))
+        if got != owned.partition.num_rows:
+            raise ValueError(
+                f"tables[{name!r}] must have {owned.partition.num_rows} rows, got {got}."
+            )
+    return {
+        each.name: jnp.concatenate([tables[place.feature][place.table] for place in each.places])
+        for each in config.stacks
+    }
+
+
+class _Read(NamedTuple):
+    feature: str
+    place: Place
+    row_numbers: jax.Array
+
+
+def _take(
+    stack: Stack, table: Any, reads: list[_Read], fills: Mapping[str, float]
+) -> Iterator[tuple[_Read, jax.Array]]:
+    """One gather for all reads of a stack; rows for each of them."""
+    if not reads:
+        return
+    num_rows = stack.shape[0]
+    dtype = jnp.int32 if num_rows <= _INT32_MAX else jnp.int64
+
+    def in_stack(read: _Read) -> jax.Array:
+        index = read.row_numbers.reshape(-1).astype(dtype)
+        has_row = (index >= 0) & (index < read.place.rows)
+        return jnp.where(has_row, index + read.place.offset, num_rows)
+
+    segments = tuple(
+        core.Segment(read.place.offset, read.place.rows, read.row_numbers.size) for read in reads
+    )
+    fill_value = 0.0 if 0.0 in fills.values() else jnp.nan
+    flat = jnp.concatenate([in_stack(read) for read in reads])
+    rows = core.take_segments(table, flat, segments, fill_value)
+    ends = np.cumsum([segment.lookups for segment in segments]).tolist()
+    for read, end in zip(reads, ends, strict=True):
+        taken = rows[end - read.row_numbers.size : end].reshape(
+            *read.row_numbers.shape, stack.width
+        )
+        if fill_value == 0 and fills[read.feature] != 0:
+            has_row = (read.row_numbers >= 0) & (read.row_numbers < read.place.rows)
+            taken = jnp.where(has_row[..., None], taken, fills[read.feature])
+        yield read, taken
+
+
+def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
+    groups: dict[str, list[tuple[str, int]]] = {}
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, config in owned.items():
+        for j, (rows, width) in enumerate(config.table_shapes):
+            kind = "large" if config.large_tables[j] else "small"
+            key = base = f"{kind}_{width}_{config.param_dtype.name}"
+            # Row numbers are 32 bits wide: what grows beyond that starts another stack.
+            for count in itertools.count(2):
+                if not sizes[key] or sizes[key] + rows <= _INT32_MAX:
+                    break
+                key = f"{base}_{count}"
+            groups.setdefault(key, []).append((name, j))
+            sizes[key] += rows
+    for key, members in sorted(groups.items()):
+        first, j = members[0]
+        axes = {owned[name].table_axes(i) for name, i in members}
+        if len(axes) > 1:
+            raise ValueError(
+                f"logical_axes must agree for the tables of one stack, {key}, got "
+                f"{' and '.join(map(str, sorted(axes, key=str)))}."
+            )
+        places, offset = [], 0
+        for name, i in members:
+            places.append(Place(name, i, offset, owned[name].partition.num_rows[i]))
+            offset += places[-1].rows
+        yield Stack(
+            name=key,
+            is_large=owned[first].large_tables[j],
+            width=owned[first].table_shapes[j][1],
+            dtype=owned[first].param_dtype,
+            axes=axes.pop(),
+            places=tuple(places),
+        )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(table: jax.Array, part: jax.Array, offset: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(table, part, offset, axis=0)
+
+
+def _feature_keys(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, chex.PRNGKey]:
+    owned = config.owned
+    return dict(zip(owned, jax.random.split(key, len(owned)), strict=True))

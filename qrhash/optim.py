@@ -1,0 +1,307 @@
+"""Optimizers on the touched rows alone.
+
+For Adagrad and for plain SGD a zero gradient changes nothing, neither the row nor its state. So
+it is exactly the dense optimizer, not an approximation, to gather the state of the rows that a
+batch touched, run the transformation on these, and scatter the state back. `touched_rows` does
+that with any optax transformation that treats rows alone; the cost of a step then depends on the
+batch and no more on the table.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from qrhash.rowgrads import RowGrads, add_to_rows, is_row_grads, take_rows
+
+# (initial accumulator, eps, whether eps stands inside the root)
+_CONVENTIONS = {
+    "optax": (0.1, 1e-7, True),
+    "torch": (0.0, 1e-10, False),
+    "tensorflow": (0.1, 0.0, True),
+    "fbgemm": (0.0, 1e-8, False),
+}
+
+
+def touched_rows(
+    tx: optax.GradientTransformation, *, merge_method: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation take `RowGrads` for tables, and ordinary gradients elsewhere.
+
+    Duplicates are merged, the state of the rows touched is gathered, `tx` runs on arrays [m, width]
+    in place of the tables, and the state is scattered back. What `tx` sees are gradients, so that
+    anything that optax can chain may stand in it: clipping by the global norm (that of the dense
+    gradients), schedules, `inject_hyperparams`, weight decay, `partition`, `masked`.
+
+    Equal to `tx` on dense gradients where a zero gradient leaves a row and its state alone: SGD,
+    Adagrad, row-wise Adagrad, RMS clipping by the global norm. Otherwise it is the *lazy* variant:
+
+    * momentum, Adam, AMSGrad: a row's moments decay, and the row moves on, only in the steps that
+      touch it. Bias correction counts all steps.
+    * weight decay: only the rows touched decay.
+    * transformations over whole tables (a table's own norm, as in LARS or LAMB) see the rows
+      touched as if they were the table; those that accumulate over steps (`optax.MultiSteps`)
+      release only the rows of the last step: add up `RowGrads` instead.
+
+    Args:
+      tx: any optax transformation that keeps, for a table, state of one entry or one row per row.
+      merge_method: how duplicates are merged, see `RowGrads.merge`.
+
+    Returns:
+      A transformation whose `init` is that of `tx`: the state is the same for dense gradients and
+      for `RowGrads`, and `update` takes either at any step.
+
+    Raises (by `update`):
+      ValueError: `tx` keeps state for a table that does not go by rows (as Adafactor's columns).
+
+    >>> tx = touched_rows(adagrad(0.1))
+    >>> table = jnp.ones((1000, 2))
+    >>> grads = RowGrads(jnp.array([7, 7]), jnp.ones((2, 2)), num_rows=1000)
+    >>> updates, state = tx.update(grads, tx.init(table), table)
+    >>> print(apply_updates(table, updates)[6:8].round(3))
+    [[1.    1.   ]
+     [0.901 0.901]]
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        tables: list[_Touched] = []
+
+        def touch(grad: Any) -> Any:
+            if not is_row_grads(grad):
+                return grad
+            tables.append(_Touched(grad.merge(merge_method)))
+            return tables[-1]
+
+        def at_tables(function: Callable[[_Touched, Any], Any], tree: Any) -> Any:
+            return jax.tree.map(
+                lambda grad, leaf: function(grad, leaf) if isinstance(grad, _Touched) else leaf,
+                touched,
+                tree,
+            )
+
+        touched = jax.tree.map(touch, grads, is_leaf=is_row_grads)
+        if not tables:
+            return tx.update(grads, state, params, **extra_args)
+        owners = [None if owner is None else tables[owner] for owner in _owners(tx, grads)]
+        state_of_rows = _at_owned(lambda table, leaf: table.read(leaf), owners, state)
+        params_of_rows = None if params is None else at_tables(_Touched.read, params)
+        values = jax.tree.map(lambda g: g.values if isinstance(g, _Touched) else g, touched)
+        updates, new_state = tx.update(values, state_of_rows, params_of_rows, **extra_args)
+        state = _at_owned(lambda table, leaf, new: table.write(leaf, new), owners, state, new_state)
+        return at_tables(_Touched.as_grads, updates), state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+class _Touched:
+    """The rows of one table that are touched in one update; every read is ordered."""
+
+    def __init__(self, merged: RowGrads) -> None:
+        self.values = merged.values
+        self._rows = merged.rows
+        self._num_rows = merged.num_rows
+
+    def read(self, array: chex.Array) -> jax.Array:
+        """The rows [m, ...] of a table, or of state that goes by its rows."""
+        (values,), (self._rows,) = take_rows((array,), (self._rows,), fill_value=0.0)
+        return values
+
+    def write(self, array: chex.Array, values: chex.Array) -> jax.Array:
+        """The array with these rows in place of the old ones."""
+        return array.at[self._rows].set(
+            values.astype(array.dtype),
+            mode="drop",
+            wrap_negative_indices=False,
+            unique_indices=True,
+        )
+
+    def as_grads(self, values: chex.Array) -> RowGrads:
+        """Updates [m, width] of the rows."""
+        return RowGrads(self._rows, values, self._num_rows, is_merged=True)
+
+
+def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
+    """For each leaf of the state, which table's rows it goes by, if any.
+
+    A leaf goes by the rows of a table if it grows with the table: seen on shapes alone.
+    """
+
+    def state_shapes(more_rows: int, more_width: int) -> list[tuple[int, ...]]:
+        count = iter(range(1, len(jax.tree.leaves(grads)) + 1))
+
+        def abstract(grad: Any) -> jax.ShapeDtypeStruct:
+            shape = jnp.shape(grad)
+            if is_row_grads(grad):
+                shape = (shape[0] + more_rows * next(count), *(n + more_width for n in shape[1:]))
+            return jax.ShapeDtypeStruct(shape, grad.dtype)
+
+        shapes = jax.tree.map(abstract, grads, is_leaf=is_row_grads)
+        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(tx.init, shapes))]
+
+    owners: list[int | None] = []
+    for shape, longer, wider in zip(
+        state_shapes(0, 0), state_shapes(1, 0), state_shapes(0, 1), strict=True
+    ):
+        by_rows = longer != shape
+        if (by_rows and longer[1:] != shape[1:]) or (not by_rows and wider != shape):
+            raise ValueError(
+                f"touched_rows needs state of one entry or one row per row of a table, but this "
+                f"transformation keeps an array of shape {shape} for one: train the table densely."
+            )
+        owners.append(longer[0] - shape[0] - 1 if by_rows else None)
+    return owners
+
+
+def _at_owned(
+    function: Callable[..., Any], owners: Sequence[_Touched | None], state: Any, *others: Any
+) -> Any:
+    """Applies a function to the leaves that go by a table's rows; the others are the last's."""
+    leaves, tree = jax.tree.flatten(state)
+    columns = [leaves, *(jax.tree.leaves(other) for other in others)]
+    return jax.tree.unflatten(
+        tree,
+        [
+            each[-1] if owner is None else function(owner, *each)
+            for owner, *each in zip(owners, *columns, strict=True)
+        ],
+    )
+
+
+def adagrad(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    convention: str = "optax",
+    initial_accumulator_value: float | None = None,
+    eps: float | None = None,
+) -> optax.GradientTransformation:
+    """Adagrad, with one accumulator per entry, as several libraries define it.
+
+        a <- a + g**2,    w <- w - learning_rate * g / sqrt(a + eps)       or  / (sqrt(a) + eps)
+
+    Args:
+      learning_rate: a number or a schedule.
+      convention: whose defaults, and where eps stands:
+        "optax": a starts at 0.1, eps 1e-7 inside the root;
+        "torch": at 0, eps 1e-10 outside (`torch.optim.Adagrad`);
+        "tensorflow": at 0.1, no eps (`tf.compat.v1.train.AdagradOptimizer`, DeepRec);
+        "fbgemm": at 0, eps 1e-8 outside (EXACT_ADAGRAD).
+      initial_accumulator_value: where a starts, instead. With a mean loss the squared gradients of
+        a row are near 1e-8, and 0.1 all but freezes the tables.
+      eps: instead of the convention's.
+
+    Returns:
+      An optax transformation, for dense gradients, or inside `touched_rows`. Its accumulators are
+      of the parameters' dtype, but float32 at least.
+
+    Raises:
+      ValueError: an unknown convention.
+
+    Source: Duchi et al. 2011, "Adaptive Subgradient Methods".
+    """
+    scale = _scale_by_accumulated(convention, initial_accumulator_value, eps, per_row=False)
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+
+
+def rowwise_adagrad(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    convention: str = "optax",
+    initial_accumulator_value: float | None = None,
+    eps: float | None = None,
+) -> optax.GradientTransformation:
+    """Adagrad with one accumulator per row, of the mean of the row's squared gradients.
+
+    The state is as many times smaller as a row is wide. An array of parameters [..., width] has
+    accumulators [...].
+
+    Args:
+      learning_rate: a number or a schedule.
+      convention: as for `adagrad`; "fbgemm" is EXACT_ROWWISE_ADAGRAD.
+      initial_accumulator_value: where an accumulator starts, instead of at the convention's value.
+      eps: instead of the convention's.
+
+    Returns:
+      An optax transformation, for dense gradients, or inside `touched_rows`.
+
+    Raises:
+      ValueError: an unknown convention.
+
+    Source: FBGEMM's and TorchRec's row-wise Adagrad (Mudigere et al. 2022, arXiv 2104.05158).
+    """
+    scale = _scale_by_accumulated(convention, initial_accumulator_value, eps, per_row=True)
+    return optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+
+
+class AccumulatorState(NamedTuple):
+    """State of Adagrad.
+
+    Attributes:
+      accumulators: for each parameter, sums of squared gradients.
+    """
+
+    accumulators: Any
+
+
+def _scale_by_accumulated(
+    convention: str, initial_accumulator_value: float | None, eps: float | None, per_row: bool
+) -> optax.GradientTransformation:
+    if convention not in _CONVENTIONS:
+        raise ValueError(
+            f"convention must be one of {', '.join(_CONVENTIONS)}, got {convention!r}."
+        )
+    start, usual_eps, inside = _CONVENTIONS[convention]
+    start = start if initial_accumulator_value is None else initial_accumulator_value
+    eps = usual_eps if eps is None else eps
+
+    def init(params: Any) -> AccumulatorState:
+        def accumulator(param: chex.Array) -> jax.Array:
+            dtype = jnp.promote_types(param.dtype, jnp.float32)
+            return jnp.full(param.shape[:-1] if per_row else param.shape, start, dtype)
+
+        return AccumulatorState(jax.tree.map(accumulator, params))
+
+    def accumulate(grad: chex.Array, sums: chex.Array) -> jax.Array:
+        squares = jnp.square(grad.astype(sums.dtype))
+        return sums + (_mean_over_row(squares) if per_row else squares)
+
+    def scale(grad: chex.Array, sums: chex.Array) -> jax.Array:
+        roots = jax.lax.rsqrt(sums + eps) if inside else 1 / (jnp.sqrt(sums) + eps)
+        factors = jnp.where(sums > 0, roots, 0)
+        factors = factors[..., None] if per_row and grad.ndim else factors
+        return (grad.astype(sums.dtype) * factors).astype(grad.dtype)
+
+    def update(grads: Any, state: AccumulatorState, params: Any = None) -> tuple[Any, Any]:
+        del params
+        sums = jax.tree.map(accumulate, grads, state.accumulators)
+        return jax.tree.map(scale, grads, sums), AccumulatorState(sums)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _mean_over_row(squares: jax.Array) -> jax.Array:
+    return jnp.mean(squares, axis=-1) if squares.ndim else squares
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates` that also takes `RowGrads`: these change only the rows they name.
+
+    Under `jax.jit` with donated parameters, tables are updated in place.
+
+    Args:
+      params: a tree of parameters.
+      updates: a tree of the same structure, with arrays, `RowGrads`, or None for no change.
+
+    Returns:
+      The tree of new parameters, each of its old dtype.
+    """
+
+    def apply(update: Any, param: Any) -> Any:
+        if is_row_grads(update):
+            return add_to_rows(param, update)
+        return optax.apply_updates(param, update)
+
+    return jax.tree.map(apply, updates, params, is_leaf=lambda u: u is None or is_row_grads(u))
