@@ -7,7 +7,7 @@ that with any optax transformation that treats rows alone; the cost of a step th
 batch and no more on the table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qrhash.rowgrads import RowGrads, add_to_rows, is_row_grads, take_rows
+from qrhash.rowgrads import RowGrads, add_to_rows, is_row_grads, take_same_rows
 
 # (initial accumulator, eps, whether eps stands inside the root)
 _CONVENTIONS = {
@@ -68,47 +68,51 @@ def touched_rows(
     tx = optax.with_extra_args_support(tx)
 
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        tables: list[_Touched] = []
-
-        def touch(grad: Any) -> Any:
-            if not is_row_grads(grad):
-                return grad
-            tables.append(_Touched(grad.merge(merge_method)))
-            return tables[-1]
-
-        def at_tables(function: Callable[[_Touched, Any], Any], tree: Any) -> Any:
-            return jax.tree.map(
-                lambda grad, leaf: function(grad, leaf) if isinstance(grad, _Touched) else leaf,
-                touched,
-                tree,
-            )
-
-        touched = jax.tree.map(touch, grads, is_leaf=is_row_grads)
-        if not tables:
+        leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
+        if not any(map(is_row_grads, leaves)):
             return tx.update(grads, state, params, **extra_args)
+        tables = [
+            _Touched(leaf.merge(merge_method)) if is_row_grads(leaf) else None for leaf in leaves
+        ]
+        values = [
+            leaf if table is None else table.values
+            for leaf, table in zip(leaves, tables, strict=True)
+        ]
+        old, state_tree = jax.tree.flatten(state)
         owners = [None if owner is None else tables[owner] for owner in _owners(tx, grads)]
-        state_of_rows = _at_owned(lambda table, leaf: table.read(leaf), owners, state)
-        params_of_rows = None if params is None else at_tables(_Touched.read, params)
-        values = jax.tree.map(lambda g: g.values if isinstance(g, _Touched) else g, touched)
-        updates, new_state = tx.update(values, state_of_rows, params_of_rows, **extra_args)
-        state = _at_owned(lambda table, leaf, new: table.write(leaf, new), owners, state, new_state)
-        return at_tables(_Touched.as_grads, updates), state
+        of_params = [] if params is None else tables
+        read = _read([*jax.tree.leaves(params), *old], [*of_params, *owners])
+        updates, state = tx.update(
+            jax.tree.unflatten(tree, values),
+            jax.tree.unflatten(state_tree, read[len(of_params) :]),
+            None if params is None else jax.tree.unflatten(tree, read[: len(of_params)]),
+            **extra_args,
+        )
+        new = [
+            leaf if table is None else table.write(array, leaf)
+            for leaf, array, table in zip(jax.tree.leaves(state), old, owners, strict=True)
+        ]
+        updates = [
+            leaf if table is None else table.as_grads(leaf)
+            for leaf, table in zip(jax.tree.leaves(updates), tables, strict=True)
+        ]
+        return jax.tree.unflatten(tree, updates), jax.tree.unflatten(state_tree, new)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 class _Touched:
-    """The rows of one table that are touched in one update; every read is ordered."""
+    """The rows of one table that are touched in one update."""
 
     def __init__(self, merged: RowGrads) -> None:
         self.values = merged.values
         self._rows = merged.rows
         self._num_rows = merged.num_rows
 
-    def read(self, array: chex.Array) -> jax.Array:
-        """The rows [m, ...] of a table, or of state that goes by its rows."""
-        (values,), (self._rows,) = take_rows((array,), (self._rows,), fill_value=0.0)
-        return values
+    def read(self, arrays: Sequence[chex.Array]) -> tuple[jax.Array, ...]:
+        """The rows [m, ...] of the table, and of state that goes by its rows; only once."""
+        rows, self._rows = take_same_rows(arrays, self._rows, fill_value=0.0)
+        return rows
 
     def write(self, array: chex.Array, values: chex.Array) -> jax.Array:
         """The array with these rows in place of the old ones."""
@@ -125,22 +129,22 @@ class _Touched:
 
 
 def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
-    """For each leaf of the state, which table's rows it goes by, if any.
+    """For each leaf of the state, by which leaf of the gradients its rows go, if by any.
 
     A leaf goes by the rows of a table if it grows with the table: seen on shapes alone.
     """
 
     def state_shapes(more_rows: int, more_width: int) -> list[tuple[int, ...]]:
-        count = iter(range(1, len(jax.tree.leaves(grads)) + 1))
-
-        def abstract(grad: Any) -> jax.ShapeDtypeStruct:
-            shape = jnp.shape(grad)
-            if is_row_grads(grad):
-                shape = (shape[0] + more_rows * next(count), *(n + more_width for n in shape[1:]))
-            return jax.ShapeDtypeStruct(shape, grad.dtype)
-
-        shapes = jax.tree.map(abstract, grads, is_leaf=is_row_grads)
-        return [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(tx.init, shapes))]
+        leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
+        shapes = []
+        for number, leaf in enumerate(leaves):
+            shape = leaf.shape
+            if is_row_grads(leaf):
+                rows, *width = shape
+                shape = (rows + more_rows * (number + 1), *(n + more_width for n in width))
+            shapes.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, shapes))
+        return [leaf.shape for leaf in jax.tree.leaves(state)]
 
     owners: list[int | None] = []
     for shape, longer, wider in zip(
@@ -156,19 +160,14 @@ def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
     return owners
 
 
-def _at_owned(
-    function: Callable[..., Any], owners: Sequence[_Touched | None], state: Any, *others: Any
-) -> Any:
-    """Applies a function to the leaves that go by a table's rows; the others are the last's."""
-    leaves, tree = jax.tree.flatten(state)
-    columns = [leaves, *(jax.tree.leaves(other) for other in others)]
-    return jax.tree.unflatten(
-        tree,
-        [
-            each[-1] if owner is None else function(owner, *each)
-            for owner, *each in zip(owners, *columns, strict=True)
-        ],
-    )
+def _read(leaves: Sequence[Any], owners: Sequence[_Touched | None]) -> list[Any]:
+    """The leaves, with the touched rows in place of those that go by a table's rows."""
+    read = list(leaves)
+    for table in {id(owner): owner for owner in owners if owner is not None}.values():
+        places = [k for k, owner in enumerate(owners) if owner is table]
+        for k, rows in zip(places, table.read([leaves[k] for k in places]), strict=True):
+            read[k] = rows
+    return read
 
 
 def adagrad(

@@ -100,18 +100,17 @@ class RowGrads:
 
     def to_dense(self) -> jax.Array:
         """The gradient as an array [num_rows, width]."""
-        merged = self.merge()
-        return add_to_rows(jnp.zeros(self.shape, self.dtype), merged)
+        return add_to_rows(jnp.zeros(self.shape, self.dtype), self.merge())
 
     @classmethod
     def from_dense(cls, gradient: chex.Array, rows: chex.Array) -> "RowGrads":
         """Of a dense gradient [num_rows, width], the rows named in `rows` [m], each once."""
         num_rows = gradient.shape[0]
-        values, (rows,) = take_rows((gradient,), (rows,), fill_value=0.0)
+        (values,), rows = take_same_rows((gradient,), rows, fill_value=0.0)
         first = _first_of_each(rows, num_rows)
         return cls(
             jnp.where(first, rows, num_rows),
-            jnp.where(_across(first, values[0]), values[0], 0),
+            jnp.where(_across(first, values), values, 0),
             num_rows,
             is_merged=True,
         )
@@ -190,10 +189,32 @@ def take_rows(
     """
     check_one_index_per_table(tables, indices)
     taken = [
-        _take_in_order(jnp.asarray(table), device_index(index, table.shape[0]), fill_value)
+        take_same_rows((table,), index, fill_value=fill_value)
         for table, index in zip(tables, indices, strict=True)
     ]
-    return tuple(rows for rows, _ in taken), tuple(index for _, index in taken)
+    return tuple(rows for (rows,), _ in taken), tuple(index for _, index in taken)
+
+
+def take_same_rows(
+    arrays: Sequence[chex.Array], index: chex.Array, *, fill_value: float
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """`take_rows` of the same rows from several arrays [num_rows, ...], in one conditional."""
+    num_rows = arrays[0].shape[0]
+    index = device_index(index, num_rows)
+    index = jnp.where(_is_named(index, num_rows), index, num_rows)
+    arrays = tuple(map(jnp.asarray, arrays))
+
+    def read(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
+        return tuple(_filled(array, index, fill_value) for array in arrays), index
+
+    def skip(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
+        shapes = [(*index.shape, *array.shape[1:]) for array in arrays]
+        filled = (jnp.full(s, fill_value, a.dtype) for s, a in zip(shapes, arrays, strict=True))
+        return tuple(filled), jnp.full_like(index, num_rows)
+
+    if index.size == 0:
+        return skip(arrays, index)
+    return jax.lax.cond(jnp.any(index < num_rows), read, skip, arrays, index)
 
 
 def value_and_grad(
@@ -285,7 +306,7 @@ class LookedUp(RowTable):
                 "transformation (jax.vmap, jax.lax.scan, jax.checkpoint or an inner jax.jit): look "
                 "up before it, or train the table densely, with a larger large_table_rows."
             )
-        rows, index = _take_in_order(self._table, index, fill_value)
+        (rows,), index = take_same_rows((self._table,), index, fill_value=fill_value)
         self.indices.append(index)
         if self._offsets is None:
             return rows
@@ -346,24 +367,6 @@ def row_grads(
         )
         grads.append(functools.reduce(operator.add, each) if of_table else none)
     return grads
-
-
-def _take_in_order(
-    table: jax.Array, index: jax.Array, fill_value: float
-) -> tuple[jax.Array, jax.Array]:
-    num_rows = table.shape[0]
-    index = jnp.where(_is_named(index, num_rows), index, num_rows)
-    shape = (*index.shape, *table.shape[1:])
-    if index.size == 0:
-        return jnp.zeros(shape, table.dtype), index
-
-    def read(table: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _filled(table, index, fill_value), index
-
-    def skip(table: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.full(shape, fill_value, table.dtype), jnp.full_like(index, num_rows)
-
-    return jax.lax.cond(jnp.any(index < num_rows), read, skip, table, index)
 
 
 def _filled(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
