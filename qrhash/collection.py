@@ -317,11 +317,10 @@ def _take(
     fill_value = 0.0 if 0.0 in fills.values() else jnp.nan
     flat = jnp.concatenate([in_stack(read) for read in reads])
     rows = core.take_segments(table, flat, segments, fill_value)
-    ends = np.cumsum([segment.lookups for segment in segments]).tolist()
-    for read, end in zip(reads, ends, strict=True):
-        taken = rows[end - read.row_numbers.size : end].reshape(
-            *read.row_numbers.shape, stack.width
-        )
+    # The transpose of a split is one concatenation; that of slices, a padded array for each.
+    parts = jax.lax.split(rows, [segment.lookups for segment in segments])
+    for read, part in zip(reads, parts, strict=True):
+        taken = part.reshape(*read.row_numbers.shape, stack.width)
         if fill_value == 0 and fills[read.feature] != 0:
             has_row = (read.row_numbers >= 0) & (read.row_numbers < read.place.rows)
             taken = jnp.where(has_row[..., None], taken, fills[read.feature])

@@ -9,6 +9,7 @@ differentiate at where a table is large: see `qrhash.rowgrads`.
 import abc
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import numpy as np
 from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash.arithmetic import as_ids
+from qrhash.arithmetic import as_ids, ceil_div
 from qrhash.combine import Projection, as_projection, combine
 from qrhash.config import EmbedConfig, Initializer
 
@@ -31,6 +32,8 @@ _INT32_MAX = 2**31 - 1
 _ONE_HOT_ROWS = {"cpu": 8}
 _ONE_HOT_ROWS_ELSEWHERE = 2048
 _ONE_HOT_ENTRIES = 2**26
+
+_DRAWN_AT_ONCE = 2**24  # random numbers
 
 
 class Segment(NamedTuple):
@@ -298,7 +301,21 @@ def _uniform(
 ) -> jax.Array:
     # Drawn in float32 at least: the steps of a narrower type would shift the mean.
     wide = dtype if dtype.itemsize >= 4 else jnp.float32
-    return jax.random.uniform(key, shape, wide, -limit, limit).astype(dtype)
+
+    def draw(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
+        return jax.random.uniform(key, shape, wide, -limit, limit).astype(dtype)
+
+    # The random bits on their way need several times the memory of what comes of them.
+    rows = max(1, _DRAWN_AT_ONCE // shape[1])
+    if shape[0] <= rows:
+        return draw(key, shape)
+
+    def fill(block: jax.Array, table: jax.Array) -> jax.Array:
+        drawn = draw(jax.random.fold_in(key, block), (rows, shape[1]))
+        return jax.lax.dynamic_update_slice_in_dim(table, drawn, block * rows, axis=0)
+
+    # The last block is moved up to end with the table, over a part of the one before.
+    return jax.lax.fori_loop(0, ceil_div(shape[0], rows), fill, jnp.empty(shape, dtype))
 
 
 def row_fill_value(config: EmbedConfig) -> float:
@@ -366,19 +383,18 @@ def _take_from_small_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     """The derivative, in a form whose transpose is the table's gradient."""
     (table, index), (table_dot, _) = primals, tangents
-    flat = index.reshape(-1)
-    ends = np.cumsum([segment.lookups for segment in segments])
+    numbers = jax.lax.split(index.reshape(-1), [segment.lookups for segment in segments])
+    tangents_of = _tangents_of_parts(table_dot, segments)
     parts = []
-    for segment, end in zip(segments, ends.tolist(), strict=True):
-        rows = flat[end - segment.lookups : end]
-        if not _is_for_one_hot(segment):
+    for segment, rows in zip(segments, numbers, strict=True):
+        if _is_for_one_hot(segment):
+            one_hot = jax.nn.one_hot(rows - segment.offset, segment.rows, axis=0, dtype=table.dtype)
+            tangent = tangents_of[segment.offset]
+            parts.append(
+                jnp.einsum("rn,rf->nf", one_hot, tangent, precision=jax.lax.Precision.HIGHEST)
+            )
+        else:
             parts.append(_take_from_large(table_dot, rows, 0.0))
-            continue
-        of_segment = table_dot[segment.offset : segment.offset + segment.rows]
-        one_hot = jax.nn.one_hot(rows - segment.offset, segment.rows, axis=0, dtype=table.dtype)
-        parts.append(
-            jnp.einsum("rn,rf->nf", one_hot, of_segment, precision=jax.lax.Precision.HIGHEST)
-        )
     rows_dot = jnp.concatenate(parts).reshape(*index.shape, table.shape[1])
     # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
     in_table = (index >= 0) & (index < table.shape[0])
@@ -386,6 +402,15 @@ def _take_from_small_jvp(
         _take_from_large(table, index, fill_value),
         jnp.where(in_table[..., None], rows_dot, 0),
     )
+
+
+def _tangents_of_parts(table_dot: jax.Array, segments: Sequence[Segment]) -> dict[int, jax.Array]:
+    """First row -> tangents, of each part of the table that segments go to."""
+    edges = {0, table_dot.shape[0]}
+    edges.update(edge for each in segments for edge in (each.offset, each.offset + each.rows))
+    starts = sorted(edges)
+    parts = jax.lax.split(table_dot, [b - a for a, b in itertools.pairwise(starts)])
+    return dict(zip(starts, parts, strict=False))
 
 
 def _is_for_one_hot(segment: Segment) -> bool:
