@@ -50,7 +50,8 @@ class EmbedConfig:
         the Flax modules: logical names to be mapped to a mesh, or mesh axes, or None.
       large_table_rows: a table of at least this many rows is large: its gradients name the rows
         they touch (`qrhash.RowGrads`), and it is split by rows over devices. Smaller tables are
-        ordinary dense parameters, and replicated.
+        ordinary dense parameters, and replicated. The default is about a batch's number of
+        look-ups: a table with fewer rows is updated faster as a whole.
 
     Raises:
       ValueError: an argument breaks its rule; the message names it, the rule and the value.
@@ -73,7 +74,7 @@ class EmbedConfig:
     init_stddev: float | None = None
     use_bias: bool = True
     logical_axes: tuple[str | None, str | None] = ("rows", "features")
-    large_table_rows: int = 2048
+    large_table_rows: int = 16384
 
     def __post_init__(self) -> None:
         if not isinstance(self.partition, Partition):

@@ -205,16 +205,20 @@ def take_same_rows(
     arrays = tuple(map(jnp.asarray, arrays))
 
     def read(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
-        return tuple(_filled(array, index, fill_value) for array in arrays), index
+        return tuple(_rows_or_zeros(array, index) for array in arrays), index
 
     def skip(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
         shapes = [(*index.shape, *array.shape[1:]) for array in arrays]
-        filled = (jnp.full(s, fill_value, a.dtype) for s, a in zip(shapes, arrays, strict=True))
-        return tuple(filled), jnp.full_like(index, num_rows)
+        zeros = (jnp.zeros(s, a.dtype) for s, a in zip(shapes, arrays, strict=True))
+        return tuple(zeros), jnp.full_like(index, num_rows)
 
     if index.size == 0:
         return skip(arrays, index)
-    return jax.lax.cond(jnp.any(index < num_rows), read, skip, arrays, index)
+    rows, index = jax.lax.cond(jnp.any(index < num_rows), read, skip, arrays, index)
+    if fill_value != 0:
+        in_table = index < num_rows
+        rows = tuple(jnp.where(_across(in_table, each), each, fill_value) for each in rows)
+    return rows, index
 
 
 def value_and_grad(
@@ -369,12 +373,12 @@ def row_grads(
     return grads
 
 
-def _filled(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
-    """Rows, with a product on top: XLA does not vectorize a select of gathered rows on the CPU."""
+def _rows_or_zeros(table: jax.Array, index: jax.Array) -> jax.Array:
     in_table = index < table.shape[0]
     rows = table.at[jnp.where(in_table, index, 0)].get(mode="promise_in_bounds")
-    factors = jnp.where(in_table, 1, jnp.asarray(fill_value, table.dtype))
-    return jnp.where(_across(in_table, rows), rows, 1) * _across(factors, rows)
+    # On the CPU a select of gathered rows is slow, as XLA does not vectorize it; with a product on
+    # top it takes a third of the time.
+    return jnp.where(_across(in_table, rows), rows, 0) * _across(in_table.astype(table.dtype), rows)
 
 
 def _merge_by_hash(

@@ -141,7 +141,8 @@ def test_parameters_pass_between_linen_and_nnx_by_name(operation, rng):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_partition_metadata(operation):
-    cfg = qrhash.EmbedConfig(qrhash.QuotientRemainder(8192, 4), FEATURES, operation)
+    partition = qrhash.QuotientRemainder(8192, 4)
+    cfg = qrhash.EmbedConfig(partition, FEATURES, operation, large_table_rows=2048)
     state = nnx.state(nnx.eval_shape(lambda: MultiHashEmbed(cfg, rngs=nnx.Rngs(0))))
     spec = {
         "table_0": PartitionSpec("rows", "features"),
@@ -157,7 +158,8 @@ def test_partition_metadata(operation):
 def test_eight_devices_give_the_numbers_of_one(operation, axis_type, rng):
     """Large tables split by rows, small ones whole on every device; the gradients alike."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
-    cfg = qrhash.EmbedConfig(qrhash.QuotientRemainder(8192, 4), FEATURES, operation)
+    partition = qrhash.QuotientRemainder(8192, 4)
+    cfg = qrhash.EmbedConfig(partition, FEATURES, operation, large_table_rows=2048)
     graph, state = nnx.split(MultiHashEmbed(cfg, rngs=nnx.Rngs(0)))
     ids = jnp.asarray(rng.integers(-9, 8192, (64,)), jnp.int32)
     with nnx.logical_axis_rules(RULES):
