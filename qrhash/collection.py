@@ -11,7 +11,8 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -204,6 +205,7 @@ def lookup(
     Raises:
       ValueError: ids of a feature that is not in the collection.
       ValueError, TypeError: as `qrhash.lookup`.
+      AssertionError: stacks of other shapes than the config's.
 
     >>> from qrhash.partitions import QuotientRemainder
     >>> config = CollectionConfig({"item": EmbedConfig(QuotientRemainder(1000, 4), 8)})
@@ -217,27 +219,45 @@ def lookup(
         raise ValueError(
             f"ids must be of features of the collection, {', '.join(configs)}, got {unknown[0]!r}."
         )
-    indices = {name: core.row_numbers(of_name, configs[name]) for name, of_name in ids.items()}
-    rows: dict[tuple[str, int], jax.Array] = {}
     for stack in config.stacks:
-        reads = [
-            _Read(name, place, core.device_index(indices[name][place.table], place.rows))
-            for place in stack.places
-            for name in indices
-            if owners[name] == place.feature
-        ]
-        fills = {name: core.row_fill_value(configs[name]) for name, *_ in reads}
-        for read, taken in _take(stack, stacks[stack.name], reads, fills):
-            rows[read.feature, read.place.table] = taken
-    return {
-        name: core.vectors(
-            [rows[name, j] for j in range(configs[name].num_tables)],
-            indices[name],
-            configs[name],
-            (projections or {}).get(owners[name]),
+        chex.assert_shape(
+            stacks[stack.name], stack.shape, custom_message=f"Stack {stack.name!r} does not fit."
         )
-        for name in ids
+    indices = {name: core.row_numbers(of_name, configs[name]) for name, of_name in ids.items()}
+    places = {
+        (place.feature, place.table): (stack.name, place)
+        for stack in config.stacks
+        for place in stack.places
     }
+    groups: dict[Any, list[str]] = collections.defaultdict(list)
+    for name in ids:
+        groups[_kind(name, config, places)].append(name)
+    blocks: dict[str, list[_Block]] = collections.defaultdict(list)
+    for names in groups.values():
+        for table in range(configs[names[0]].num_tables):
+            stack_name, _ = places[owners[names[0]], table]
+            reads = [_Read(places[owners[name], table][1], indices[name][table]) for name in names]
+            blocks[stack_name].append(_Block(names[0], table, reads))
+    rows, found = {}, {}
+    for stack in config.stacks:
+        for block, *taken in _take(stack, stacks[stack.name], blocks[stack.name]):
+            rows[block.name, block.table], found[block.name] = taken
+
+    vectors = {}
+    for names in groups.values():
+        first = configs[names[0]]
+        combined = core.combine_found(
+            [rows[names[0], table] for table in range(first.num_tables)],
+            found[names[0]],
+            first,
+            (projections or {}).get(owners[names[0]]),
+        )
+        shapes = [indices[name][0].shape for name in names]
+        # The transpose of a split is one concatenation; that of slices, a padded array for each.
+        parts = jax.lax.split(combined, [math.prod(shape) for shape in shapes])
+        for name, shape, part in zip(names, shapes, parts, strict=True):
+            vectors[name] = part.reshape(*shape, first.features)
+    return {name: vectors[name] for name in ids}
 
 
 def unstack(
@@ -292,39 +312,62 @@ def stack(
 
 
 class _Read(NamedTuple):
-    feature: str
+    """The look-ups of one feature in one of its tables."""
+
     place: Place
-    row_numbers: jax.Array
+    row_numbers: chex.Array
+
+
+class _Block(NamedTuple):
+    """The same of all features of a group, next to each other; named after the first one."""
+
+    name: str
+    table: int
+    reads: list[_Read]
+
+
+def _kind(
+    name: str, config: CollectionConfig, places: Mapping[tuple[str, int], tuple[str, Place]]
+) -> Any:
+    """What features must have in common to be combined in one go."""
+    of_name, owner = config.configs[name], config.owners[name]
+    return (
+        tuple(places[owner, table][0] for table in range(of_name.num_tables)),
+        of_name.operation,
+        of_name.vector_dtype,
+        of_name.id_policy == "zero",
+        owner if of_name.operation == "project" else None,
+    )
 
 
 def _take(
-    stack: Stack, table: Any, reads: list[_Read], fills: Mapping[str, float]
-) -> Iterator[tuple[_Read, jax.Array]]:
-    """One gather for all reads of a stack; rows for each of them."""
-    if not reads:
+    stack: Stack, table: Any, blocks: Sequence[_Block]
+) -> Iterator[tuple[_Block, jax.Array, jax.Array]]:
+    """One gather for all reads of a stack: block, its rows [n, width], and whether found [n]."""
+    if not blocks:
         return
     num_rows = stack.shape[0]
     dtype = jnp.int32 if num_rows <= _INT32_MAX else jnp.int64
 
     def in_stack(read: _Read) -> jax.Array:
-        index = read.row_numbers.reshape(-1).astype(dtype)
+        index = core.device_index(read.row_numbers, read.place.rows).reshape(-1).astype(dtype)
         has_row = (index >= 0) & (index < read.place.rows)
         return jnp.where(has_row, index + read.place.offset, num_rows)
 
+    reads = [read for block in blocks for read in block.reads]
     segments = tuple(
-        core.Segment(read.place.offset, read.place.rows, read.row_numbers.size) for read in reads
+        core.Segment(read.place.offset, read.place.rows, math.prod(read.row_numbers.shape))
+        for read in reads
     )
-    fill_value = 0.0 if 0.0 in fills.values() else jnp.nan
-    flat = jnp.concatenate([in_stack(read) for read in reads])
-    rows = core.take_segments(table, flat, segments, fill_value)
-    # The transpose of a split is one concatenation; that of slices, a padded array for each.
-    parts = jax.lax.split(rows, [segment.lookups for segment in segments])
-    for read, part in zip(reads, parts, strict=True):
-        taken = part.reshape(*read.row_numbers.shape, stack.width)
-        if fill_value == 0 and fills[read.feature] != 0:
-            has_row = (read.row_numbers >= 0) & (read.row_numbers < read.place.rows)
-            taken = jnp.where(has_row[..., None], taken, fills[read.feature])
-        yield read, taken
+    index = jnp.concatenate([in_stack(read) for read in reads])
+    rows = core.take_segments(table, index, segments, 0.0)
+    sizes = [sum(math.prod(read.row_numbers.shape) for read in block.reads) for block in blocks]
+    yield from zip(
+        blocks,
+        jax.lax.split(rows, sizes),
+        jax.lax.split(index < num_rows, sizes),
+        strict=True,
+    )
 
 
 def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:

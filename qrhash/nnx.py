@@ -213,7 +213,7 @@ def value_and_grad(
     """
     is_large = nnx.All(wrt, _is_large)
 
-    def with_offsets(model: Any, offsets: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def with_offsets(model: Any, offsets: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         tables = _variables(model, is_large)
         arrays = [table.get_value() for table in tables.values()]
         reads = [LookedUp(*pair) for pair in zip(arrays, offsets, strict=True)]
@@ -238,7 +238,7 @@ def value_and_grad(
         tables = _variables(model, is_large)
         arrays = [table.get_value() for table in tables.values()]
         offsets = _zero_offsets(f, is_large, arrays, model, *args, **kwargs)
-        (value, (aux, indices)), (grads, offset_grads) = gradient(model, offsets, *args, **kwargs)
+        (value, (aux, indices)), (grads, offset_grads) = gradient(model, offsets, args, kwargs)
         table_grads = zip(tables.items(), row_grads(arrays, indices, offset_grads), strict=True)
         flat = {path: table.replace(grad) for (path, table), grad in table_grads}
         grads = nnx.merge_state(grads, nnx.from_flat_state(flat))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from qrhash.rowgrads import RowGrads, add_to_rows, is_row_grads, take_same_rows
+from qrhash.tables import wide_dtype
 
 # (initial accumulator, eps, whether eps stands inside the root)
 _CONVENTIONS = {
@@ -258,8 +259,8 @@ def _scale_by_accumulated(
 
     def init(params: Any) -> AccumulatorState:
         def accumulator(param: chex.Array) -> jax.Array:
-            dtype = jnp.promote_types(param.dtype, jnp.float32)
-            return jnp.full(param.shape[:-1] if per_row else param.shape, start, dtype)
+            shape = param.shape[:-1] if per_row else param.shape
+            return jnp.full(shape, start, wide_dtype(param.dtype))
 
         return AccumulatorState(jax.tree.map(accumulator, params))
 
@@ -301,6 +302,6 @@ def apply_updates(params: Any, updates: Any) -> Any:
     def apply(update: Any, param: Any) -> Any:
         if is_row_grads(update):
             return add_to_rows(param, update)
-        return optax.apply_updates(param, update)
+        return param if update is None else optax.apply_updates(param, update)
 
     return jax.tree.map(apply, updates, params, is_leaf=lambda u: u is None or is_row_grads(u))

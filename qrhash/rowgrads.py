@@ -21,7 +21,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from qrhash.tables import RowTable, check_one_index_per_table, device_index
+from qrhash.tables import RowTable, check_one_index_per_table, device_index, wide_dtype
 
 MERGE_METHODS = ("hash", "sort")
 
@@ -93,9 +93,8 @@ class RowGrads:
         rows = jnp.where(named, self.rows, self.num_rows)
         # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
         values = jnp.where(_across(named, self.values), self.values, 0)
-        wide = jnp.promote_types(values.dtype, jnp.float32)
         merge = _merge_by_hash if method == "hash" else _merge_by_sort
-        rows, values = merge(rows, values.astype(wide), self.num_rows)
+        rows, values = merge(rows, values.astype(wide_dtype(self.dtype)), self.num_rows)
         return RowGrads(rows, values.astype(self.dtype), self.num_rows, is_merged=True)
 
     def to_dense(self) -> jax.Array:
@@ -320,10 +319,10 @@ class LookedUp(RowTable):
         return self if key is Ellipsis else self._refuse()
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(repr(self))
+        raise _OnlyLookedUpError(repr(self))
 
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise TypeError(repr(self))
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise _OnlyLookedUpError(repr(self))
 
     def __repr__(self) -> str:
         # Also what JAX quotes when it refuses the object in its own words.
@@ -333,8 +332,17 @@ class LookedUp(RowTable):
             "instance to attend over it, train it densely, with a larger large_table_rows."
         )
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = _refuse
-    __rmatmul__ = __truediv__ = __rtruediv__ = __pow__ = __neg__ = _refuse
+
+class _OnlyLookedUpError(AttributeError, TypeError):
+    """A TypeError to people, an AttributeError to `hasattr`."""
+
+
+for _name in (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
+    *("radd", "rsub", "rmul", "rmatmul", "rtruediv", "rfloordiv", "rmod", "rpow"),
+    *("neg", "pos", "abs", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "array"),
+):
+    setattr(LookedUp, f"__{_name}__", LookedUp._refuse)
 
 
 def zero_offsets(

@@ -175,7 +175,7 @@ def lookup(
         list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
     )
     indices = row_numbers(ids, config)
-    rows = gather(tables, indices, fill_value=row_fill_value(config))
+    rows = gather(tables, indices, fill_value=0.0)
     return vectors(rows, indices, config, projection)
 
 
@@ -217,17 +217,26 @@ def vectors(
     Returns:
       Vectors [*shape, features] of `config.vector_dtype`.
     """
+    return combine_found(rows, indices[0] < config.partition.num_rows[0], config, projection)
+
+
+def combine_found(
+    rows: Sequence[chex.Array],
+    found: chex.Array,
+    config: EmbedConfig,
+    projection: Projection | chex.Array | None = None,
+) -> jax.Array:
+    """Combines rows [*shape, width_j] where `found` [*shape], and fills in the rest."""
+    found = found[..., None]
+    # What stands for rows that were not found must not reach a projection shared by all ids: in
+    # its gradient even zero times NaN is NaN.
+    if config.operation == "project":
+        rows = [jnp.where(found, row, 0) for row in rows]
     dtype = config.vector_dtype
-    if config.operation != "project":
-        has_rows = None
-    else:
-        # A projection shared by all ids must not meet NaN: not even times zero, in a gradient.
-        has_rows = (indices[0] < config.partition.num_rows[0])[..., None]
-        rows = [jnp.where(has_rows, row, 0) for row in rows]
     combined = combine(
         [row.astype(dtype) for row in rows], config.operation, _cast(projection, dtype)
     )
-    return combined if has_rows is None else jnp.where(has_rows, combined, _fill_value(config))
+    return jnp.where(found, combined, _fill_value(config))
 
 
 def attend(
@@ -299,10 +308,9 @@ def _symmetric_uniform(stddev: float) -> Initializer:
 def _uniform(
     key: chex.PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype, limit: float
 ) -> jax.Array:
-    # Drawn in float32 at least: the steps of a narrower type would shift the mean.
-    wide = dtype if dtype.itemsize >= 4 else jnp.float32
-
     def draw(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
+        # The steps of a narrow type would shift the mean.
+        wide = wide_dtype(dtype)
         return jax.random.uniform(key, shape, wide, -limit, limit).astype(dtype)
 
     # The random bits on their way need several times the memory of what comes of them.
@@ -318,14 +326,14 @@ def _uniform(
     return jax.lax.fori_loop(0, ceil_div(shape[0], rows), fill, jnp.empty(shape, dtype))
 
 
-def row_fill_value(config: EmbedConfig) -> float:
-    """What the gathered row of an id without rows holds, for `vectors` to give the right one."""
-    return 0.0 if config.operation == "project" else _fill_value(config)
-
-
 def _fill_value(config: EmbedConfig) -> float:
     """What the vector of an id without rows holds."""
     return 0.0 if config.id_policy == "zero" else jnp.nan
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype to draw and to sum in: float32 at least."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> None:
@@ -386,15 +394,20 @@ def _take_from_small_jvp(
     numbers = jax.lax.split(index.reshape(-1), [segment.lookups for segment in segments])
     tangents_of = _tangents_of_parts(table_dot, segments)
     parts = []
-    for segment, rows in zip(segments, numbers, strict=True):
-        if _is_for_one_hot(segment):
-            one_hot = jax.nn.one_hot(rows - segment.offset, segment.rows, axis=0, dtype=table.dtype)
-            tangent = tangents_of[segment.offset]
-            parts.append(
-                jnp.einsum("rn,rf->nf", one_hot, tangent, precision=jax.lax.Precision.HIGHEST)
-            )
-        else:
-            parts.append(_take_from_large(table_dot, rows, 0.0))
+    for (is_for_one_hot, num_rows, lookups), run in itertools.groupby(
+        zip(segments, numbers, strict=True), lambda pair: _kind(pair[0])
+    ):
+        of_run, numbers_of_run = zip(*run, strict=True)
+        if not is_for_one_hot:
+            parts.append(_take_from_large(table_dot, jnp.concatenate(numbers_of_run), 0.0))
+            continue
+        local = [
+            each - segment.offset for each, segment in zip(numbers_of_run, of_run, strict=True)
+        ]
+        one_hot = jax.nn.one_hot(jnp.stack(local), num_rows, axis=1, dtype=table.dtype)
+        of_parts = jnp.stack([tangents_of[segment.offset] for segment in of_run])
+        product = jnp.einsum("srn,srf->snf", one_hot, of_parts, precision=jax.lax.Precision.HIGHEST)
+        parts.append(product.reshape(len(of_run) * lookups, table.shape[1]))
     rows_dot = jnp.concatenate(parts).reshape(*index.shape, table.shape[1])
     # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
     in_table = (index >= 0) & (index < table.shape[0])
@@ -416,6 +429,13 @@ def _tangents_of_parts(table_dot: jax.Array, segments: Sequence[Segment]) -> dic
 def _is_for_one_hot(segment: Segment) -> bool:
     most = _ONE_HOT_ROWS.get(jax.default_backend(), _ONE_HOT_ROWS_ELSEWHERE)
     return segment.rows <= most and segment.rows * segment.lookups <= _ONE_HOT_ENTRIES
+
+
+def _kind(segment: Segment) -> tuple[bool, int, int]:
+    """What neighbouring segments must have in common to be handled in one product, or gather."""
+    if _is_for_one_hot(segment):
+        return (True, segment.rows, segment.lookups)
+    return (False, 0, 0)
 
 
 def _out_sharding(table: jax.Array, index: jax.Array) -> NamedSharding | None:
