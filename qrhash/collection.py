@@ -204,6 +204,7 @@ def lookup(
 
     Raises:
       ValueError: ids of a feature that is not in the collection.
+      TypeError: ids that are not a mapping.
       ValueError, TypeError: as `qrhash.lookup`.
       AssertionError: stacks of other shapes than the config's.
 
@@ -213,6 +214,8 @@ def lookup(
     >>> lookup(stacks, {"item": jnp.array([[1, 2, 3]])}, config)["item"].shape
     (1, 3, 8)
     """
+    if not isinstance(ids, Mapping):
+        raise TypeError(f"ids must be a mapping of feature names to arrays, got {type(ids)}.")
     configs, owners = config.configs, config.owners
     unknown = [name for name in ids if name not in configs]
     if unknown:
@@ -231,7 +234,7 @@ def lookup(
     }
     groups: dict[Any, list[str]] = collections.defaultdict(list)
     for name in ids:
-        groups[_kind(name, config, places)].append(name)
+        groups[_group_of(name, config, places)].append(name)
     blocks: dict[str, list[_Block]] = collections.defaultdict(list)
     for names in groups.values():
         for table in range(configs[names[0]].num_tables):
@@ -297,8 +300,14 @@ def stack(
       {stack name: array [rows, ...]}.
 
     Raises:
-      ValueError: a feature is missing, or a table has another number of rows.
+      ValueError: a feature is missing or unknown, or a table has another number of rows.
     """
+    unknown = [name for name in tables if name not in config.owned]
+    if unknown:
+        raise ValueError(
+            f"tables must be of features that have their own, {', '.join(config.owned)}, got "
+            f"{unknown[0]!r}."
+        )
     for name, owned in config.owned.items():
         got = tuple(table.shape[0] for table in tables.get(name, ()))
         if got != owned.partition.num_rows:
@@ -326,7 +335,7 @@ class _Block(NamedTuple):
     reads: list[_Read]
 
 
-def _kind(
+def _group_of(
     name: str, config: CollectionConfig, places: Mapping[tuple[str, int], tuple[str, Place]]
 ) -> Any:
     """What features must have in common to be combined in one go."""

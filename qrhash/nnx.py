@@ -22,7 +22,7 @@ from qrhash import tables as core
 from qrhash.collection import CollectionConfig
 from qrhash.combine import Projection
 from qrhash.config import EmbedConfig
-from qrhash.optim import apply_updates, touched_rows
+from qrhash.optim import touched_rows
 from qrhash.rowgrads import LookedUp, row_grads, zero_offsets
 
 
@@ -183,8 +183,18 @@ class EmbedCollection(nnx.Module):
         return collection.unstack(stacks, self.config)
 
     def set_tables(self, tables: Mapping[str, tuple[chex.Array, ...]]) -> None:
-        """Takes over the tables of each feature, as `tables` gives them."""
+        """Takes over the tables of each feature, as `tables` gives them.
+
+        Raises:
+          ValueError: a feature is missing or unknown, or a table has another shape or dtype.
+        """
         for name, table in collection.stack(tables, self.config).items():
+            old = self._stack(name)[...]
+            if (table.shape, table.dtype) != (old.shape, old.dtype):
+                raise ValueError(
+                    f"tables must stack up to {old.dtype} {old.shape} in {name!r}, got "
+                    f"{table.dtype} {table.shape}."
+                )
             self._stack(name).set_value(table)
 
     def _stack(self, name: str) -> Table:
@@ -197,9 +207,9 @@ def value_and_grad(
     """`nnx.value_and_grad`, in which large tables get `qrhash.RowGrads`.
 
     Args:
-      f: a function whose first argument is a module (or a tree of modules) and whose result is a
-        scalar. The module's large tables may be looked up any number of times, and used for
-        nothing else.
+      f: a function whose first argument is a module and whose result is a scalar. The module's
+        large tables may be looked up any number of times, and used for nothing else. It is called
+        twice, the first time on abstract values, as by `nnx.jit`, to find these look-ups.
       has_aux: whether `f` returns a pair of the scalar and something else.
       wrt: filter of the variables to differentiate with respect to.
 
@@ -263,7 +273,7 @@ def _zero_offsets(
 
 
 def _is_large(path: Any, value: Any) -> bool:
-    return isinstance(value, Table) and value.is_large
+    return isinstance(value, Table) and getattr(value, "is_large", False)
 
 
 def _variables(model: Any, wanted: Any) -> dict[Any, nnx.Variable]:
@@ -294,38 +304,13 @@ class Optimizer(nnx.Optimizer):
     >>> loss, grads = value_and_grad(lambda model: (model(ids) ** 2).sum())(model)
     >>> grads.table_0.get_value().rows.tolist()
     [0, 0, 24999]
-    >>> optimizer.update(model, grads)
+    >>> updates = optimizer.update(model, grads)
     """
 
     def __init__(
         self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param
     ) -> None:
         super().__init__(model, touched_rows(tx), wrt=wrt)
-
-    def update(self, model: Any, grads: Any, /, **kwargs: Any) -> None:
-        """Updates the model's parameters and the optimizer's state.
-
-        Args:
-          model: the module.
-          grads: gradients from `value_and_grad`, or from `nnx.value_and_grad`.
-          **kwargs: extra arguments of the transformation.
-        """
-        params = _arrays(nnx.state(model, self.wrt))
-        state = _arrays(self.opt_state)
-        updates, state = self.tx.update(
-            _arrays(nnx.state(grads, self.wrt)), state, params, **kwargs
-        )
-        nnx.update(model, apply_updates(params, updates))
-        nnx.update(self.opt_state, nnx.state(state))
-        self.step[...] += 1
-
-
-def _arrays(tree: Any) -> Any:
-    """The tree with the values of variables in their place."""
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    return jax.tree.map(
-        lambda node: node.get_value() if is_variable(node) else node, tree, is_leaf=is_variable
-    )
 
 
 def _table(value: chex.Array, axes: Any, is_large: bool) -> Table:

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qrhash.rowgrads import RowGrads, add_to_rows, is_row_grads, take_same_rows
+from qrhash.rowgrads import (
+    RowGrads,
+    add_to_rows,
+    check_merge_method,
+    is_row_grads,
+    take_same_rows,
+)
 from qrhash.tables import wide_dtype
 
 # (initial accumulator, eps, whether eps stands inside the root)
@@ -38,14 +44,16 @@ def touched_rows(
     gradients), schedules, `inject_hyperparams`, weight decay, `partition`, `masked`.
 
     Equal to `tx` on dense gradients where a zero gradient leaves a row and its state alone: SGD,
-    Adagrad, row-wise Adagrad, RMS clipping by the global norm. Otherwise it is the *lazy* variant:
+    Adagrad, row-wise Adagrad, clipping by the global norm. Otherwise it is the *lazy* variant:
 
     * momentum, Adam, AMSGrad: a row's moments decay, and the row moves on, only in the steps that
       touch it. Bias correction counts all steps.
     * weight decay: only the rows touched decay.
-    * transformations over whole tables (a table's own norm, as in LARS or LAMB) see the rows
-      touched as if they were the table; those that accumulate over steps (`optax.MultiSteps`)
-      release only the rows of the last step: add up `RowGrads` instead.
+    * transformations over whole tables (a table's own norm or root mean square, as in LARS or LAMB)
+      see the rows touched as if they were the table.
+
+    Accumulation over steps (`optax.MultiSteps`, `optax.apply_every`) is refused, as it would
+    release only the rows of the last step: add up `RowGrads` instead.
 
     Args:
       tx: any optax transformation that keeps, for a table, state of one entry or one row per row.
@@ -56,7 +64,8 @@ def touched_rows(
       for `RowGrads`, and `update` takes either at any step.
 
     Raises (by `update`):
-      ValueError: `tx` keeps state for a table that does not go by rows (as Adafactor's columns).
+      ValueError: `tx` keeps state for a table that does not go by rows (as Adafactor's columns), or
+        accumulates over steps; gradients do not fit the parameters.
 
     >>> tx = touched_rows(adagrad(0.1))
     >>> table = jnp.ones((1000, 2))
@@ -67,11 +76,20 @@ def touched_rows(
      [0.901 0.901]]
     """
     tx = optax.with_extra_args_support(tx)
+    check_merge_method(merge_method)
 
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
         if not any(map(is_row_grads, leaves)):
             return tx.update(grads, state, params, **extra_args)
+        _refuse_accumulation(state)
+        old_params = []
+        if params is not None:
+            same_tree = jax.tree.map(lambda _, param: param, grads, params, is_leaf=is_row_grads)
+            old_params = jax.tree.leaves(same_tree)
+            for leaf, param in zip(leaves, old_params, strict=True):
+                if is_row_grads(leaf):
+                    leaf.check(param)
         tables = [
             _Touched(leaf.merge(merge_method)) if is_row_grads(leaf) else None for leaf in leaves
         ]
@@ -82,7 +100,7 @@ def touched_rows(
         old, state_tree = jax.tree.flatten(state)
         owners = [None if owner is None else tables[owner] for owner in _owners(tx, grads)]
         of_params = [] if params is None else tables
-        read = _read([*jax.tree.leaves(params), *old], [*of_params, *owners])
+        read = _read([*old_params, *old], [*of_params, *owners])
         updates, state = tx.update(
             jax.tree.unflatten(tree, values),
             jax.tree.unflatten(state_tree, read[len(of_params) :]),
@@ -127,6 +145,16 @@ class _Touched:
     def as_grads(self, values: chex.Array) -> RowGrads:
         """Updates [m, width] of the rows."""
         return RowGrads(self._rows, values, self._num_rows, is_merged=True)
+
+
+def _refuse_accumulation(state: Any) -> None:
+    accumulating = (optax.MultiStepsState, optax.ApplyEvery)
+    is_accumulating = lambda node: isinstance(node, accumulating)  # noqa: E731
+    if any(map(is_accumulating, jax.tree.leaves(state, is_leaf=is_accumulating))):
+        raise ValueError(
+            "touched_rows cannot hold a transformation that accumulates over steps, such as "
+            "optax.MultiSteps: add up the RowGrads of several batches, g1 + g2, instead."
+        )
 
 
 def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:

@@ -39,8 +39,9 @@ class RowGrads:
     """The gradient of a table [num_rows, width], zero but for the rows that it names.
 
     A row may be named several times: its gradient is the sum. A row number outside [0, num_rows)
-    names no row, whatever its value. As the row numbers are part of the tree, optax's
-    transformations belong inside `qrhash.touched_rows`, which shows them the values alone.
+    names no row, whatever its value. `g + g`, `2 * g` and `sum` work; but as the row numbers are
+    part of the tree, `jax.tree.map` over it changes them. So optax's transformations belong inside
+    `qrhash.touched_rows`, which shows them the values alone, and a norm is that of `merged_values`.
 
     Attributes:
       rows: row numbers [m], int32.
@@ -84,18 +85,36 @@ class RowGrads:
         Raises:
           ValueError: an unknown method.
         """
+        check_merge_method(method)
         method = method or ("hash" if jax.default_backend() == "cpu" else "sort")
-        if method not in MERGE_METHODS:
-            raise ValueError(f"method must be one of {', '.join(MERGE_METHODS)}, got {method!r}.")
+        self.check()
         if self.is_merged or self.values.shape[0] == 0:
             return dataclasses.replace(self, is_merged=True)
-        named = _is_named(self.rows, self.num_rows)
-        rows = jnp.where(named, self.rows, self.num_rows)
+        rows = _rows_or_end(self.rows, self.num_rows)
+        named = rows < self.num_rows
         # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
         values = jnp.where(_across(named, self.values), self.values, 0)
         merge = _merge_by_hash if method == "hash" else _merge_by_sort
         rows, values = merge(rows, values.astype(wide_dtype(self.dtype)), self.num_rows)
         return RowGrads(rows, values.astype(self.dtype), self.num_rows, is_merged=True)
+
+    def check(self, table: chex.Array | None = None) -> None:
+        """Raises a ValueError unless the arrays fit each other, and the table if it is given."""
+        rows, values = jnp.shape(self.rows), jnp.shape(self.values)
+        if len(rows) != 1 or len(values) != 2 or rows[0] != values[0]:
+            raise ValueError(
+                f"RowGrads take rows [m] and values [m, width], got shapes {rows} and {values}: "
+                "flatten the leading axes of both."
+            )
+        if not jnp.issubdtype(self.rows.dtype, jnp.integer):
+            raise ValueError(
+                f"RowGrads take integer rows, got {self.rows.dtype}: a tree operation changed the "
+                "row numbers. Transformations of gradients belong inside qrhash.touched_rows."
+            )
+        if table is not None and table.shape != self.shape:
+            raise ValueError(
+                f"RowGrads of a table of shape {self.shape} do not fit one of {table.shape}."
+            )
 
     def to_dense(self) -> jax.Array:
         """The gradient as an array [num_rows, width]."""
@@ -103,9 +122,9 @@ class RowGrads:
 
     @classmethod
     def from_dense(cls, gradient: chex.Array, rows: chex.Array) -> "RowGrads":
-        """Of a dense gradient [num_rows, width], the rows named in `rows` [m], each once."""
+        """Of a dense gradient [num_rows, width], the rows named in `rows` [*shape], each once."""
         num_rows = gradient.shape[0]
-        (values,), rows = take_same_rows((gradient,), rows, fill_value=0.0)
+        (values,), rows = take_same_rows((gradient,), rows.reshape(-1), fill_value=0.0)
         first = _first_of_each(rows, num_rows)
         return cls(
             jnp.where(first, rows, num_rows),
@@ -124,6 +143,19 @@ class RowGrads:
         rows = jnp.concatenate((self.rows, other.rows))
         return RowGrads(rows, jnp.concatenate((self.values, other.values)), self.num_rows)
 
+    # An array left of a `+` leaves the sum to `__radd__`.
+    __array_ufunc__ = None
+
+    def __radd__(self, other: chex.Numeric) -> Any:
+        """A table + its update, as `optax.apply_updates` has it; and 0, where `sum` begins."""
+        return self if isinstance(other, int) and other == 0 else add_to_rows(other, self)
+
+    def __neg__(self) -> "RowGrads":
+        return self * -1
+
+    def __sub__(self, other: "RowGrads") -> "RowGrads":
+        return self + -other
+
     def __mul__(self, factor: chex.Numeric) -> "RowGrads":
         return dataclasses.replace(self, values=self.values * factor)
 
@@ -131,6 +163,12 @@ class RowGrads:
 
     def __truediv__(self, divisor: chex.Numeric) -> "RowGrads":
         return dataclasses.replace(self, values=self.values / divisor)
+
+
+def check_merge_method(method: str | None) -> None:
+    """Raises a ValueError unless `RowGrads.merge` knows the method."""
+    if method is not None and method not in MERGE_METHODS:
+        raise ValueError(f"method must be one of {', '.join(MERGE_METHODS)}, got {method!r}.")
 
 
 def is_row_grads(node: Any) -> bool:
@@ -152,11 +190,16 @@ def merged_values(grads: Any) -> Any:
 
 def add_to_rows(table: chex.Array, updates: RowGrads) -> jax.Array:
     """Adds to the rows named, and touches no other; in place where XLA may."""
-    return table.at[updates.rows].add(
-        updates.values.astype(table.dtype),
-        mode="drop",
-        wrap_negative_indices=False,
-        unique_indices=updates.is_merged,
+    updates.check(table)
+    return (
+        jnp.asarray(table)
+        .at[updates.rows]
+        .add(
+            updates.values.astype(table.dtype),
+            mode="drop",
+            wrap_negative_indices=False,
+            unique_indices=updates.is_merged,
+        )
     )
 
 
@@ -199,8 +242,7 @@ def take_same_rows(
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """`take_rows` of the same rows from several arrays [num_rows, ...], in one conditional."""
     num_rows = arrays[0].shape[0]
-    index = device_index(index, num_rows)
-    index = jnp.where(_is_named(index, num_rows), index, num_rows)
+    index = _rows_or_end(device_index(index, num_rows), num_rows)
     arrays = tuple(map(jnp.asarray, arrays))
 
     def read(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
@@ -228,7 +270,8 @@ def value_and_grad(
     Args:
       fun: a function whose first argument is a tree of parameters and whose result is a scalar.
         The tables that `by_rows` marks may only be looked up in it, any number of times, by
-        `qrhash.gather`, `qrhash.lookup` or a module of qrhash.
+        `qrhash.gather`, `qrhash.lookup` or a module of qrhash. It is called twice, the first time
+        on abstract values, as by `jax.jit`, to find these look-ups.
       by_rows: a tree of bools, or a prefix of one, over the parameters: which are such tables. For
         the tables of one feature, `config.large_tables`.
       has_aux: whether `fun` returns a pair of the scalar and something else.
@@ -243,9 +286,9 @@ def value_and_grad(
         JAX transformation (`jax.vmap`, `jax.lax.scan`, `jax.checkpoint`, an inner `jax.jit`).
       ValueError: `by_rows` does not fit the parameters.
 
+    >>> from qrhash.tables import gather
     >>> table = jnp.ones((1000, 2))
     >>> loss = lambda params: jnp.sum(gather((params,), (jnp.array([7, 9]),))[0] ** 2)
-    >>> from qrhash.tables import gather
     >>> value, grads = value_and_grad(loss, True)(table)
     >>> value.item(), grads.rows.tolist(), grads.values.tolist()
     (4.0, [7, 9], [[2.0, 2.0], [2.0, 2.0]])
@@ -297,7 +340,7 @@ class LookedUp(RowTable):
     def __init__(self, table: chex.Array, offsets: Sequence[chex.Array] | None = None) -> None:
         self.shape, self.dtype, self.ndim = table.shape, table.dtype, table.ndim
         self.indices: list[jax.Array] = []
-        self._table = jax.lax.stop_gradient(table)
+        self._table = table
         self._offsets = offsets
         self._trace = _current_trace()
 
@@ -356,7 +399,16 @@ def zero_offsets(
         fun(reads)
         shapes.extend([index.shape for index in read.indices] for read in reads)
 
-    jax.eval_shape(record, tables)
+    try:
+        jax.eval_shape(record, tables)
+    except TypeError as error:
+        if isinstance(error, _OnlyLookedUpError) or LookedUp.__name__ not in str(error):
+            raise
+        raise _OnlyLookedUpError(
+            "a table trained by rows was used in a JAX function or transformation, but can only be "
+            "looked up, and outside of jax.checkpoint, jax.jit and their like: look up before "
+            "these, or train the table densely, with a larger large_table_rows."
+        ) from error
     return [
         [jnp.zeros((*shape, *table.shape[1:]), table.dtype) for shape in of_table]
         for table, of_table in zip(tables, shapes, strict=True)
@@ -460,8 +512,10 @@ def _merge_by_sort(
     return jnp.where(ends, rows, num_rows), jnp.where(_across(ends, sums), sums, 0)
 
 
-def _is_named(rows: jax.Array, num_rows: int) -> jax.Array:
-    return (rows >= 0) & (rows < num_rows)
+def _rows_or_end(rows: jax.Array, num_rows: int) -> jax.Array:
+    """Row numbers, with num_rows for all that are outside the table."""
+    rows = rows if num_rows <= jnp.iinfo(rows.dtype).max else rows.astype(jnp.int64)
+    return jnp.where((rows >= 0) & (rows < num_rows), rows, num_rows)
 
 
 def _across(per_row: jax.Array, rows: jax.Array) -> jax.Array:

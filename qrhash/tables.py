@@ -304,18 +304,25 @@ def _symmetric_uniform(stddev: float) -> Initializer:
     return functools.partial(_uniform, limit=3**0.5 * stddev)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _uniform(
     key: chex.PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype, limit: float
+) -> jax.Array:
+    # Random bits on their way need several times the memory of what comes of them. Inside someone
+    # else's jit the table may be sharded by rows, and drawing it in blocks would undo that.
+    at_once = shape[0] if isinstance(key, jax.core.Tracer) else max(1, _DRAWN_AT_ONCE // shape[1])
+    return _uniform_in_blocks(key, shape, dtype, limit, min(at_once, shape[0]))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "rows"))
+def _uniform_in_blocks(
+    key: chex.PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype, limit: float, rows: int
 ) -> jax.Array:
     def draw(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
         # The steps of a narrow type would shift the mean.
         wide = wide_dtype(dtype)
         return jax.random.uniform(key, shape, wide, -limit, limit).astype(dtype)
 
-    # The random bits on their way need several times the memory of what comes of them.
-    rows = max(1, _DRAWN_AT_ONCE // shape[1])
-    if shape[0] <= rows:
+    if rows == shape[0]:
         return draw(key, shape)
 
     def fill(block: jax.Array, table: jax.Array) -> jax.Array:

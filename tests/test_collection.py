@@ -401,6 +401,11 @@ def test_nnx_gives_and_takes_tables_by_feature(rng):
     assert_close(embed({"item": ids})["item"], oracle.lookup(tables["item"], ids, ITEM))
     with pytest.raises(ValueError, match="'item'"):
         embed.set_tables(tables | {"item": tables["item"][:1]})
+    with pytest.raises(ValueError, match="'unheard of'"):
+        embed.set_tables(tables | {"unheard of": tables["item"]})
+    narrow = jax.tree.map(lambda table: table[:, :1], tables)
+    with pytest.raises(ValueError, match=r"must stack up to .* got"):
+        embed.set_tables(narrow)
 
 
 def test_partition_metadata_of_both():

@@ -490,3 +490,25 @@ def test_apply_updates_keeps_the_dtypes_of_parameters(rng):
     table = jnp.zeros((ROWS, WIDTH), jnp.bfloat16)
     got = qrhash.apply_updates({"t": table}, {"t": _draw(rng)})
     assert got["t"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("accumulate", [optax.apply_every(2), optax.MultiSteps(optax.sgd(1.0), 2)])
+def test_accumulation_over_steps_is_refused(accumulate, rng):
+    tx = qrhash.touched_rows(optax.chain(accumulate, optax.scale(1.0)))
+    table = jnp.ones((ROWS, WIDTH))
+    with pytest.raises(ValueError, match="add up the RowGrads"):
+        tx.update(_draw(rng), tx.init(table), table)
+
+
+def test_gradients_that_do_not_fit_the_parameters_are_refused(rng):
+    tx = qrhash.touched_rows(optax.sgd(1.0))
+    table = jnp.ones((ROWS + 1, WIDTH))
+    with pytest.raises(ValueError, match=r"\(7, 3\).*\(8, 3\)"):
+        tx.update(_draw(rng), tx.init(table), table)
+    with pytest.raises(ValueError, match="kernel"):
+        tx.update({"table": _draw(rng)}, tx.init(table), {"kernel": table})
+
+
+def test_an_unknown_merge_method_is_refused_at_once():
+    with pytest.raises(ValueError, match="hash, sort"):
+        qrhash.touched_rows(optax.sgd(0.1), merge_method="slots")

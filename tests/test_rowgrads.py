@@ -531,3 +531,49 @@ def test_the_gradient_without_row_gradients_is_dense_and_right(rng):
 
 def _weighted(tables, ids, weights, cfg):
     return (qrhash.lookup(tables, ids, cfg) * weights).sum()
+
+
+@pytest.mark.parametrize(
+    ("rows", "values", "word"),
+    [
+        (jnp.array([[1, 2], [1, 3]]), jnp.ones((2, 2, 3)), "flatten"),
+        (jnp.array([1, 2]), jnp.ones(2), "values"),
+        (jnp.array([1, 2]), jnp.ones((3, 3)), "values"),
+        (jnp.array([1.0, 2.0]), jnp.ones((2, 3)), "integer rows"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(rows, values, word):
+    grads = RowGrads(rows, values, 5)
+    for use in (RowGrads.merge, RowGrads.to_dense, lambda grads: jnp.ones((5, 3)) + grads):
+        with pytest.raises(ValueError, match=word):
+            use(grads)
+
+
+def test_an_array_plus_row_gradients_is_their_update(rng):
+    """So `optax.apply_updates`, and what is built on it, applies them."""
+    table, grads = jnp.ones((5, 3)), _draw(rng, 6).merge()
+    want = np.asarray(table) + np.asarray(grads.to_dense())
+    for got in (table + grads, np.asarray(table) + grads, optax.apply_updates(table, grads)):
+        assert_close(got, want)
+    with pytest.raises(ValueError, match=r"\(5, 3\).*\(6, 3\)"):
+        _ = jnp.ones((6, 3)) + grads
+    assert_close(sum([grads, grads]).to_dense(), 2 * np.asarray(grads.to_dense()))
+    assert_close((grads - grads).to_dense(), np.zeros((5, 3)))
+
+
+def test_the_derivative_of_a_derivative():
+    table = jnp.arange(10.0).reshape(5, 2) / 10
+    rows = (jnp.array([1, 3, 1]),)
+    loss = lambda table: jnp.sum(jnp.sin(qrhash.gather((table,), rows)[0]) ** 2)  # noqa: E731
+    by_rows = qrhash.value_and_grad(loss, True)
+    assert_close(jax.grad(lambda t: by_rows(t)[0])(table), jax.grad(loss)(table))
+    penalty = lambda table: jnp.sum(by_rows(table)[1].to_dense() ** 2)  # noqa: E731
+    assert_close(
+        jax.grad(penalty)(table), jax.grad(lambda t: jnp.sum(jax.grad(loss)(t) ** 2))(table)
+    )
+
+
+def test_a_checkpointed_look_up_is_refused_in_words():
+    loss = jax.checkpoint(lambda table: qrhash.gather((table,), (jnp.array([1]),))[0].sum())
+    with pytest.raises(TypeError, match="look up before"):
+        qrhash.value_and_grad(loss, True)(jnp.ones((5, 2)))

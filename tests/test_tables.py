@@ -490,3 +490,24 @@ def test_attend_refuses_a_query_of_another_width(rng):
     cfg = make_config("quotient-remainder", "mult")
     with pytest.raises((AssertionError, ValueError)):
         qrhash.attend(parameters(cfg, rng)[0], jnp.ones((2, 7)), cfg)
+
+
+def test_a_long_table_is_drawn_in_blocks():
+    """Uniform as a short one, up to its last row, and another in every block."""
+    cfg = qrhash.EmbedConfig(qrhash.FullTable(2**21 + 5), 9, init_stddev=1.0)
+    (table,) = qrhash.init(jax.random.key(0), cfg)
+    table = np.asarray(table)
+    assert abs(table.std() - 1) < 1e-3
+    assert abs(table[-5:]).min() > 0
+    assert not (table[:1000] == table[-1000:]).any()
+
+
+def test_a_table_sharded_by_rows_is_created_so():
+    """No device draws, gathers or holds more than its own part, and that times a few."""
+    cfg = qrhash.EmbedConfig(qrhash.FullTable(2**21), 16)
+    mesh = jax.make_mesh((8,), ("model",))
+    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", None))
+    create = jax.jit(lambda key: qrhash.init(key, cfg), out_shardings=(by_rows,))
+    compiled = create.lower(jax.random.key(0)).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**21 * 16 * 4 / 8
