@@ -85,6 +85,8 @@ class CollectionConfig:
     >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 16)
     >>> day = EmbedConfig(FullTable(7), 16)
     >>> config = CollectionConfig({"item": item, "last_item": "item", "day": day})
+    >>> config.large_tables  # by_rows of `qrhash.value_and_grad`
+    {'large_16_float32': True, 'small_16_float32': False}
     >>> [(stack.name, stack.shape) for stack in config.stacks]
     [('large_16_float32', (250000, 16)), ('small_16_float32', (11, 16))]
     """
@@ -92,6 +94,10 @@ class CollectionConfig:
     features: Any
 
     def __post_init__(self) -> None:
+        if not isinstance(self.features, (Mapping, tuple)):
+            raise ValueError(
+                f"features must be a mapping of names to EmbedConfigs, got {self.features!r}."
+            )
         pairs = self.features.items() if isinstance(self.features, Mapping) else self.features
         features = dict(pairs)
         for name, value in features.items():
@@ -203,7 +209,7 @@ def lookup(
       feature's own tables.
 
     Raises:
-      ValueError: ids of a feature that is not in the collection.
+      ValueError: ids of a feature that is not in the collection; a stack or projection is missing.
       TypeError: ids that are not a mapping.
       ValueError, TypeError: as `qrhash.lookup`.
       AssertionError: stacks of other shapes than the config's.
@@ -222,6 +228,14 @@ def lookup(
         raise ValueError(
             f"ids must be of features of the collection, {', '.join(configs)}, got {unknown[0]!r}."
         )
+    missing = [stack.name for stack in config.stacks if stack.name not in stacks]
+    missing += [
+        f"the projection of {name!r}"
+        for name in dict.fromkeys(owners[name] for name in ids)
+        if configs[name].projection_fields and name not in (projections or {})
+    ]
+    if missing:
+        raise ValueError(f"stacks and projections must be as from init, {missing[0]} is missing.")
     for stack in config.stacks:
         chex.assert_shape(
             stacks[stack.name], stack.shape, custom_message=f"Stack {stack.name!r} does not fit."

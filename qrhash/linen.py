@@ -55,7 +55,7 @@ def large_tables(variables: Any) -> Any:
     if not any(isinstance(leaf, Table) for leaf in jax.tree.leaves(variables, is_leaf=is_box)):
         raise ValueError(
             "variables hold no table of qrhash: pass them as model.init returns them, before "
-            "nn.unbox."
+            "nn.unbox, unless the model has none."
         )
     return jax.tree.map(
         lambda leaf: isinstance(leaf, Table) and leaf.is_large, variables, is_leaf=is_box
@@ -141,7 +141,7 @@ class EmbedCollection(nn.Module):
     and `<feature>_kernel` and `<feature>_bias` for operation "project".
 
     Attributes:
-      config: the `CollectionConfig`.
+      config: the `CollectionConfig`, or a mapping to make one of.
 
     >>> from qrhash import EmbedConfig, FullTable, QuotientRemainder
     >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 8)
@@ -152,22 +152,20 @@ class EmbedCollection(nn.Module):
     ((2, 8), ['large_8_float32', 'small_8_float32'])
     """
 
-    config: CollectionConfig
+    config: CollectionConfig | Mapping[str, EmbedConfig | str]
 
     def setup(self) -> None:
         """Declares the stacks and, for "project", the dense parameters."""
+        given = self.config
+        config = given if isinstance(given, CollectionConfig) else CollectionConfig(given)
 
         def table(key: chex.PRNGKey, stack: collection.Stack) -> Table:
-            value = collection.init_stack(key, self.config, stack)
+            value = collection.init_stack(key, config, stack)
             return Table(value, stack.axes, is_large=stack.is_large)
 
-        self.stacks = {
-            stack.name: self.param(stack.name, table, stack) for stack in self.config.stacks
-        }
-        made = {
-            name: _projection(self, config, f"{name}_")
-            for name, config in self.config.owned.items()
-        }
+        self.collection = config
+        self.stacks = {stack.name: self.param(stack.name, table, stack) for stack in config.stacks}
+        made = {name: _projection(self, owned, f"{name}_") for name, owned in config.owned.items()}
         self.projections = {name: each for name, each in made.items() if each is not None}
 
     def __call__(self, inputs: Mapping[str, chex.Array]) -> dict[str, jax.Array]:
@@ -179,7 +177,7 @@ class EmbedCollection(nn.Module):
         Returns:
           {feature name: vectors [*shape, features]}.
         """
-        return collection.lookup(self.stacks, inputs, self.config, self.projections)
+        return collection.lookup(self.stacks, inputs, self.collection, self.projections)
 
 
 def _projection(module: nn.Module, config: EmbedConfig, prefix: str = "") -> Projection | None:

@@ -40,8 +40,8 @@ def touched_rows(
 
     Duplicates are merged, the state of the rows touched is gathered, `tx` runs on arrays [m, width]
     in place of the tables, and the state is scattered back. What `tx` sees are gradients, so that
-    anything that optax can chain may stand in it: clipping by the global norm (that of the dense
-    gradients), schedules, `inject_hyperparams`, weight decay, `partition`, `masked`.
+    anything that optax can chain may stand in it: clipping by the global norm (of all gradients,
+    as if they were dense), schedules, `inject_hyperparams`, weight decay, `partition`, `masked`.
 
     Equal to `tx` on dense gradients where a zero gradient leaves a row and its state alone: SGD,
     Adagrad, row-wise Adagrad, clipping by the global norm. Otherwise it is the *lazy* variant:
@@ -304,6 +304,8 @@ def _scale_by_accumulated(
 
     def update(grads: Any, state: AccumulatorState, params: Any = None) -> tuple[Any, Any]:
         del params
+        if any(map(is_row_grads, jax.tree.leaves(grads, is_leaf=is_row_grads))):
+            raise ValueError("RowGrads need the optimizer wrapped: qrhash.touched_rows(tx).")
         sums = jax.tree.map(accumulate, grads, state.accumulators)
         return jax.tree.map(scale, grads, sums), AccumulatorState(sums)
 

@@ -297,7 +297,7 @@ def value_and_grad(
     @functools.wraps(fun)
     def differentiated(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(params)
-        marks = jax.tree.leaves(jax.tree.broadcast(by_rows, params))
+        marks = _marks(by_rows, params)
         tables = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
         dense = [leaf for leaf, mark in zip(leaves, marks, strict=True) if not mark]
 
@@ -323,6 +323,20 @@ def value_and_grad(
         return ((value, aux) if has_aux else value), grads
 
     return differentiated
+
+
+def _marks(by_rows: Any, params: Any) -> list[bool]:
+    """For each leaf of the parameters, whether it is a table to be trained by rows."""
+    given = jax.tree.leaves(by_rows)
+    if not all(isinstance(mark, bool) for mark in given):
+        wrong = next(mark for mark in given if not isinstance(mark, bool))
+        raise ValueError(f"by_rows must hold bools, such as config.large_tables, got {wrong!r}.")
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(by_rows, params))
+    except ValueError as error:
+        raise ValueError(
+            f"by_rows must be a tree of bools over the parameters, or a prefix of one: {error}"
+        ) from error
 
 
 class LookedUp(RowTable):

@@ -419,3 +419,25 @@ def test_partition_metadata_of_both():
     assert by_linen == by_nnx
     for name, is_large in CONFIG.large_tables.items():
         assert by_linen[name] == jax.P("rows" if is_large else None, "features")
+
+
+def test_what_is_missing_is_named(rng):
+    _, stacks, projections = _parameters(rng)
+    first = next(iter(stacks))
+    with pytest.raises(ValueError, match=f"{first} is missing"):
+        collection.lookup({k: stacks[k] for k in stacks if k != first}, {}, CONFIG, projections)
+    with pytest.raises(ValueError, match="projection of 'page' is missing"):
+        collection.lookup(stacks, {"page": np.array([1])}, CONFIG)
+    with pytest.raises(ValueError, match="mapping of names"):
+        CollectionConfig(ITEM)
+    with pytest.raises(TypeError, match="mapping of feature names"):
+        collection.lookup(stacks, np.array([1]), CONFIG, projections)
+
+
+def test_linen_takes_a_mapping_too():
+    ids = {"item": np.array([1])}
+    by_mapping = qrhash.linen.EmbedCollection({"item": ITEM})
+    by_config = qrhash.linen.EmbedCollection(CollectionConfig({"item": ITEM}))
+    key = jax.random.key(0)
+    vectors = [embed.init_with_output(key, ids)[0]["item"] for embed in (by_mapping, by_config)]
+    np.testing.assert_array_equal(*vectors)

@@ -512,3 +512,10 @@ def test_gradients_that_do_not_fit_the_parameters_are_refused(rng):
 def test_an_unknown_merge_method_is_refused_at_once():
     with pytest.raises(ValueError, match="hash, sort"):
         qrhash.touched_rows(optax.sgd(0.1), merge_method="slots")
+
+
+@pytest.mark.parametrize("make", [qrhash.adagrad, qrhash.rowwise_adagrad])
+def test_an_optimizer_that_is_not_wrapped_says_so(make, rng):
+    tx = make(0.1)
+    with pytest.raises(ValueError, match=r"qrhash\.touched_rows\(tx\)"):
+        tx.update(_draw(rng), tx.init(jnp.ones((ROWS, WIDTH))))

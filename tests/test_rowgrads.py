@@ -577,3 +577,23 @@ def test_a_checkpointed_look_up_is_refused_in_words():
     loss = jax.checkpoint(lambda table: qrhash.gather((table,), (jnp.array([1]),))[0].sum())
     with pytest.raises(TypeError, match="look up before"):
         qrhash.value_and_grad(loss, True)(jnp.ones((5, 2)))
+
+
+@pytest.mark.parametrize(
+    ("by_rows", "word"),
+    [
+        (("table_0", "x"), "bools.*table_0"),
+        ((True, False, True), "prefix"),
+        ({"a": True}, "prefix"),
+    ],
+)
+def test_a_by_rows_that_does_not_fit_is_refused(by_rows, word):
+    tables = (jnp.ones((5, 2)), jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match=f"by_rows must .*{word}"):
+        qrhash.value_and_grad(lambda tables: 0.0, by_rows)(tables)
+
+
+def test_a_jitted_loss_is_refused_in_words():
+    loss = jax.jit(lambda table: qrhash.gather((table,), (jnp.array([1]),))[0].sum())
+    with pytest.raises(TypeError, match="look up before"):
+        qrhash.value_and_grad(loss, True)(jnp.ones((5, 2)))
