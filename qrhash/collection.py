@@ -248,7 +248,7 @@ def lookup(
     }
     groups: dict[Any, list[str]] = collections.defaultdict(list)
     for name in ids:
-        groups[_group_of(name, config, places)].append(name)
+        groups[_group_of(configs[name], owners[name], places)].append(name)
     blocks: dict[str, list[_Block]] = collections.defaultdict(list)
     for names in groups.values():
         for table in range(configs[names[0]].num_tables):
@@ -350,16 +350,15 @@ class _Block(NamedTuple):
 
 
 def _group_of(
-    name: str, config: CollectionConfig, places: Mapping[tuple[str, int], tuple[str, Place]]
+    config: EmbedConfig, owner: str, places: Mapping[tuple[str, int], tuple[str, Place]]
 ) -> Any:
     """What features must have in common to be combined in one go."""
-    of_name, owner = config.configs[name], config.owners[name]
     return (
-        tuple(places[owner, table][0] for table in range(of_name.num_tables)),
-        of_name.operation,
-        of_name.vector_dtype,
-        of_name.id_policy == "zero",
-        owner if of_name.operation == "project" else None,
+        tuple(places[owner, table][0] for table in range(config.num_tables)),
+        config.operation,
+        config.vector_dtype,
+        config.id_policy == "zero",
+        owner if config.operation == "project" else None,
     )
 
 

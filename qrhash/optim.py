@@ -17,7 +17,6 @@ import optax
 
 from qrhash.rowgrads import (
     RowGrads,
-    add_to_rows,
     check_merge_method,
     is_row_grads,
     take_same_rows,
@@ -330,8 +329,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     """
 
     def apply(update: Any, param: Any) -> Any:
-        if is_row_grads(update):
-            return add_to_rows(param, update)
+        # An array + `RowGrads` is the array with these rows updated.
         return param if update is None else optax.apply_updates(param, update)
 
     return jax.tree.map(apply, updates, params, is_leaf=lambda u: u is None or is_row_grads(u))
