@@ -18,6 +18,7 @@ from qrhash.partitions import (
     QuotientRemainder,
 )
 from qrhash.rowgrads import RowGrads, merged_values, take_rows, value_and_grad
+from qrhash.sharding import ShardedTable, Sharding
 from qrhash.tables import (
     attend,
     gather,
@@ -42,9 +43,12 @@ __all__ = [
     "Projection",
     "QuotientRemainder",
     "RowGrads",
+    "ShardedTable",
+    "Sharding",
     "adagrad",
     "apply_updates",
     "attend",
+    "checkpoint",
     "collection",
     "combine",
     "deeprec",
@@ -66,6 +70,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Loads the Flax modules on first use: importing Flax takes longer than all the rest."""
-    if name in ("deeprec", "linen", "nnx"):
+    if name in ("checkpoint", "deeprec", "linen", "nnx"):
         return importlib.import_module(f"qrhash.{name}")
     raise AttributeError(f"module 'qrhash' has no attribute {name!r}")

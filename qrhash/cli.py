@@ -127,32 +127,41 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
     """Trains; returns the exit code."""
     from rich.console import Console
 
+    from qrhash.ctr.devices import connect
     from qrhash.ctr.display import Display
     from qrhash.ctr.errors import UserError
     from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, final_table
     from qrhash.ctr.settings import load
     from qrhash.ctr.train import fit
 
-    display = Display(Console(stderr=True))
+    # Of several processes the first one speaks.
+    is_first = not given.get("process_id")
+    display = Display(Console(stderr=True, quiet=not is_first))
     directory = None
-
-    def record(record: dict[str, Any]) -> None:
-        assert directory is not None
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        directory.record(record)
-
     try:
         settings = load(config, given)
-        with RunDirectory(settings.output_dir) as directory, display:
-            summary = fit(settings, display, record)
+        directory = RunDirectory(
+            settings.output_dir,
+            resume=settings.resume,
+            is_writer=not settings.process_id,
+            begun=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        if settings.resume:
+            settings = load(config, given, directory.settings)
+        connect(settings)
+        with directory, display:
+            summary = fit(settings, display, directory)
     except (UserError, OSError, MemoryError) as error:
-        display.line(f"Error: {error or 'out of memory.'}")
+        Console(stderr=True).print(
+            f"Error: {error or 'out of memory.'}", markup=False, highlight=False, soft_wrap=True
+        )
         return 1
     except KeyboardInterrupt:
         display.line("Interrupted.")
         return _INTERRUPTED
     else:
-        Console().print(final_table(summary))
+        if not settings.process_id:
+            Console().print(final_table(summary))
         return 0
     finally:
         if directory is not None and directory.path is not None:

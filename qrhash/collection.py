@@ -9,7 +9,6 @@ a feature's own is known when the config is built; exports still speak of featur
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,8 @@ import numpy as np
 from qrhash import tables as core
 from qrhash.combine import Projection
 from qrhash.config import EmbedConfig
-
-_INT32_MAX = 2**31 - 1
+from qrhash.rows import INT32_MAX
+from qrhash.sharding import ShardedTable, Sharding, whole_table
 
 
 class Place(NamedTuple):
@@ -52,16 +51,18 @@ class Stack:
       is_large: whether it is trained by rows: what `qrhash.value_and_grad` asks for.
       width: width of its rows.
       dtype: of its entries.
-      axes: logical axis names of rows and features.
+      axes: axis names of its array, see `EmbedConfig.table_axes`.
       places: the tables in it, from the first row on.
+      sharding: how the batch is split over a mesh and, if it is large, the stack.
     """
 
     name: str
     is_large: bool
     width: int
     dtype: np.dtype
-    axes: tuple[str | None, str | None]
+    axes: tuple[Any, ...]
     places: tuple[Place, ...]
+    sharding: Sharding | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -144,7 +145,7 @@ class CollectionConfig:
         return sum(config.num_params for config in self.owned.values())
 
 
-def init(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, jax.Array]:
+def init(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Any]:
     """Creates the stacked tables: those that `qrhash.init` gives for each feature, stacked.
 
     Args:
@@ -152,25 +153,24 @@ def init(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, jax.Array]:
       config: the `CollectionConfig`.
 
     Returns:
-      {stack name: array [rows, width]}.
+      {stack name: array [rows, width]}; with `sharding`, large ones are `ShardedTable`s.
     """
     return {stack.name: init_stack(key, config, stack) for stack in config.stacks}
 
 
-def init_stack(key: chex.PRNGKey, config: CollectionConfig, stack: Stack) -> jax.Array:
+def init_stack(key: chex.PRNGKey, config: CollectionConfig, stack: Stack) -> Any:
     """Creates one stack; part by part into its place, so that the parts never exist twice."""
     owned, keys = config.owned, _feature_keys(key, config)
 
-    def part(place: Place) -> jax.Array:
-        table_keys = jax.random.split(keys[place.feature], owned[place.feature].num_tables)
-        return core.init_table(table_keys[place.table], owned[place.feature], place.table)
+    def part(place: Place) -> core.Part:
+        of_feature = owned[place.feature]
+        table_keys = jax.random.split(keys[place.feature], of_feature.num_tables)
+        initializer = core.table_initializers(of_feature)[place.table]
+        return core.Part(table_keys[place.table], initializer, place.offset, place.rows)
 
-    if len(stack.places) == 1:
-        return part(stack.places[0])
-    table = jnp.empty(stack.shape, stack.dtype)
-    for place in stack.places:
-        table = _put(table, part(place), place.offset)
-    return table
+    parts = [part(place) for place in stack.places]
+    sharding = stack.sharding if stack.is_large else None
+    return core.init_parts(parts, stack.shape, stack.dtype, sharding)
 
 
 def init_projections(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Projection]:
@@ -248,7 +248,8 @@ def lookup(
     }
     groups: dict[Any, list[str]] = collections.defaultdict(list)
     for name in ids:
-        groups[_group_of(configs[name], owners[name], places)].append(name)
+        shape = indices[name][0].shape
+        groups[shape, *_group_of(configs[name], owners[name], places)].append(name)
     blocks: dict[str, list[_Block]] = collections.defaultdict(list)
     for names in groups.values():
         for table in range(configs[names[0]].num_tables):
@@ -260,7 +261,7 @@ def lookup(
         for block, *taken in _take(stack, stacks[stack.name], blocks[stack.name]):
             rows[block.name, block.table], found[block.name] = taken
 
-    vectors = {}
+    vectors: dict[str, jax.Array] = {}
     for names in groups.values():
         first = configs[names[0]]
         combined = core.combine_found(
@@ -269,16 +270,14 @@ def lookup(
             first,
             (projections or {}).get(owners[names[0]]),
         )
-        shapes = [indices[name][0].shape for name in names]
         # The transpose of a split is one concatenation; that of slices, a padded array for each.
-        parts = jax.lax.split(combined, [math.prod(shape) for shape in shapes])
-        for name, shape, part in zip(names, shapes, parts, strict=True):
-            vectors[name] = part.reshape(*shape, first.features)
+        parts = jax.lax.split(combined, [1] * len(names))
+        vectors.update(zip(names, (part[0] for part in parts), strict=True))
     return {name: vectors[name] for name in ids}
 
 
 def unstack(
-    stacks: Mapping[str, chex.Array], config: CollectionConfig
+    stacks: Mapping[str, Any], config: CollectionConfig
 ) -> dict[str, tuple[chex.Array, ...]]:
     """The tables of each feature.
 
@@ -290,8 +289,9 @@ def unstack(
     Returns:
       {feature name: k arrays [rows_j, ...]}, of the features that have tables of their own.
     """
+    whole = {name: whole_table(table) for name, table in stacks.items()}
     parts = {
-        (place.feature, place.table): stacks[stack.name][place.offset : place.offset + place.rows]
+        (place.feature, place.table): whole[stack.name][place.offset : place.offset + place.rows]
         for stack in config.stacks
         for place in stack.places
     }
@@ -301,9 +301,7 @@ def unstack(
     }
 
 
-def stack(
-    tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig
-) -> dict[str, jax.Array]:
+def stack(tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig) -> dict[str, Any]:
     """The stacks of the features' tables: the inverse of `unstack`.
 
     Args:
@@ -328,10 +326,12 @@ def stack(
             raise ValueError(
                 f"tables[{name!r}] must have {owned.partition.num_rows} rows, got {got}."
             )
-    return {
-        each.name: jnp.concatenate([tables[place.feature][place.table] for place in each.places])
-        for each in config.stacks
-    }
+    stacks: dict[str, Any] = {}
+    for each in config.stacks:
+        table = jnp.concatenate([tables[place.feature][place.table] for place in each.places])
+        sharding = each.sharding if each.is_large else None
+        stacks[each.name] = table if sharding is None else ShardedTable.from_array(table, sharding)
+    return stacks
 
 
 class _Read(NamedTuple):
@@ -351,8 +351,8 @@ class _Block(NamedTuple):
 
 def _group_of(
     config: EmbedConfig, owner: str, places: Mapping[tuple[str, int], tuple[str, Place]]
-) -> Any:
-    """What features must have in common to be combined in one go."""
+) -> tuple[Any, ...]:
+    """What features must have in common, besides their ids' shape, to be combined in one go."""
     return (
         tuple(places[owner, table][0] for table in range(config.num_tables)),
         config.operation,
@@ -365,31 +365,29 @@ def _group_of(
 def _take(
     stack: Stack, table: Any, blocks: Sequence[_Block]
 ) -> Iterator[tuple[_Block, jax.Array, jax.Array]]:
-    """One gather for all reads of a stack: block, its rows [n, width], and whether found [n]."""
+    """One gather for all reads of a stack.
+
+    Yields, for each block of n reads of ids [*shape], its rows [n, *shape, width] and whether they
+    were found [n, *shape].
+    """
     if not blocks:
         return
     num_rows = stack.shape[0]
-    dtype = jnp.int32 if num_rows <= _INT32_MAX else jnp.int64
+    dtype = jnp.int32 if num_rows <= INT32_MAX else jnp.int64
 
     def in_stack(read: _Read) -> jax.Array:
-        index = core.device_index(read.row_numbers, read.place.rows).reshape(-1).astype(dtype)
+        index = core.device_index(read.row_numbers, read.place.rows).astype(dtype)
         has_row = (index >= 0) & (index < read.place.rows)
         return jnp.where(has_row, index + read.place.offset, num_rows)
 
-    reads = [read for block in blocks for read in block.reads]
     segments = tuple(
         core.Segment(read.place.offset, read.place.rows, math.prod(read.row_numbers.shape))
-        for read in reads
+        for block in blocks
+        for read in block.reads
     )
-    index = jnp.concatenate([in_stack(read) for read in reads])
-    rows = core.take_segments(table, index, segments, 0.0)
-    sizes = [sum(math.prod(read.row_numbers.shape) for read in block.reads) for block in blocks]
-    yield from zip(
-        blocks,
-        jax.lax.split(rows, sizes),
-        jax.lax.split(index < num_rows, sizes),
-        strict=True,
-    )
+    indices = [jnp.stack([in_stack(read) for read in block.reads]) for block in blocks]
+    rows = core.take_segments(table, indices, segments, 0.0, batch_axis=1, sharding=stack.sharding)
+    yield from zip(blocks, rows, (index < num_rows for index in indices), strict=True)
 
 
 def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
@@ -401,7 +399,7 @@ def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
             key = base = f"{kind}_{width}_{config.param_dtype.name}"
             # Row numbers are 32 bits wide: what grows beyond that starts another stack.
             for count in itertools.count(2):
-                if not sizes[key] or sizes[key] + rows <= _INT32_MAX:
+                if not sizes[key] or sizes[key] + rows <= INT32_MAX:
                     break
                 key = f"{base}_{count}"
             groups.setdefault(key, []).append((name, j))
@@ -409,6 +407,12 @@ def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
     for key, members in sorted(groups.items()):
         first, j = members[0]
         axes = {owned[name].table_axes(i) for name, i in members}
+        shardings = {owned[name].sharding for name, _ in members}
+        if len(shardings) > 1:
+            raise ValueError(
+                f"sharding must agree for the tables of one stack, {key}, got "
+                f"{' and '.join(sorted(map(repr, shardings)))}."
+            )
         if len(axes) > 1:
             raise ValueError(
                 f"logical_axes must agree for the tables of one stack, {key}, got "
@@ -425,12 +429,8 @@ def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
             dtype=owned[first].param_dtype,
             axes=axes.pop(),
             places=tuple(places),
+            sharding=shardings.pop(),
         )
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(table: jax.Array, part: jax.Array, offset: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(table, part, offset, axis=0)
 
 
 def _feature_keys(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, chex.PRNGKey]:

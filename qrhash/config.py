@@ -10,10 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from qrhash.arithmetic import as_size
 from qrhash.combine import OPERATIONS, Projection
 from qrhash.partitions import Partition
+from qrhash.sharding import Sharding
 
 ID_POLICIES = ("raise", "nan", "zero", "clip", "wrap")
 
@@ -41,7 +43,9 @@ class EmbedConfig:
       dtype: dtype of the maths and the vectors. Default: `param_dtype`.
       param_dtype: dtype of the tables and the projection.
       embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
-        matched to the operation, see `init_stddev`.
+        matched to the operation, see `init_stddev`. With a `sharding` every shard of a large table
+        is drawn from a key of its own; `qrhash.tables.ByRows(initializer)` draws every row from
+        one, so that the numbers are the same on any mesh.
       init_stddev: standard deviation of a vector's entries at the start under the default
         initializer, which is symmetric around zero. Default: features**-0.5, that of
         `flax.linen.Embed`.
@@ -52,6 +56,7 @@ class EmbedConfig:
         they touch (`qrhash.RowGrads`), and it is split by rows over devices. Smaller tables are
         ordinary dense parameters, and replicated. The default is about a batch's number of
         look-ups: a table with fewer rows is updated faster as a whole.
+      sharding: how the large tables and the batch are split over a mesh; None: they are not.
 
     Raises:
       ValueError: an argument breaks its rule; the message names it, the rule and the value.
@@ -75,6 +80,7 @@ class EmbedConfig:
     use_bias: bool = True
     logical_axes: tuple[str | None, str | None] = ("rows", "features")
     large_table_rows: int = 16384
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.partition, Partition):
@@ -88,6 +94,12 @@ class EmbedConfig:
             self._set("dtype", _as_float_dtype("dtype", self.dtype))
         self._set("widths", self._checked_widths())
         self._check_init()
+        if self.sharding is not None:
+            if not isinstance(self.sharding, Sharding):
+                raise ValueError(f"sharding must be a qrhash.Sharding, got {self.sharding!r}.")
+            for (rows, width), is_large in zip(self.table_shapes, self.large_tables, strict=True):
+                if is_large:
+                    self.sharding.array_shape(rows, width)
         axes = tuple(self.logical_axes)
         if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
             raise ValueError(f"logical_axes must be two names or None, got {self.logical_axes!r}.")
@@ -148,15 +160,30 @@ class EmbedConfig:
         """Whether each table is large: trained by rows, and split by rows over devices."""
         return tuple(rows >= self.large_table_rows for rows in self.partition.num_rows)
 
-    def table_axes(self, table: int) -> tuple[str | None, str | None]:
-        """Logical axis names of a table, given its number; small ones are not split by rows."""
+    def table_sharding(self, table: int) -> Sharding | None:
+        """How a table, given its number, is split over a mesh; small ones are not."""
+        return self.sharding if self.large_tables[table] else None
+
+    @property
+    def table_specs(self) -> tuple[PartitionSpec, ...]:
+        """For each table, the `PartitionSpec` of its array: on a mesh a `ShardedTable`'s."""
+        return tuple(PartitionSpec(*self.table_axes(j)) for j in range(self.num_tables))
+
+    def table_axes(self, table: int) -> tuple[Any, ...]:
+        """Axis names of a table's array, given its number; small ones are not split by rows.
+
+        Logical names; or, with a `sharding`, axes of its mesh.
+        """
+        if self.sharding is not None:
+            sharding = self.table_sharding(table)
+            return (None, None) if sharding is None else tuple(sharding.table_spec())
         row_axis, feature_axis = self.logical_axes
         return (row_axis if self.large_tables[table] else None, feature_axis)
 
     @property
     def projection_axes(self) -> Projection:
         """Logical axis names of the parameters of "project"."""
-        feature_axis = self.logical_axes[1]
+        feature_axis = self.logical_axes[1] if self.sharding is None else None
         return Projection(kernel=(None, feature_axis), bias=(feature_axis,))
 
     def _set(self, name: str, value: Any) -> None:

@@ -76,7 +76,7 @@ class MultiHashVariable(MultiHashEmbed):
         if not trainable:
             for variable in self._table_names:
                 table = getattr(self, variable)
-                setattr(self, variable, FrozenTable(table[...], **table.get_metadata()))
+                setattr(self, variable, FrozenTable(table.get_value(), **table.get_metadata()))
 
     def regularization_loss(self) -> jax.Array:
         """The regularizer summed over the tables, a scalar to add to the loss; 0 without one."""

@@ -24,12 +24,14 @@ from qrhash.combine import Projection
 from qrhash.config import EmbedConfig
 from qrhash.optim import touched_rows
 from qrhash.rowgrads import LookedUp, row_grads, zero_offsets
+from qrhash.sharding import ShardedTable, Sharding, is_sharded_table
 
 
 class Table(nnx.Param):
     """A table: an `nnx.Param` of a type of its own, so that a filter can tell tables apart.
 
-    Its metadata `is_large` says whether it is trained by rows.
+    Its metadata `is_large` says whether it is trained by rows. On a mesh a large table's value is
+    the array of a `qrhash.ShardedTable`, and the metadata hold its `num_rows` and its `layout`.
     """
 
 
@@ -86,9 +88,9 @@ class MultiHashEmbed(nnx.Module):
         return self.config.param_dtype
 
     @property
-    def tables(self) -> tuple[jax.Array, ...]:
-        """The tables' arrays, [rows_j, width_j] each."""
-        return tuple(getattr(self, name).get_value() for name in self._table_names)
+    def tables(self) -> tuple[Any, ...]:
+        """The tables, [rows_j, width_j] each; on a mesh, large ones are `ShardedTable`s."""
+        return tuple(as_table(getattr(self, name)) for name in self._table_names)
 
     @property
     def _table_names(self) -> tuple[str, ...]:
@@ -166,7 +168,7 @@ class EmbedCollection(nnx.Module):
         Returns:
           {feature name: vectors [*shape, features]}.
         """
-        stacks = {stack.name: self._stack(stack.name).get_value() for stack in self.config.stacks}
+        stacks = {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
         projections = {
             name: Projection(
                 *(getattr(self, f"{name}_{field}")[...] for field in config.projection_fields)
@@ -179,7 +181,7 @@ class EmbedCollection(nnx.Module):
     @property
     def tables(self) -> dict[str, tuple[jax.Array, ...]]:
         """The tables [rows_j, width_j] of each feature that has its own."""
-        stacks = {stack.name: self._stack(stack.name)[...] for stack in self.config.stacks}
+        stacks = {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
         return collection.unstack(stacks, self.config)
 
     def set_tables(self, tables: Mapping[str, tuple[chex.Array, ...]]) -> None:
@@ -189,13 +191,13 @@ class EmbedCollection(nnx.Module):
           ValueError: a feature is missing or unknown, or a table has another shape or dtype.
         """
         for name, table in collection.stack(tables, self.config).items():
-            old = self._stack(name)[...]
+            old = as_table(self._stack(name))
             if (table.shape, table.dtype) != (old.shape, old.dtype):
                 raise ValueError(
                     f"tables must stack up to {old.dtype} {old.shape} in {name!r}, got "
                     f"{table.dtype} {table.shape}."
                 )
-            self._stack(name).set_value(table)
+            self._stack(name).set_value(_array_of(table))
 
     def _stack(self, name: str) -> Table:
         return getattr(self, name)
@@ -226,7 +228,10 @@ def value_and_grad(
     def with_offsets(model: Any, offsets: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         tables = _variables(model, is_large)
         arrays = [table.get_value() for table in tables.values()]
-        reads = [LookedUp(*pair) for pair in zip(arrays, offsets, strict=True)]
+        reads = [
+            LookedUp(as_table(table), of_table)
+            for table, of_table in zip(tables.values(), offsets, strict=True)
+        ]
         for table, read in zip(tables.values(), reads, strict=True):
             table.set_value(read)
         try:
@@ -235,7 +240,7 @@ def value_and_grad(
             for table, array in zip(tables.values(), arrays, strict=True):
                 table.set_value(array)
         value, aux = result if has_aux else (result, None)
-        return value, (aux, [read.indices for read in reads])
+        return value, (aux, [read.lookups for read in reads])
 
     gradient = nnx.value_and_grad(
         with_offsets,
@@ -246,10 +251,10 @@ def value_and_grad(
     @functools.wraps(f)
     def differentiated(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         tables = _variables(model, is_large)
-        arrays = [table.get_value() for table in tables.values()]
-        offsets = _zero_offsets(f, is_large, arrays, model, *args, **kwargs)
-        (value, (aux, indices)), (grads, offset_grads) = gradient(model, offsets, args, kwargs)
-        table_grads = zip(tables.items(), row_grads(arrays, indices, offset_grads), strict=True)
+        looked_up = [as_table(table) for table in tables.values()]
+        offsets = _zero_offsets(f, is_large, looked_up, model, *args, **kwargs)
+        (value, (aux, lookups)), (grads, offset_grads) = gradient(model, offsets, args, kwargs)
+        table_grads = zip(tables.items(), row_grads(looked_up, lookups, offset_grads), strict=True)
         flat = {path: table.replace(grad) for (path, table), grad in table_grads}
         grads = nnx.merge_state(grads, nnx.from_flat_state(flat))
         return ((value, aux) if has_aux else value), grads
@@ -258,8 +263,8 @@ def value_and_grad(
 
 
 def _zero_offsets(
-    f: Callable[..., Any], is_large: Any, arrays: list[jax.Array], *args: Any, **kwargs: Any
-) -> list[list[jax.Array]]:
+    f: Callable[..., Any], is_large: Any, tables: list[Any], *args: Any, **kwargs: Any
+) -> Any:
     """The offsets of all look-ups, found on a copy of the modules."""
     graph, state = nnx.split((args, kwargs))
 
@@ -269,7 +274,7 @@ def _zero_offsets(
             table.set_value(read)
         f(model, *others, **options)
 
-    return zero_offsets(run, arrays)
+    return zero_offsets(run, tables)
 
 
 def _is_large(path: Any, value: Any) -> bool:
@@ -313,8 +318,33 @@ class Optimizer(nnx.Optimizer):
         super().__init__(model, touched_rows(tx), wrt=wrt)
 
 
-def _table(value: chex.Array, axes: Any, is_large: bool) -> Table:
-    return _annotated(Table, value, axes, is_large=is_large)
+def as_table(variable: nnx.Variable) -> Any:
+    """What a variable holds: a table on a mesh, or state in its layout, as a `ShardedTable`."""
+    value, layout = variable.get_value(), getattr(variable, "layout", None)
+    return value if layout is None else ShardedTable(value, variable.num_rows, layout)
+
+
+def place(state: Any, sharding: Sharding) -> Any:
+    """A state with, in place of its values, where they belong: `out_shardings` of `jax.jit`.
+
+    Tables are split by rows as they say, all else is on every device of the mesh.
+    """
+
+    def of(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(_array_of(sharding.place(as_table(variable))))
+
+    return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def _array_of(table: Any) -> Any:
+    return table.array if is_sharded_table(table) else table
+
+
+def _table(value: Any, axes: Any, is_large: bool) -> Table:
+    if not is_sharded_table(value):
+        return _annotated(Table, value, axes, is_large=is_large)
+    metadata = {"num_rows": value.num_rows, "layout": value.sharding}
+    return _annotated(Table, value.array, axes, is_large=is_large, **metadata)
 
 
 def _annotated(variable: type[nnx.Param], value: chex.Array, axes: Any, **metadata: Any) -> Any:

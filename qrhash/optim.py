@@ -7,21 +7,21 @@ that with any optax transformation that treats rows alone; the cost of a step th
 batch and no more on the table.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash.rowgrads import (
-    RowGrads,
-    check_merge_method,
-    is_row_grads,
-    take_same_rows,
-)
-from qrhash.tables import wide_dtype
+from qrhash.rowgrads import RowGrads, is_row_grads
+from qrhash.rows import INT32_MAX, check_merge_method, read_rows, set_rows, wide_dtype
+from qrhash.sharding import Parcels, is_sharded_table, read_in_shards, set_in_shards
 
 # (initial accumulator, eps, whether eps stands inside the root)
 _CONVENTIONS = {
@@ -77,73 +77,161 @@ def touched_rows(
     tx = optax.with_extra_args_support(tx)
     check_merge_method(merge_method)
 
+    def init(params: Any) -> Any:
+        shardings = _state_shardings(tx, params)
+        if shardings is None:
+            return tx.init(params)
+        # What has a table's shape alone, XLA would keep on every device.
+        return jax.jit(tx.init, out_shardings=shardings)(params)
+
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
         if not any(map(is_row_grads, leaves)):
             return tx.update(grads, state, params, **extra_args)
         _refuse_accumulation(state)
-        old_params = []
+        old_params: list[Any] = []
         if params is not None:
             same_tree = jax.tree.map(lambda _, param: param, grads, params, is_leaf=is_row_grads)
             old_params = jax.tree.leaves(same_tree)
             for leaf, param in zip(leaves, old_params, strict=True):
                 if is_row_grads(leaf):
                     leaf.check(param)
-        tables = [
-            _Touched(leaf.merge(merge_method)) if is_row_grads(leaf) else None for leaf in leaves
-        ]
-        values = [
-            leaf if table is None else table.values
-            for leaf, table in zip(leaves, tables, strict=True)
-        ]
+        owners = _owners(tx, grads)
         old, state_tree = jax.tree.flatten(state)
-        owners = [None if owner is None else tables[owner] for owner in _owners(tx, grads)]
-        of_params = [] if params is None else tables
-        read = _read([*old_params, *old], [*of_params, *owners])
-        updates, state = tx.update(
-            jax.tree.unflatten(tree, values),
-            jax.tree.unflatten(state_tree, read[len(of_params) :]),
-            None if params is None else jax.tree.unflatten(tree, read[: len(of_params)]),
-            **extra_args,
-        )
-        new = [
-            leaf if table is None else table.write(array, leaf)
-            for leaf, array, table in zip(jax.tree.leaves(state), old, owners, strict=True)
-        ]
-        updates = [
-            leaf if table is None else table.as_grads(leaf)
-            for leaf, table in zip(jax.tree.leaves(updates), tables, strict=True)
-        ]
+
+        def run(merged: Mapping[int, RowGrads]) -> tuple[dict[int, _Part], Any]:
+            """A step of `tx` on the rows that merged gradients name, each with its leaf's number.
+
+            Returns what came of these rows, and of all else.
+            """
+            tables = {number: _Touched(each) for number, each in merged.items()}
+            of_params = [] if params is None else [tables.get(n) for n in range(len(leaves))]
+            of_state = [None if owner is None else tables[owner] for owner in owners]
+            read = _read([*old_params, *old], [*of_params, *of_state])
+            values = [merged[n].values if n in merged else leaf for n, leaf in enumerate(leaves)]
+            updates, state = tx.update(
+                jax.tree.unflatten(tree, values),
+                jax.tree.unflatten(state_tree, read[len(of_params) :]),
+                None if params is None else jax.tree.unflatten(tree, read[: len(of_params)]),
+                **extra_args,
+            )
+            updates, state = jax.tree.leaves(updates), jax.tree.leaves(state)
+            of_table = {
+                n: [x for x, o in zip(state, owners, strict=True) if o == n] for n in tables
+            }
+            parts = {n: _Part(table.rows, updates[n], of_table[n]) for n, table in tables.items()}
+            rest = (
+                [None if n in tables else each for n, each in enumerate(updates)],
+                [each if o is None else None for each, o in zip(state, owners, strict=True)],
+            )
+            return parts, rest
+
+        parts, (updates, new) = _run_on_merged(run, leaves, merge_method)
+        for number, of_table in parts.items():
+            leaf = leaves[number]
+            updates[number] = _as_grads(leaf, of_table)
+            places = [place for place, owner in enumerate(owners) if owner == number]
+            for count, place in enumerate(places):
+                new[place] = _write(leaf, old[place], of_table, count)
         return jax.tree.unflatten(tree, updates), jax.tree.unflatten(state_tree, new)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _Touched:
-    """The rows of one table that are touched in one update."""
+    """The rows of one table that are touched in one update.
+
+    Attributes:
+      rows: their numbers; once they are read, as results of the read.
+    """
 
     def __init__(self, merged: RowGrads) -> None:
-        self.values = merged.values
-        self._rows = merged.rows
-        self._num_rows = merged.num_rows
+        self.rows, self._sharding = merged.rows, merged.sharding
 
     def read(self, arrays: Sequence[chex.Array]) -> tuple[jax.Array, ...]:
         """The rows [m, ...] of the table, and of state that goes by its rows; only once."""
-        rows, self._rows = take_same_rows(arrays, self._rows, fill_value=0.0)
-        return rows
+        if self._sharding is None:
+            found, self.rows = read_rows(arrays, self.rows, fill_value=0.0)
+        else:
+            found, self.rows = read_in_shards(self._sharding, arrays, self.rows)
+        return found
 
-    def write(self, array: chex.Array, values: chex.Array) -> jax.Array:
-        """The array with these rows in place of the old ones."""
-        return array.at[self._rows].set(
-            values.astype(array.dtype),
-            mode="drop",
-            wrap_negative_indices=False,
-            unique_indices=True,
-        )
 
-    def as_grads(self, values: chex.Array) -> RowGrads:
-        """Updates [m, width] of the rows."""
-        return RowGrads(self._rows, values, self._num_rows, is_merged=True)
+class _Part(NamedTuple):
+    """What a step makes of touched rows of a table: their numbers, updates and new state."""
+
+    rows: jax.Array
+    updates: jax.Array
+    state: list[jax.Array]
+
+
+def _run_on_merged(
+    run: Callable[[Mapping[int, RowGrads]], tuple[dict[int, _Part], Any]],
+    leaves: Sequence[Any],
+    method: str | None,
+) -> tuple[dict[int, list[_Part]], Any]:
+    """Runs a step on the merged gradients.
+
+    On a mesh gradients are sent to their rows first. Where an exchange of fixed size has too little
+    room, the step runs on what the other one brings: on larger arrays, hence a second part.
+    """
+    merged, parcels = {}, {}
+    for number, leaf in enumerate(leaves):
+        if is_row_grads(leaf):
+            leaf.check()
+            parcel = None if leaf.is_merged else leaf.parcels(method)
+            if parcel is None:
+                merged[number] = leaf.merge(method)
+            else:
+                parcels[number] = parcel
+    if not parcels:
+        parts, rest = run(merged)
+        return {number: [part] for number, part in parts.items()}, rest
+
+    def run_with(send: Callable[[Parcels], tuple[jax.Array, jax.Array]]) -> Any:
+        sent = {n: leaves[n].in_shards(*send(parcel)) for n, parcel in parcels.items()}
+        parts, rest = run(merged | sent)
+        return {n: parts.pop(n) for n in parcels}, (parts, rest)
+
+    def few() -> Any:
+        parts, others = run_with(Parcels.send)
+        return parts, _naming_no_rows(jax.eval_shape(lambda: run_with(Parcels.send_all)[0])), others
+
+    def many() -> Any:
+        parts, others = run_with(Parcels.send_all)
+        return _naming_no_rows(jax.eval_shape(lambda: run_with(Parcels.send)[0])), parts, others
+
+    overflows = functools.reduce(operator.or_, (each.overflows for each in parcels.values()))
+    first, second, (parts, rest) = jax.lax.cond(overflows, many, few)
+    by_table = {n: [part] for n, part in parts.items()}
+    return by_table | {n: [first[n], second[n]] for n in parcels}, rest
+
+
+def _naming_no_rows(shapes: dict[int, _Part]) -> dict[int, _Part]:
+    """Parts of these shapes that change nothing."""
+    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes)
+    return {n: part._replace(rows=part.rows + INT32_MAX) for n, part in zeros.items()}
+
+
+def _as_grads(grads: RowGrads, parts: Sequence[_Part]) -> RowGrads:
+    """The updates of a table, given its gradients."""
+    first, *others = (
+        dataclasses.replace(grads, rows=part.rows, values=part.updates, is_merged=True)
+        for part in parts
+    )
+    return dataclasses.replace(first, spill=others[0]) if others else first
+
+
+def _write(grads: RowGrads, array: jax.Array, parts: Sequence[_Part], count: int) -> jax.Array:
+    """One array of a table's state with the touched rows in place of the old ones."""
+    for part in parts:
+        values = part.state[count].astype(array.dtype)
+        if grads.sharding is None:
+            array = set_rows(array, part.rows, values)
+        else:
+            seldom = part is not parts[0]
+            array = set_in_shards(grads.sharding, array, part.rows, values, seldom=seldom)
+    return array
 
 
 def _refuse_accumulation(state: Any) -> None:
@@ -156,39 +244,88 @@ def _refuse_accumulation(state: Any) -> None:
         )
 
 
+def _shapes_of_state(
+    tx: optax.GradientTransformation, tree: Any, shapes: Sequence[Any], leaves: Sequence[Any]
+) -> list[tuple[int, ...]]:
+    """Shapes of the state's leaves, if the parameters had these shapes."""
+    abstract = [
+        jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)
+    ]
+    state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, abstract))
+    return [leaf.shape for leaf in jax.tree.leaves(state)]
+
+
+def _state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
+    """Where the state belongs: with the parameters that it goes by. None if they are on no mesh."""
+    leaves, tree = jax.tree.flatten(params)
+    of_params = [
+        NamedSharding(node.sharding.mesh, node.sharding.table_spec(node.array.ndim))
+        if is_sharded_table(node)
+        else _sharding_of(node)
+        for node in jax.tree.leaves(params, is_leaf=is_sharded_table)
+    ]
+    mesh = next((each.mesh for each in of_params if each is not None), None)
+    if mesh is None:
+        return None
+    shapes = [leaf.shape for leaf in leaves]
+    longer = [
+        shape if where is None or not shape else (shape[0] + number + 1, *shape[1:])
+        for number, (shape, where) in enumerate(zip(shapes, of_params, strict=True))
+    ]
+    shardings = []
+    for shape, grown in zip(
+        _shapes_of_state(tx, tree, shapes, leaves),
+        _shapes_of_state(tx, tree, longer, leaves),
+        strict=True,
+    ):
+        owner = of_params[grown[0] - shape[0] - 1] if shape != grown else None
+        spec = () if owner is None else owner.spec[: len(shape)]
+        shardings.append(NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), shardings)
+
+
+def _sharding_of(leaf: Any) -> NamedSharding | None:
+    """Where an array is that is no tracer, if that is on a mesh."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return None
+    return leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+
+
 def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
     """For each leaf of the state, by which leaf of the gradients its rows go, if by any.
 
     A leaf goes by the rows of a table if it grows with the table: seen on shapes alone.
     """
+    leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
 
     def state_shapes(more_rows: int, more_width: int) -> list[tuple[int, ...]]:
-        leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
-        shapes = []
+        shapes = [leaf.shape for leaf in leaves]
         for number, leaf in enumerate(leaves):
-            shape = leaf.shape
             if is_row_grads(leaf):
-                rows, *width = shape
-                shape = (rows + more_rows * (number + 1), *(n + more_width for n in width))
-            shapes.append(jax.ShapeDtypeStruct(shape, leaf.dtype))
-        state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, shapes))
-        return [leaf.shape for leaf in jax.tree.leaves(state)]
+                *shards, rows, width = leaf.shape
+                shapes[number] = (*shards, rows + more_rows * (number + 1), width + more_width)
+        return _shapes_of_state(tx, tree, shapes, leaves)
 
     owners: list[int | None] = []
     for shape, longer, wider in zip(
         state_shapes(0, 0), state_shapes(1, 0), state_shapes(0, 1), strict=True
     ):
-        by_rows = longer != shape
-        if (by_rows and longer[1:] != shape[1:]) or (not by_rows and wider != shape):
+        grown = [axis for axis, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b]
+        owner, fits = None, wider == shape
+        if grown:
+            owner = longer[grown[0]] - shape[grown[0]] - 1
+            # Its rows are along the first axis, on a mesh along the second.
+            fits = grown == [int(leaves[owner].sharding is not None)]
+        if not fits:
             raise ValueError(
                 f"touched_rows needs state of one entry or one row per row of a table, but this "
                 f"transformation keeps an array of shape {shape} for one: train the table densely."
             )
-        owners.append(longer[0] - shape[0] - 1 if by_rows else None)
+        owners.append(owner)
     return owners
 
 
-def _read(leaves: Sequence[Any], owners: Sequence[_Touched | None]) -> list[Any]:
+def _read(leaves: Sequence[Any], owners: Sequence[Any]) -> list[Any]:
     """The leaves, with the touched rows in place of those that go by a table's rows."""
     read = list(leaves)
     for table in {id(owner): owner for owner in owners if owner is not None}.values():

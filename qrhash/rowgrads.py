@@ -21,18 +21,32 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 
-from qrhash.tables import RowTable, check_one_index_per_table, device_index, wide_dtype
-
-MERGE_METHODS = ("hash", "sort")
-
-# Tables with at most so many rows for each row looked up need no hashing: every row has a slot.
-_SLOTS_PER_LOOKUP = 4
+from qrhash.rows import (
+    RowTable,
+    across,
+    add_rows,
+    as_one,
+    check_merge_method,
+    distinct_rows,
+    merge_rows,
+    read_rows,
+)
+from qrhash.sharding import (
+    Parcels,
+    ShardedTable,
+    Sharding,
+    add_in_shards,
+    flatten_lookups,
+    is_sharded_table,
+    to_owners,
+)
+from qrhash.tables import check_one_index_per_table
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rows", "values"),
-    meta_fields=("num_rows", "is_merged"),
+    data_fields=("rows", "values", "spill"),
+    meta_fields=("num_rows", "is_merged", "sharding"),
 )
 @dataclasses.dataclass(frozen=True)
 class RowGrads:
@@ -43,11 +57,16 @@ class RowGrads:
     part of the tree, `jax.tree.map` over it changes them. So optax's transformations belong inside
     `qrhash.touched_rows`, which shows them the values alone, and a norm is that of `merged_values`.
 
+    Of a table on a mesh (`qrhash.ShardedTable`), `rows` and `values` are split as the batch is.
+    Merged, they are where the rows are: row numbers within the shards [S, m], and [S, m, width].
+
     Attributes:
       rows: row numbers [m], int32.
       values: their gradients [m, width].
       num_rows: rows of the table.
       is_merged: whether no row is named twice, and values without a row are zero.
+      sharding: the `Sharding` of a table on a mesh.
+      spill: on a mesh, where an exchange had too little room: all rows are here instead.
 
     >>> grads = RowGrads(jnp.array([1, 2, 1]), jnp.array([[1.0], [2.0], [3.0]]), num_rows=4)
     >>> grads.to_dense().tolist()
@@ -58,11 +77,16 @@ class RowGrads:
     values: chex.Array
     num_rows: int
     is_merged: bool = False
+    sharding: Sharding | None = None
+    spill: "RowGrads | None" = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the table."""
-        return (self.num_rows, *self.values.shape[1:])
+        """Shape of the table; on a mesh, that of its array."""
+        if self.sharding is None:
+            return (self.num_rows, *self.values.shape[1:])
+        rows = self.sharding.rows_per_shard(self.num_rows)
+        return (self.sharding.num_shards, rows, *self.values.shape[1 + self.is_merged :])
 
     @property
     def dtype(self) -> Any:
@@ -86,22 +110,32 @@ class RowGrads:
           ValueError: an unknown method.
         """
         check_merge_method(method)
-        method = method or ("hash" if jax.default_backend() == "cpu" else "sort")
         self.check()
-        if self.is_merged or self.values.shape[0] == 0:
-            return dataclasses.replace(self, is_merged=True)
-        rows = _rows_or_end(self.rows, self.num_rows)
-        named = rows < self.num_rows
-        # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
-        values = jnp.where(_across(named, self.values), self.values, 0)
-        merge = _merge_by_hash if method == "hash" else _merge_by_sort
-        rows, values = merge(rows, values.astype(wide_dtype(self.dtype)), self.num_rows)
-        return RowGrads(rows, values.astype(self.dtype), self.num_rows, is_merged=True)
+        if self.is_merged:
+            return self
+        if self.sharding is not None:
+            owned = to_owners(self.sharding, self.num_rows, self.rows, self.values, method)
+            return self.in_shards(*owned)
+        merged = merge_rows(self.rows, self.values, self.num_rows, method)
+        return RowGrads(*merged, self.num_rows, is_merged=True)
+
+    def parcels(self, method: str | None) -> Parcels | None:
+        """The gradients packed for "all_to_all", if that is how they are to be sent."""
+        if self.sharding is None or not Parcels.are_right_for(
+            self.sharding, self.rows, self.values
+        ):
+            return None
+        return Parcels(self.sharding, self.num_rows, self.rows, self.values, method)
+
+    def in_shards(self, rows: jax.Array, values: jax.Array) -> "RowGrads":
+        """Merged gradients [S, m, width] of the same table on its mesh."""
+        return dataclasses.replace(self, rows=rows, values=values, is_merged=True)
 
     def check(self, table: chex.Array | None = None) -> None:
         """Raises a ValueError unless the arrays fit each other, and the table if it is given."""
         rows, values = jnp.shape(self.rows), jnp.shape(self.values)
-        if len(rows) != 1 or len(values) != 2 or rows[0] != values[0]:
+        axes = 1 if self.sharding is None else 1 + self.is_merged
+        if len(rows) != axes or len(values) != axes + 1 or rows != values[:-1]:
             raise ValueError(
                 f"RowGrads take rows [m] and values [m, width], got shapes {rows} and {values}: "
                 "flatten the leading axes of both."
@@ -118,20 +152,19 @@ class RowGrads:
 
     def to_dense(self) -> jax.Array:
         """The gradient as an array [num_rows, width]."""
-        return add_to_rows(jnp.zeros(self.shape, self.dtype), self.merge())
+        zeros = jnp.zeros(self.shape, self.dtype)
+        if self.sharding is not None:
+            zeros = self.sharding.constrain(zeros)
+        return add_to_rows(zeros, self.merge())
 
     @classmethod
     def from_dense(cls, gradient: chex.Array, rows: chex.Array) -> "RowGrads":
         """Of a dense gradient [num_rows, width], the rows named in `rows` [*shape], each once."""
         num_rows = gradient.shape[0]
-        (values,), rows = take_same_rows((gradient,), rows.reshape(-1), fill_value=0.0)
-        first = _first_of_each(rows, num_rows)
-        return cls(
-            jnp.where(first, rows, num_rows),
-            jnp.where(_across(first, values), values, 0),
-            num_rows,
-            is_merged=True,
-        )
+        (values,), rows = read_rows((gradient,), rows.reshape(-1), fill_value=0.0)
+        rows, _ = distinct_rows(rows, num_rows)
+        values = jnp.where(across(rows < num_rows, values), values, 0)
+        return cls(rows, values, num_rows, is_merged=True)
 
     def __add__(self, other: "RowGrads") -> "RowGrads":
         if not isinstance(other, RowGrads):
@@ -140,8 +173,19 @@ class RowGrads:
             raise ValueError(
                 f"only gradients of one table add up, got tables {self.shape} and {other.shape}."
             )
+        if self.sharding is not None:
+            return self._added_on_mesh(other)
         rows = jnp.concatenate((self.rows, other.rows))
-        return RowGrads(rows, jnp.concatenate((self.values, other.values)), self.num_rows)
+        values = jnp.concatenate((self.values, other.values))
+        return RowGrads(rows, values, self.num_rows)
+
+    def _added_on_mesh(self, other: "RowGrads") -> "RowGrads":
+        if self.is_merged or other.is_merged or self.sharding is None:
+            raise ValueError("gradients of a table on a mesh add up before they are merged only.")
+        whole = dataclasses.replace(self.sharding, batch=())
+        layout = self.sharding if other.sharding == self.sharding else whole
+        both = flatten_lookups(layout, 0, (self.rows, other.rows), (self.values, other.values))
+        return RowGrads(*both, self.num_rows, sharding=layout)
 
     # An array left of a `+` leaves the sum to `__radd__`.
     __array_ufunc__ = None
@@ -157,18 +201,14 @@ class RowGrads:
         return self + -other
 
     def __mul__(self, factor: chex.Numeric) -> "RowGrads":
-        return dataclasses.replace(self, values=self.values * factor)
+        spill = None if self.spill is None else self.spill * factor
+        return dataclasses.replace(self, values=self.values * factor, spill=spill)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: chex.Numeric) -> "RowGrads":
-        return dataclasses.replace(self, values=self.values / divisor)
-
-
-def check_merge_method(method: str | None) -> None:
-    """Raises a ValueError unless `RowGrads.merge` knows the method."""
-    if method is not None and method not in MERGE_METHODS:
-        raise ValueError(f"method must be one of {', '.join(MERGE_METHODS)}, got {method!r}.")
+        spill = None if self.spill is None else self.spill / divisor
+        return dataclasses.replace(self, values=self.values / divisor, spill=spill)
 
 
 def is_row_grads(node: Any) -> bool:
@@ -191,16 +231,15 @@ def merged_values(grads: Any) -> Any:
 def add_to_rows(table: chex.Array, updates: RowGrads) -> jax.Array:
     """Adds to the rows named, and touches no other; in place where XLA may."""
     updates.check(table)
-    return (
-        jnp.asarray(table)
-        .at[updates.rows]
-        .add(
-            updates.values.astype(table.dtype),
-            mode="drop",
-            wrap_negative_indices=False,
-            unique_indices=updates.is_merged,
-        )
-    )
+    table = jnp.asarray(table)
+    if updates.sharding is None:
+        return add_rows(table, updates.rows, updates.values, is_merged=updates.is_merged)
+    merged = updates.merge()
+    table = add_in_shards(updates.sharding, table, merged.rows, merged.values)
+    if merged.spill is None:
+        return table
+    spill = merged.spill
+    return add_in_shards(updates.sharding, table, spill.rows, spill.values, seldom=True)
 
 
 def take_rows(
@@ -231,35 +270,26 @@ def take_rows(
     """
     check_one_index_per_table(tables, indices)
     taken = [
-        take_same_rows((table,), index, fill_value=fill_value)
-        for table, index in zip(tables, indices, strict=True)
+        _read(table, [index], fill_value) for table, index in zip(tables, indices, strict=True)
     ]
-    return tuple(rows for (rows,), _ in taken), tuple(index for _, index in taken)
+    return tuple(rows for (rows,), _ in taken), tuple(index for _, (index,) in taken)
 
 
-def take_same_rows(
-    arrays: Sequence[chex.Array], index: chex.Array, *, fill_value: float
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """`take_rows` of the same rows from several arrays [num_rows, ...], in one conditional."""
-    num_rows = arrays[0].shape[0]
-    index = _rows_or_end(device_index(index, num_rows), num_rows)
-    arrays = tuple(map(jnp.asarray, arrays))
-
-    def read(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
-        return tuple(_rows_or_zeros(array, index) for array in arrays), index
-
-    def skip(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
-        shapes = [(*index.shape, *array.shape[1:]) for array in arrays]
-        zeros = (jnp.zeros(s, a.dtype) for s, a in zip(shapes, arrays, strict=True))
-        return tuple(zeros), jnp.full_like(index, num_rows)
-
-    if index.size == 0:
-        return skip(arrays, index)
-    rows, index = jax.lax.cond(jnp.any(index < num_rows), read, skip, arrays, index)
+def _read(
+    table: Any, indices: Sequence[chex.Array], fill_value: float, batch_axis: int = 0
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """For each index [*shape] rows [*shape, width]; and the row numbers to update by."""
+    if not isinstance(table, ShardedTable):
+        flat, split = as_one(indices, table.shape[0])
+        (of_all,), flat = read_rows((table,), flat, fill_value=fill_value)
+        return split(of_all), split(flat)
+    rows, read = table.read(indices, batch_axis=batch_axis)
     if fill_value != 0:
-        in_table = index < num_rows
-        rows = tuple(jnp.where(_across(in_table, each), each, fill_value) for each in rows)
-    return rows, index
+        rows = [
+            jnp.where(across(index < table.num_rows, each), each, fill_value)
+            for index, each in zip(read, rows, strict=True)
+        ]
+    return rows, read
 
 
 def value_and_grad(
@@ -296,7 +326,7 @@ def value_and_grad(
 
     @functools.wraps(fun)
     def differentiated(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        leaves, tree = jax.tree.flatten(params)
+        leaves, tree = jax.tree.flatten(params, is_leaf=is_sharded_table)
         marks = _marks(by_rows, params)
         tables = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
         dense = [leaf for leaf, mark in zip(leaves, marks, strict=True) if not mark]
@@ -306,20 +336,27 @@ def value_and_grad(
             joined = [next(tables_left if mark else dense_left) for mark in marks]
             return jax.tree.unflatten(tree, joined)
 
+        def in_place(each: Sequence[Any]) -> list[Any]:
+            """Each as the array of its table, where that is a `ShardedTable`."""
+            return [
+                table.with_array(one) if is_sharded_table(table) else one
+                for table, one in zip(tables, each, strict=True)
+            ]
+
         def recorded(reads: Sequence[LookedUp], dense: Sequence[Any]) -> Any:
             return fun(join(reads, dense), *args, **kwargs)
 
         def with_offsets(dense: Any, offsets: Any) -> tuple[Any, Any]:
             reads = [LookedUp(*pair) for pair in zip(tables, offsets, strict=True)]
-            result = recorded(reads, dense)
+            result = recorded(in_place(reads), dense)
             value, aux = result if has_aux else (result, None)
-            return value, (aux, [read.indices for read in reads])
+            return value, (aux, [read.lookups for read in reads])
 
-        offsets = zero_offsets(lambda reads: recorded(reads, dense), tables)
-        (value, (aux, indices)), (dense_grads, offset_grads) = jax.value_and_grad(
+        offsets = zero_offsets(lambda reads: recorded(in_place(reads), dense), tables)
+        (value, (aux, lookups)), (dense_grads, offset_grads) = jax.value_and_grad(
             with_offsets, argnums=(0, 1), has_aux=True
         )(dense, offsets)
-        grads = join(row_grads(tables, indices, offset_grads), dense_grads)
+        grads = join(in_place(row_grads(tables, lookups, offset_grads)), dense_grads)
         return ((value, aux) if has_aux else value), grads
 
     return differentiated
@@ -332,45 +369,75 @@ def _marks(by_rows: Any, params: Any) -> list[bool]:
         wrong = next(mark for mark in given if not isinstance(mark, bool))
         raise ValueError(f"by_rows must hold bools, such as config.large_tables, got {wrong!r}.")
     try:
-        return jax.tree.leaves(jax.tree.broadcast(by_rows, params))
+        return jax.tree.leaves(jax.tree.broadcast(by_rows, params, is_leaf=is_sharded_table))
     except ValueError as error:
         raise ValueError(
             f"by_rows must be a tree of bools over the parameters, or a prefix of one: {error}"
         ) from error
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("indices",),
+    meta_fields=("num_rows", "sharding", "batch_axis"),
+)
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """A look-up in a table: row numbers [*shape] each, the table's rows, and how it is split."""
+
+    indices: list[jax.Array]
+    num_rows: int
+    sharding: Sharding | None
+    batch_axis: int
+
+
 class LookedUp(RowTable):
-    """A table that can only be looked up, and records how.
+    """A table's array that can only be looked up, and records how.
 
     To the rows of each look-up it adds an offset of zero. The derivative with respect to the
     offset is the derivative with respect to the rows.
 
     Args:
-      table: the array [rows, width].
-      offsets: one array [*shape, width] for each look-up to come, in their order; None where this
-        is yet to be found out.
+      table: the array [rows, width], or a `ShardedTable`.
+      offsets: arrays [*shape, width] for each look-up to come, in their order; None where this is
+        yet to be found out.
+
+    Attributes:
+      lookups: what was looked up.
     """
 
-    def __init__(self, table: chex.Array, offsets: Sequence[chex.Array] | None = None) -> None:
-        self.shape, self.dtype, self.ndim = table.shape, table.dtype, table.ndim
-        self.indices: list[jax.Array] = []
+    def __init__(self, table: Any, offsets: Sequence[Sequence[chex.Array]] | None = None) -> None:
+        array = table.array if is_sharded_table(table) else table
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.lookups: list[Lookup] = []
         self._table = table
         self._offsets = offsets
         self._trace = _current_trace()
 
-    def take(self, index: chex.Array, fill_value: float) -> jax.Array:
-        """Rows [*index.shape, width]; those outside the table hold `fill_value`."""
+    def take_for(self, holder: ShardedTable, *args: Any, **kwargs: Any) -> list[jax.Array]:
+        """`take`, where this stands for the array of a table on a mesh."""
+        if not is_sharded_table(self._table):
+            self._table = holder.with_array(self._table)
+        return self.take(*args, **kwargs)
+
+    def take(
+        self, indices: Sequence[chex.Array], fill_value: float, *, batch_axis: int = 0
+    ) -> list[jax.Array]:
+        """Rows, see `RowTable`."""
         if _current_trace() != self._trace:
             raise TypeError(
-                f"a table of shape {self.shape} trained by rows is looked up inside another JAX "
-                "transformation (jax.vmap, jax.lax.scan, jax.checkpoint or an inner jax.jit): look "
-                "up before it, or train the table densely, with a larger large_table_rows."
+                f"a table of shape {self._table.shape} trained by rows is looked up inside another "
+                "JAX transformation (jax.vmap, jax.lax.scan, jax.checkpoint or an inner jax.jit): "
+                "look up before it, or train the table densely, with a larger large_table_rows."
             )
-        (rows,), index = take_same_rows((self._table,), index, fill_value=fill_value)
-        self.indices.append(index)
+        rows, indices = _read(self._table, indices, fill_value, batch_axis)
+        sharding = self._table.sharding if is_sharded_table(self._table) else None
+        layout = None if sharding is None else sharding.for_batch(indices, batch_axis)
+        self.lookups.append(Lookup(indices, self._table.shape[0], layout, batch_axis))
         if self._offsets is None:
             return rows
-        return rows + self._offsets[len(self.indices) - 1]
+        offsets = self._offsets[len(self.lookups) - 1]
+        return [each + offset for each, offset in zip(rows, offsets, strict=True)]
 
     def __getitem__(self, key: Any) -> "LookedUp":
         return self if key is Ellipsis else self._refuse()
@@ -384,7 +451,7 @@ class LookedUp(RowTable):
     def __repr__(self) -> str:
         # Also what JAX quotes when it refuses the object in its own words.
         return (
-            f"a table of shape {self.shape} trained by rows can only be looked up, with "
+            f"a table of shape {self._table.shape} trained by rows can only be looked up, with "
             "qrhash.gather, qrhash.lookup or a module of qrhash: to use it as an array, for "
             "instance to attend over it, train it densely, with a larger large_table_rows."
         )
@@ -404,14 +471,16 @@ for _name in (
 
 def zero_offsets(
     fun: Callable[[Sequence[LookedUp]], Any], tables: Sequence[chex.Array]
-) -> list[list[jax.Array]]:
+) -> list[list[list[jax.Array]]]:
     """The offsets for all look-ups that a function does in tables [rows, width], none computed."""
-    shapes: list[list[tuple[int, ...]]] = []
+    shapes: list[list[list[tuple[int, ...]]]] = []
 
     def record(tables: Sequence[chex.Array]) -> None:
         reads = [LookedUp(table) for table in tables]
         fun(reads)
-        shapes.extend([index.shape for index in read.indices] for read in reads)
+        shapes.extend(
+            [[index.shape for index in lookup.indices] for lookup in read.lookups] for read in reads
+        )
 
     try:
         jax.eval_shape(record, tables)
@@ -424,117 +493,48 @@ def zero_offsets(
             "these, or train the table densely, with a larger large_table_rows."
         ) from error
     return [
-        [jnp.zeros((*shape, *table.shape[1:]), table.dtype) for shape in of_table]
+        [
+            [jnp.zeros((*shape, table.shape[-1]), table.dtype) for shape in of_lookup]
+            for of_lookup in of_table
+        ]
         for table, of_table in zip(tables, shapes, strict=True)
     ]
 
 
 def row_grads(
-    tables: Sequence[chex.Array],
-    indices: Sequence[Sequence[jax.Array]],
-    offset_grads: Sequence[Sequence[jax.Array]],
+    tables: Sequence[Any],
+    lookups: Sequence[Sequence[Lookup]],
+    offset_grads: Sequence[Sequence[Sequence[jax.Array]]],
 ) -> list[RowGrads]:
     """One `RowGrads` for each table, of all its look-ups."""
-    grads = []
-    for table, of_table, values in zip(tables, indices, offset_grads, strict=True):
-        shape, num_rows = table.shape[1:], table.shape[0]
-        none = RowGrads(jnp.zeros(0, jnp.int32), jnp.zeros((0, *shape), table.dtype), num_rows)
-        each = (
-            RowGrads(rows.reshape(-1), value.reshape(-1, *shape), num_rows)
-            for rows, value in zip(of_table, values, strict=True)
+    return [
+        functools.reduce(operator.add, map(_grads_of_lookup, of_table, values))
+        if of_table
+        else _no_grads(table)
+        for table, of_table, values in zip(tables, lookups, offset_grads, strict=True)
+    ]
+
+
+def _grads_of_lookup(lookup: Lookup, values: Sequence[jax.Array]) -> RowGrads:
+    layout, indices = lookup.sharding, lookup.indices
+    if layout is not None:
+        flat = flatten_lookups(layout, lookup.batch_axis, indices, values)
+        return RowGrads(*flat, lookup.num_rows, sharding=layout)
+    rows = jnp.concatenate([index.reshape(-1) for index in indices])
+    rows_grads = jnp.concatenate([each.reshape(-1, each.shape[-1]) for each in values])
+    return RowGrads(rows, rows_grads, lookup.num_rows)
+
+
+def _no_grads(table: Any) -> RowGrads:
+    """The gradient of a table that was not looked up."""
+    sharding = table.sharding if is_sharded_table(table) else None
+    if table.ndim != 2:
+        raise ValueError(
+            f"a table on a mesh, an array of shape {table.shape}, is to be trained by rows but "
+            "never looked up: leave it out of by_rows."
         )
-        grads.append(functools.reduce(operator.add, each) if of_table else none)
-    return grads
-
-
-def _rows_or_zeros(table: jax.Array, index: jax.Array) -> jax.Array:
-    in_table = index < table.shape[0]
-    rows = table.at[jnp.where(in_table, index, 0)].get(mode="promise_in_bounds")
-    # On the CPU a select of gathered rows is slow, as XLA does not vectorize it; with a product on
-    # top it takes a third of the time.
-    return jnp.where(_across(in_table, rows), rows, 0) * _across(in_table.astype(table.dtype), rows)
-
-
-def _merge_by_hash(
-    rows: jax.Array, values: jax.Array, num_rows: int
-) -> tuple[jax.Array, jax.Array]:
-    positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    chosen = _representatives(rows, num_rows)
-    summed = jnp.zeros_like(values).at[chosen].add(values, mode="promise_in_bounds")
-    return jnp.where(chosen == positions, rows, num_rows), summed
-
-
-def _first_of_each(rows: jax.Array, num_rows: int) -> jax.Array:
-    """Whether a position is the one chosen among all that name its row."""
-    positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    return (_representatives(rows, num_rows) == positions) & (rows < num_rows)
-
-
-def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
-    """For each position [m], one position of all that name the same row.
-
-    Every position is written into the slot of its row, where the last one written stands for
-    all. What was read back under another row number met a collision, and tries again with the next
-    hash function; after the first round about one position in ten is left.
-    """
-    m = rows.shape[0]
-    positions = jnp.arange(m, dtype=jnp.int32)
-    if num_rows < _SLOTS_PER_LOOKUP * m:
-        return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
-    bits = max(1, (_SLOTS_PER_LOOKUP * m - 1).bit_length())
-
-    def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        count, chosen, left = state
-        slots = _hash(rows, count) >> (32 - bits)
-        slots = slots.astype(jnp.int32)
-        scratch = jnp.zeros(1 << bits, jnp.int32)
-        scratch = scratch.at[jnp.where(left, slots, 1 << bits)].set(
-            positions, mode="drop", wrap_negative_indices=False
-        )
-        candidates = scratch.at[slots].get(mode="promise_in_bounds")
-        found = left & (rows.at[candidates].get(mode="promise_in_bounds") == rows)
-        return count + 1, jnp.where(found, candidates, chosen), left & ~found
-
-    start = attempt((jnp.uint32(0), positions, jnp.ones(m, bool)))
-    return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
-
-
-def _hash(rows: jax.Array, seed: jax.Array) -> jax.Array:
-    """Mixes 32 bits, differently for each seed: the finalizer of MurmurHash3."""
-    bits = rows.astype(jnp.uint32) ^ (seed * jnp.uint32(0x9E3779B9))
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
-
-
-def _merge_by_sort(
-    rows: jax.Array, values: jax.Array, num_rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """Sorts, and sums each run of equal row numbers by a scan: no scatter, no atomics."""
-    order = jnp.argsort(rows, stable=True)
-    rows, values = rows[order], values[order]
-    changes = rows[1:] != rows[:-1]
-    starts = jnp.concatenate((jnp.ones(1, bool), changes))
-    ends = jnp.concatenate((changes, jnp.ones(1, bool)))
-
-    def join(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
-        (starts, sums), (later_starts, later_sums) = left, right
-        sums = jnp.where(_across(later_starts, sums), later_sums, sums + later_sums)
-        return starts | later_starts, sums
-
-    _, sums = jax.lax.associative_scan(join, (starts, values))
-    return jnp.where(ends, rows, num_rows), jnp.where(_across(ends, sums), sums, 0)
-
-
-def _rows_or_end(rows: jax.Array, num_rows: int) -> jax.Array:
-    """Row numbers, with num_rows for all that are outside the table."""
-    rows = rows if num_rows <= jnp.iinfo(rows.dtype).max else rows.astype(jnp.int64)
-    return jnp.where((rows >= 0) & (rows < num_rows), rows, num_rows)
-
-
-def _across(per_row: jax.Array, rows: jax.Array) -> jax.Array:
-    """[*shape] -> [*shape, 1, ...], of as many axes as the rows have."""
-    return per_row.reshape(per_row.shape + (1,) * (rows.ndim - per_row.ndim))
+    values = jnp.zeros((0, table.shape[1]), table.dtype)
+    return RowGrads(jnp.zeros(0, jnp.int32), values, table.shape[0], sharding=sharding)
 
 
 def _current_trace() -> Any:

@@ -6,12 +6,12 @@ steps are public (`row_numbers`, `gather`, `vectors`), because the gathered rows
 differentiate at where a table is large: see `qrhash.rowgrads`.
 """
 
-import abc
 import dataclasses
 import functools
 import itertools
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -24,8 +24,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qrhash.arithmetic import as_ids, ceil_div
 from qrhash.combine import Projection, as_projection, combine
 from qrhash.config import EmbedConfig, Initializer
-
-_INT32_MAX = 2**31 - 1
+from qrhash.rows import INT32_MAX, RowTable, as_one, device_index, wide_dtype
+from qrhash.sharding import ShardedTable, Sharding
 
 # Up to this many rows, a one-hot product gives a table's gradient faster than a scatter-add of
 # all the batch's rows onto it, which on an accelerator waits for itself at every duplicate.
@@ -33,7 +33,7 @@ _ONE_HOT_ROWS = {"cpu": 8}
 _ONE_HOT_ROWS_ELSEWHERE = 2048
 _ONE_HOT_ENTRIES = 2**26
 
-_DRAWN_AT_ONCE = 2**24  # random numbers
+_DRAWN_AT_ONCE = 2**22  # random numbers
 
 
 class Segment(NamedTuple):
@@ -50,44 +50,77 @@ class Segment(NamedTuple):
     lookups: int
 
 
-class RowTable(abc.ABC):
-    """What may stand for a table in a look-up: something to read rows from, and no more."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @abc.abstractmethod
-    def take(self, index: chex.Array, fill_value: float) -> jax.Array:
-        """Rows [*index.shape, width]; those outside the table hold `fill_value`."""
-
-
-def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[jax.Array, ...]:
+def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[Any, ...]:
     """Creates a feature's tables.
 
     By default entries are uniform and symmetric around zero, with the variance per operation that
     gives an entry of the *vector* the variance `config.stddev**2`, as a full table's would have:
-    for k independent factors the variances multiply, for k terms they add.
+    for k independent factors the variances multiply, for k terms they add. Every row is drawn from
+    a key of its own: the numbers are the same on any mesh.
 
     Args:
       key: a JAX random key.
       config: the feature's `EmbedConfig`.
 
     Returns:
-      k arrays [rows_j, width_j] of `config.param_dtype`.
+      k arrays [rows_j, width_j] of `config.param_dtype`; with `config.sharding`, large tables are
+      `ShardedTable`s of these shapes, each shard created on its device.
     """
     keys = jax.random.split(key, config.num_tables)
     return tuple(init_table(keys[j], config, j) for j in range(config.num_tables))
 
 
-def init_table(key: chex.PRNGKey, config: EmbedConfig, table: int) -> jax.Array:
+def init_table(key: chex.PRNGKey, config: EmbedConfig, table: int) -> Any:
     """Creates one of a feature's tables, given its number; see `init`."""
-    initializer = table_initializers(config)[table]
-    return initializer(key, config.table_shapes[table], config.param_dtype)
+    part = Part(key, table_initializers(config)[table], 0, config.partition.num_rows[table])
+    shape = config.table_shapes[table]
+    return init_parts([part], shape, config.param_dtype, config.table_sharding(table))
+
+
+class Part(NamedTuple):
+    """A part of a table yet to be created.
+
+    Attributes:
+      key: a JAX random key.
+      initializer: a Flax initializer.
+      offset: first row of the part.
+      rows: its number of rows.
+    """
+
+    key: chex.PRNGKey
+    initializer: Initializer
+    offset: int
+    rows: int
+
+
+def init_parts(
+    parts: Sequence[Part], shape: tuple[int, int], dtype: Any, sharding: Sharding | None
+) -> Any:
+    """Creates a table [rows, width] part by part in its place; on a mesh, a `ShardedTable`."""
+    num_rows, width = shape
+    if sharding is not None:
+        array = _empty_on_mesh(sharding, sharding.array_shape(num_rows, width), dtype)
+    elif len(parts) == 1 and not isinstance(parts[0].initializer, ByRows):
+        return parts[0].initializer(parts[0].key, shape, dtype)
+    else:
+        array = jnp.empty(shape, dtype)
+    for part in parts:
+        fill = _fill_by_rows if isinstance(part.initializer, ByRows) else _fill_at_once
+        array = fill(array, *part, sharding)
+    return array if sharding is None else ShardedTable(array, num_rows, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_on_mesh(sharding: Sharding, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    spec = sharding.table_spec()
+    columns = 1 if sharding.columns is None else sharding.mesh.shape[sharding.columns]
+    local = (1, shape[1], shape[2] // columns)
+    return sharding.run(lambda: jnp.empty(local, dtype), (), spec)()
 
 
 def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
     """The initializer of each table: the config's, or the default matched to the operation."""
-    initializer = config.embedding_init or _symmetric_uniform(_row_stddev(config))
+    initializer = config.embedding_init or ByRows(_SymmetricUniform(_row_stddev(config)))
     return initializer if isinstance(initializer, tuple) else (initializer,) * config.num_tables
 
 
@@ -105,7 +138,7 @@ def init_projection(key: chex.PRNGKey, config: EmbedConfig) -> Projection | None
     if config.projection_shape is None:
         return None
     key = jax.random.fold_in(key, config.num_tables)
-    kernel_init = _symmetric_uniform(_kernel_stddev(config))
+    kernel_init = ByRows(_SymmetricUniform(_kernel_stddev(config)))
     kernel = kernel_init(key, config.projection_shape, config.param_dtype)
     bias = jnp.zeros((config.features,), config.param_dtype) if config.use_bias else None
     return Projection(kernel, bias)
@@ -134,8 +167,7 @@ def gather(
     """
     check_one_index_per_table(tables, indices)
     return tuple(
-        _take(table, device_index(index, table.shape[0]), fill_value)
-        for table, index in zip(tables, indices, strict=True)
+        _take(table, index, fill_value) for table, index in zip(tables, indices, strict=True)
     )
 
 
@@ -272,12 +304,21 @@ def attend(
     if config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
-    indices = map(device_index, config.partition.indices(ids), config.partition.num_rows)
+    indices = config.partition.indices(ids)
     logits = (
-        _take(jnp.einsum("rf,...f->r...", table.astype(dtype), part), index, _fill_value(config))
+        _take(_products(table, part), index, _fill_value(config))
         for table, part, index in zip(tables, queries, indices, strict=True)
     )
     return jnp.moveaxis(functools.reduce(operator.add, logits), 0, -1)
+
+
+def _products(table: Any, query: jax.Array) -> Any:
+    """Inner products [rows, ...] of a table's rows with queries [..., width]."""
+    if isinstance(table, ShardedTable):
+        products = jnp.einsum("srf,...f->sr...", table.array.astype(query.dtype), query)
+        sharding = dataclasses.replace(table.sharding, columns=None)
+        return ShardedTable(products, table.num_rows, sharding)
+    return jnp.einsum("rf,...f->r...", table.astype(query.dtype), query)
 
 
 def _row_stddev(config: EmbedConfig) -> float:
@@ -300,47 +341,136 @@ def _kernel_stddev(config: EmbedConfig) -> float:
     return config.stddev * (width * (k * variance + products)) ** -0.5
 
 
-def _symmetric_uniform(stddev: float) -> Initializer:
-    return functools.partial(_uniform, limit=3**0.5 * stddev)
+@dataclasses.dataclass(frozen=True)
+class ByRows:
+    """A Flax initializer that draws every row from a key of its own.
 
+    So a table starts with the same numbers on any mesh.
 
-def _uniform(
-    key: chex.PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype, limit: float
-) -> jax.Array:
-    # Random bits on their way need several times the memory of what comes of them. Inside someone
-    # else's jit the table may be sharded by rows, and drawing it in blocks would undo that.
-    at_once = shape[0] if isinstance(key, jax.core.Tracer) else max(1, _DRAWN_AT_ONCE // shape[1])
-    return _uniform_in_blocks(key, shape, dtype, limit, min(at_once, shape[0]))
+    Attributes:
+      initializer: a Flax initializer of one row.
+    """
 
+    initializer: Initializer
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "rows"))
-def _uniform_in_blocks(
-    key: chex.PRNGKey, shape: tuple[int, ...], dtype: jnp.dtype, limit: float, rows: int
-) -> jax.Array:
-    def draw(key: chex.PRNGKey, shape: tuple[int, ...]) -> jax.Array:
+    def __call__(self, key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """All rows of a table of this shape."""
+        return self.rows(key, jnp.arange(shape[0]), shape[1:], dtype)
+
+    def rows(
+        self, key: chex.PRNGKey, index: jax.Array, width: tuple[int, ...], dtype: Any
+    ) -> jax.Array:
+        """The rows of these numbers."""
         # The steps of a narrow type would shift the mean.
         wide = wide_dtype(dtype)
-        return jax.random.uniform(key, shape, wide, -limit, limit).astype(dtype)
+        row = lambda number: self.initializer(jax.random.fold_in(key, number), width, wide)  # noqa: E731
+        return jax.vmap(row)(index).astype(dtype)
 
-    if rows == shape[0]:
-        return draw(key, shape)
 
-    def fill(block: jax.Array, table: jax.Array) -> jax.Array:
-        drawn = draw(jax.random.fold_in(key, block), (rows, shape[1]))
-        return jax.lax.dynamic_update_slice_in_dim(table, drawn, block * rows, axis=0)
+@dataclasses.dataclass(frozen=True)
+class _SymmetricUniform:
+    """The Flax initializer of a uniform distribution around zero."""
 
-    # The last block is moved up to end with the table, over a part of the one before.
-    return jax.lax.fori_loop(0, ceil_div(shape[0], rows), fill, jnp.empty(shape, dtype))
+    stddev: float
+
+    def __call__(self, key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        limit = 3**0.5 * self.stddev
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+@functools.partial(jax.jit, static_argnames=("initializer", "sharding"), donate_argnums=0)
+def _fill_by_rows(
+    array: jax.Array,
+    key: chex.PRNGKey,
+    initializer: ByRows,
+    offset: int,
+    rows: int,
+    sharding: Sharding | None,
+) -> jax.Array:
+    """Draws block by block: random bits on their way need several times the memory of a table."""
+
+    def fill(array: jax.Array, key: chex.PRNGKey, offset: jax.Array, rows: jax.Array) -> jax.Array:
+        shards, shard, column, num_columns = _where_on_mesh(sharding)
+        local_rows, width = array.shape
+        at_once = min(local_rows, max(1, _DRAWN_AT_ONCE // (width * num_columns)))
+        first, end = offset // shards, -(-(offset + rows) // shards)
+
+        def block(number: jax.Array, array: jax.Array) -> jax.Array:
+            start = jnp.minimum(first + number * at_once, local_rows - at_once)
+            index = (start + jnp.arange(at_once)) * shards + shard - offset
+            drawn = initializer.rows(key, index, (width * num_columns,), array.dtype)
+            drawn = jax.lax.dynamic_slice_in_dim(drawn, column * width, width, axis=1)
+            return _put_where((index >= 0) & (index < rows), array, drawn, start)
+
+        return jax.lax.fori_loop(0, -(-(end - first) // at_once), block, array)
+
+    return _on_mesh(fill, sharding)(array, key, jnp.asarray(offset), jnp.asarray(rows))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("initializer", "offset", "rows", "sharding"), donate_argnums=0
+)
+def _fill_at_once(
+    array: jax.Array,
+    key: chex.PRNGKey,
+    initializer: Initializer,
+    offset: int,
+    rows: int,
+    sharding: Sharding | None,
+) -> jax.Array:
+    """Calls an initializer for all the rows that a device has of the part, with its own key."""
+
+    def fill(array: jax.Array, key: chex.PRNGKey) -> jax.Array:
+        shards, shard, column, num_columns = _where_on_mesh(sharding)
+        local_rows, width = array.shape
+        first, end = offset // shards, min(local_rows, ceil_div(offset + rows, shards))
+        key = key if shards == 1 else jax.random.fold_in(key, shard)
+        drawn = initializer(key, (end - first, width * num_columns), array.dtype)
+        drawn = jax.lax.dynamic_slice_in_dim(drawn, column * width, width, axis=1)
+        index = jnp.arange(first, end) * shards + shard - offset
+        return _put_where((index >= 0) & (index < rows), array, drawn, first)
+
+    return _on_mesh(fill, sharding)(array, key)
+
+
+def _where_on_mesh(sharding: Sharding | None) -> tuple[int, Any, Any, int]:
+    """Number of shards, of this device's shard, of its columns, and into how many these are."""
+    if sharding is None:
+        return 1, 0, 0, 1
+    if sharding.columns is None:
+        return sharding.num_shards, sharding.shard_number(), 0, 1
+    column = jax.lax.axis_index(sharding.columns)
+    number = sharding.mesh.shape[sharding.columns]
+    return sharding.num_shards, sharding.shard_number(), column, number
+
+
+def _on_mesh(fill: Callable[..., jax.Array], sharding: Sharding | None) -> Callable[..., jax.Array]:
+    if sharding is None:
+        return fill
+
+    def on_device(array: jax.Array, *others: jax.Array) -> jax.Array:
+        return fill(array[0], *others)[None]
+
+    def on_mesh(array: jax.Array, *others: jax.Array) -> jax.Array:
+        spec = sharding.table_spec()
+        in_specs = (spec, *[PartitionSpec()] * len(others))
+        return sharding.run(on_device, in_specs, spec)(array, *others)
+
+    return on_mesh
+
+
+def _put_where(
+    wanted: jax.Array, array: jax.Array, rows: jax.Array, start: chex.Numeric
+) -> jax.Array:
+    """The array [R, width] with these rows [m, width] from `start` on, where wanted [m]."""
+    old = jax.lax.dynamic_slice_in_dim(array, start, rows.shape[0], axis=0)
+    new = jnp.where(wanted[:, None], rows, old)
+    return jax.lax.dynamic_update_slice_in_dim(array, new, start, axis=0)
 
 
 def _fill_value(config: EmbedConfig) -> float:
     """What the vector of an id without rows holds."""
     return 0.0 if config.id_policy == "zero" else jnp.nan
-
-
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype to draw and to sum in: float32 at least."""
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> None:
@@ -351,25 +481,50 @@ def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> 
         )
 
 
-def _take(table: chex.Array | RowTable, index: jax.Array, fill_value: float) -> jax.Array:
+def _take(table: Any, index: chex.Array, fill_value: float) -> jax.Array:
+    index = device_index(index, table.shape[0])
     segment = Segment(0, table.shape[0], index.size)
-    return take_segments(table, index, (segment,), fill_value)
+    return take_segments(table, [index], (segment,), fill_value)[0]
 
 
 def take_segments(
-    table: chex.Array | RowTable, index: jax.Array, segments: tuple[Segment, ...], fill_value: float
-) -> jax.Array:
-    """Gathers rows [*index.shape, width] of a table that is a stack of others.
+    table: chex.Array | RowTable,
+    indices: Sequence[jax.Array],
+    segments: tuple[Segment, ...],
+    fill_value: float,
+    *,
+    batch_axis: int = 0,
+    sharding: Sharding | None = None,
+) -> list[jax.Array]:
+    """For each index [*shape], gathers rows [*shape, width] of a table that is a stack of others.
 
-    `segments` say which look-ups, in the order of the index, go to which part of the table. The
-    gradient of a part of few rows is then a product with one-hot rows.
+    `segments` say which look-ups, in the order of the indices, go to which part of the table. The
+    gradient of a part of few rows is then a product with one-hot rows. With a `sharding`, every
+    device does that for its part of the batch.
     """
     if isinstance(table, RowTable):
-        return table.take(index, fill_value)
+        return table.take(indices, fill_value, batch_axis=batch_axis)
     table = jnp.asarray(table)
+    if sharding is None:
+        return _take_locally(table, indices, segments, fill_value)
+    layout = sharding.for_batch(indices, batch_axis)
+    devices = math.prod(layout.mesh.shape[axis] for axis in layout.batch)
+    local = tuple(each._replace(lookups=each.lookups // devices) for each in segments)
+    specs = [layout.batch_spec(index.ndim, batch_axis) for index in indices]
+    take = functools.partial(_take_locally, segments=local, fill_value=fill_value)
+    return layout.run(take, (PartitionSpec(), specs), specs)(table, list(indices))
+
+
+def _take_locally(
+    table: jax.Array,
+    indices: Sequence[jax.Array],
+    segments: tuple[Segment, ...],
+    fill_value: float,
+) -> list[jax.Array]:
+    index, split = as_one(indices, table.shape[0])
     if not any(map(_is_for_one_hot, segments)) or _out_sharding(table, index) is not None:
-        return _take_from_large(table, index, fill_value)
-    return _take_from_small(segments, fill_value, table, index)
+        return split(_take_from_large(table, index, fill_value))
+    return split(_take_from_small(segments, fill_value, table, index))
 
 
 def _take_from_large(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
@@ -454,24 +609,10 @@ def _out_sharding(table: jax.Array, index: jax.Array) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, spec)
 
 
-def device_index(index: chex.Array, rows: int) -> jax.Array:
-    """Row numbers for the device; from the host they are 64 bits wide and must not wrap."""
-    index = as_ids(index)
-    if not isinstance(index, np.ndarray):
-        return index
-    if rows > _INT32_MAX and jnp.asarray(0).dtype.itemsize < 8:
-        raise ValueError(
-            f"a table of {rows} rows needs 64-bit row numbers: set jax_enable_x64, or use more "
-            "tables, for instance MixedRadix.balanced(num_embeddings, num_tables)."
-        )
-    in_table = (index >= 0) & (index < rows)
-    return jnp.asarray(np.where(in_table, index, rows), jnp.int32 if rows <= _INT32_MAX else None)
-
-
 def _within_vocabulary(ids: chex.Array, config: EmbedConfig) -> chex.Array:
     """Ids after the policies that move an id; the others leave it outside, without rows."""
     n = config.partition.num_ids_with_rows
-    if ids.dtype.itemsize < 8 and n - 1 > _INT32_MAX:
+    if ids.dtype.itemsize < 8 and n - 1 > INT32_MAX:
         return ids  # Too narrow for the vocabulary, which `Partition.indices` refuses.
     if config.id_policy == "clip":
         return ids.clip(0, n - 1)

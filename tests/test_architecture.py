@@ -16,6 +16,8 @@ ROOMS = {
     "arithmetic": {"numpy"},
     "partitions": {"numpy"},
     "combine": {"jax", "chex"},
+    "rows": {"jax", "chex", "numpy"},
+    "sharding": {"jax", "chex", "numpy"},
     "config": {"jax", "numpy"},
     "tables": {"jax", "chex", "numpy"},
     "collection": {"jax", "chex", "numpy"},
@@ -24,6 +26,7 @@ ROOMS = {
     "linen": {"jax", "chex", "flax"},
     "nnx": {"jax", "chex", "flax", "optax"},
     "deeprec": {"jax", "chex", "flax"},
+    "checkpoint": {"jax", "numpy", "flax", "orbax"},
     "ctr": {
         *("jax", "chex", "flax", "optax", "numpy"),
         *("grain", "pyarrow", "rich", "matplotlib"),
@@ -103,6 +106,6 @@ def test_the_flax_modules_are_attributes_loaded_on_first_use():
 def test_public_names_hold():
     names = "FullTable HashTrick QuotientRemainder MixedRadix ChineseRemainder EmbedConfig combine"
     names += " DeepRecQuotientRemainder init gather lookup linen nnx deeprec"
-    names += " RowGrads touched_rows apply_updates"
+    names += " RowGrads touched_rows apply_updates Sharding ShardedTable checkpoint"
     assert set(names.split()) <= set(qrhash.__all__)
     assert all(hasattr(qrhash, name) for name in qrhash.__all__)

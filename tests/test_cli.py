@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import qrhash
 from qrhash import cli
 from qrhash.ctr.block import CATEGORIES
-from qrhash.ctr.report import METRICS, PICTURE
+from qrhash.ctr.report import CHECKPOINTS, METRICS, PICTURE
 from qrhash.ctr.settings import options
 
 STANDARD_PROMOTION = True  # optax.adam needs it
@@ -58,7 +58,7 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
     assert "250 rows trained on, 50 tested on" in result.stdout
     assert "constant predictor" in result.stdout
     assert f"{METRICS} and {PICTURE} are in out" in result.stderr
-    assert {each.name for each in (tmp_path / "out").iterdir()} == {METRICS, PICTURE}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {METRICS, PICTURE, CHECKPOINTS}
 
     again = _run("train", small, "--data", str(path), "--output-dir", "out")
     assert again.exit_code == 1

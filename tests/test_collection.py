@@ -257,7 +257,8 @@ def test_tables_start_as_their_features_would():
         alone = qrhash.init(jax.random.key(1), cfg)
         for ours, theirs in zip(tables[name], alone, strict=True):
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-            assert 0.3 < np.std(np.float64(ours)) / np.std(np.float64(theirs)) < 3
+            if ours.size > 30:
+                assert 0.3 < np.std(np.float64(ours)) / np.std(np.float64(theirs)) < 3
     again = collection.init(jax.random.key(0), CONFIG)
     jax.tree.map(np.testing.assert_array_equal, again, stacks)
     projections = collection.init_projections(jax.random.key(0), CONFIG)

@@ -32,7 +32,8 @@ def test_notebook_runs(path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_readme_example_runs(number, capsys):
+def test_readme_example_runs(number, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them leaves checkpoints behind
     code = EXAMPLES[number]
     exec(compile(code, f"README example {number}", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out.strip().splitlines()

@@ -502,12 +502,11 @@ def test_a_long_table_is_drawn_in_blocks():
     assert not (table[:1000] == table[-1000:]).any()
 
 
-def test_a_table_sharded_by_rows_is_created_so():
+def test_a_table_on_a_mesh_is_created_where_it_lives():
     """No device draws, gathers or holds more than its own part, and that times a few."""
-    cfg = qrhash.EmbedConfig(qrhash.FullTable(2**21), 16)
     mesh = jax.make_mesh((8,), ("model",))
-    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model", None))
-    create = jax.jit(lambda key: qrhash.init(key, cfg), out_shardings=(by_rows,))
-    compiled = create.lower(jax.random.key(0)).compile()
+    sharding = qrhash.Sharding(mesh=mesh)
+    cfg = qrhash.EmbedConfig(qrhash.FullTable(2**21), 16, sharding=sharding)
+    compiled = jax.jit(lambda key: qrhash.init(key, cfg)).lower(jax.random.key(0)).compile()
     assert "all-gather" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2**21 * 16 * 4 / 8

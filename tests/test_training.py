@@ -598,8 +598,8 @@ def test_the_check_sees_the_copy_of_reads_in_no_order(name, monkeypatch):
         index = jnp.where((index >= 0) & (index < len(arrays[0])), index, len(arrays[0]))
         return tuple(a.at[index].get(mode="fill", fill_value=fill_value) for a in arrays), index
 
-    monkeypatch.setattr(qrhash.rowgrads, "take_same_rows", plain)
-    monkeypatch.setattr(qrhash.optim, "take_same_rows", plain)
+    monkeypatch.setattr(qrhash.rowgrads, "read_rows", plain)
+    monkeypatch.setattr(qrhash.optim, "read_rows", plain)
     cfg, tx = EmbedConfig(LARGE, FEATURES), TRANSFORMATIONS[name]
     params = tables, _ = _shapes_of(cfg)
     gather = lambda tables, indices: (qrhash.gather(tables, indices), indices)  # noqa: E731

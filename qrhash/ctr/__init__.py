@@ -4,6 +4,7 @@ The rooms, in reading order (a module imports the ones above it only):
 
   errors      the one exception the command line turns into a sentence
   settings    every option of a run, and the configuration file
+  devices     one device, a mesh of several, or several processes
   block       rows on the host, and the columns of the format
   cells       arrow columns of text or numbers -> a block, and what is wrong with each bad row
   sources     text, gzip and Parquet files -> blocks, with bounded memory

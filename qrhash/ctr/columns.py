@@ -31,21 +31,26 @@ from qrhash import (
     MixedRadix,
     Partition,
     QuotientRemainder,
+    Sharding,
 )
 from qrhash.arithmetic import ceil_div, ceil_root
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import ColumnSettings, Settings
+from qrhash.tables import ByRows
 
 # Options of a column's section that leave its embedding to the run's own options.
 _SHARED = frozenset({"min_count", "hash_size", "init_stddev"})
 
 
-def embed_configs(settings: Settings, sizes: Mapping[str, int]) -> dict[str, EmbedConfig]:
+def embed_configs(
+    settings: Settings, sizes: Mapping[str, int], sharding: Sharding | None = None
+) -> dict[str, EmbedConfig]:
     """The embeddings of a model.
 
     Args:
       settings: the options of the run.
       sizes: column name -> number of ids.
+      sharding: how large tables are split over devices.
 
     Returns:
       {column name: config}, without the columns that are dropped.
@@ -62,7 +67,10 @@ def embed_configs(settings: Settings, sizes: Mapping[str, int]) -> dict[str, Emb
             partition = _partition(column, size)
             if not named and sum(partition.num_rows) >= size:
                 partition = FullTable(size)
-            configs[name] = _config(column, partition, settings.features)
+            config = _config(column, partition, settings.features)
+            configs[name] = replace(
+                config, large_table_rows=settings.large_table_rows, sharding=sharding
+            )
         except ValueError as error:
             raise UserError(f"Column {name}, {size} ids: {error}") from error
     return configs
@@ -88,9 +96,9 @@ def _start(column: ColumnSettings, partition: Partition) -> dict[str, Any]:
     if column.operation != "mult" or partition.num_tables == 1:
         return {"init_stddev": column.init_stddev}
     largest = partition.num_rows.index(max(partition.num_rows))
-    rows = jax.nn.initializers.normal(column.init_stddev)
+    rows = ByRows(jax.nn.initializers.normal(column.init_stddev))
     tables = range(partition.num_tables)
-    return {"embedding_init": tuple(rows if j == largest else _signs for j in tables)}
+    return {"embedding_init": tuple(rows if j == largest else ByRows(_signs) for j in tables)}
 
 
 def _signs(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:

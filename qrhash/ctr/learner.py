@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash import apply_updates, touched_rows, value_and_grad
+from qrhash import Sharding, apply_updates, touched_rows, value_and_grad
+from qrhash.checkpoint import Checkpoints, Restored
 from qrhash.ctr.pipeline import Batch
 from qrhash.ctr.settings import Settings
-from qrhash.nnx import Table
+from qrhash.nnx import Table, place
 
 
 class Learner:
@@ -30,13 +32,25 @@ class Learner:
         logits [batch].
       settings: learning rates and the initial accumulator.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
+      sharding: how large tables and the batch are split over devices.
+
+    Attributes:
+      params: {"tables": tables, "dense": all other parameters}.
+      steps: how many steps were taken.
     """
 
     def __init__(
-        self, build: Callable[[], nnx.Module], settings: Settings, *, num_steps: int
+        self,
+        build: Callable[[], nnx.Module],
+        settings: Settings,
+        *,
+        num_steps: int,
+        sharding: Sharding | None = None,
     ) -> None:
-        graph = nnx.split(nnx.eval_shape(build), Table, ...)[0]
-        tables, dense = jax.jit(lambda: nnx.split(build(), Table, ...)[1:])()
+        graph, *shapes = nnx.split(nnx.eval_shape(build), Table, ...)
+        places = None if sharding is None else tuple(place(each, sharding) for each in shapes)
+        create = jax.jit(lambda: tuple(nnx.split(build(), Table, ...)[1:]), out_shardings=places)
+        tables, dense = create()
         groups = {"tables": "tables", "dense": "dense"}
         optimizer = touched_rows(
             optax.partition(
@@ -55,7 +69,9 @@ class Learner:
                 lambda _, table: table.replace(table.is_large), tables
             )
         self.params: dict[str, Any] = {"tables": tables, "dense": dense}
+        self.steps = 0
         self._state = optimizer.init(self.params)
+        self._sharding = sharding
 
         def logits_of(params: dict[str, Any], batch: Batch) -> jax.Array:
             return nnx.merge(graph, *params.values())(batch.numbers, batch.ids)
@@ -72,17 +88,48 @@ class Learner:
             updates, state = optimizer.update(gradients, state, params)
             return apply_updates(params, updates), state, logits
 
-        self._step = jax.jit(step, donate_argnums=(0, 1))
-        self._logits = jax.jit(logits_of)
+        if sharding is None:
+            self._step = jax.jit(step, donate_argnums=(0, 1))
+            self._logits = jax.jit(logits_of)
+        else:
+            everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+            places = jax.tree.map(lambda array: array.sharding, (self.params, self._state))
+            self._step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*places, everywhere))
+            self._logits = jax.jit(logits_of, out_shardings=everywhere)
 
     def step(self, batch: Batch) -> jax.Array:
         """Learns from a batch; returns the logits [batch] given before."""
-        self.params, self._state, logits = self._step(self.params, self._state, batch)
+        on_devices = self._on_devices(batch)
+        self.params, self._state, logits = self._step(self.params, self._state, on_devices)
+        self.steps += 1
         return logits
 
     def logits(self, batch: Batch) -> jax.Array:
         """The logits [batch] of a batch."""
-        return self._logits(self.params, batch)
+        return self._logits(self.params, self._on_devices(batch))
+
+    def save(self, checkpoints: Checkpoints, extra: Any) -> None:
+        """Saves parameters, optimizer state and number of steps, and what is given beside them."""
+        checkpoints.save(self.steps, (self.params, self._state), extra)
+
+    def restore(self, checkpoints: Checkpoints) -> Restored:
+        """Takes over the last checkpoint that can be read."""
+        like = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            (self.params, self._state),
+        )
+        jax.tree.map(lambda array: array.delete(), (self.params, self._state))
+        restored = checkpoints.restore(like)
+        (self.params, self._state), self.steps = restored.state, restored.step
+        return restored
+
+    def _on_devices(self, batch: Batch) -> Batch:
+        """A batch that every process has the whole of, split over the mesh if there is one."""
+        if self._sharding is None:
+            return batch
+        size = len(batch.labels)
+        mine = self._sharding.process_rows(size)
+        return self._sharding.put_batch(Batch(*(column[mine] for column in batch)), size)
 
     @property
     def num_params(self) -> int:

@@ -50,7 +50,7 @@ def encode(block: Block, ids: Mapping[str, Ids]) -> Batch:
 @contextlib.contextmanager
 def batches(
     source: Source, start: int, stop: int, ids: Mapping[str, Ids], batch_size: int
-) -> Iterator[Iterator[Batch]]:
+) -> Iterator[grain.DatasetIterator[Batch]]:
     """The rows of lines [start, stop) as batches of `batch_size`; on exit prefetching ends."""
 
     def pad(batch: Batch) -> Batch:

@@ -30,9 +30,7 @@ class Progress:
         self._clicks = 0.0
         self._record = record
         self._first_rows, self._start = 0, math.nan
-        self._window: deque[tuple[float, Batch, jax.Array]] = deque(
-            maxlen=1 + _WINDOW_ROWS // batch_size
-        )
+        self._window: deque[tuple[float, Batch, Any]] = deque(maxlen=1 + _WINDOW_ROWS // batch_size)
 
     def add(self, batch: Batch, logits: jax.Array) -> None:
         """Takes note of a step: its batch, and the logits [batch] given before learning it."""
@@ -66,6 +64,30 @@ class Progress:
         last = self.running()
         rate = last.rows / max(1e-9, time.monotonic() - self._window[0][0])
         return f"{rate:,.0f} rows/s  log loss {last.log_loss:.4f}  AUC {last.auc:.4f}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it but the learning curve, as JSON can hold it."""
+        window = []
+        for _, batch, logits in self._window:
+            labels, of_batch = collect([(batch, logits)])
+            window.append([labels.tolist(), of_batch.tolist()])
+        return {
+            "rows": self.rows,
+            "first_rows": self._first_rows,
+            "seconds": self.seconds,
+            "clicks": self._clicks,
+            "window": window,
+        }
+
+    def take_over(self, saved: dict[str, Any]) -> None:
+        """Stands where `as_dict` was taken."""
+        now = time.monotonic()
+        self.rows, self._first_rows = saved["rows"], saved["first_rows"]
+        self._clicks, self._start = saved["clicks"], now - saved["seconds"]
+        for labels, logits in saved["window"]:
+            weights, none = np.ones(len(labels), np.float32), np.empty(0)
+            batch = Batch(np.array(labels, np.float32), weights, none, none)
+            self._window.append((now, batch, np.array(logits, np.float32)))
 
     def point(self, test: Scores) -> None:
         """Records a point of the learning curve."""

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -19,7 +20,8 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.metrics import Scores
 from qrhash.ctr.train import Summary
 
-METRICS, PICTURE = "metrics.jsonl", "learning_curve.png"
+METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
+RUNS = Path("runs")
 
 
 class RunDirectory:
@@ -29,21 +31,40 @@ class RunDirectory:
 
     Args:
       wanted: a directory without an earlier run; by default a new one, runs/<date-time>.
+      resume: whether it is that of an earlier run, which is to go on; by default the last one.
+      is_writer: whether this process writes the records: of several, one does.
+      begun: called when there is something to keep.
 
     Attributes:
       path: the directory, once it is made.
 
     Raises:
-      UserError: the directory holds an earlier run.
+      UserError: the directory holds an earlier run; or, to resume, it holds none.
     """
 
-    def __init__(self, wanted: str | None) -> None:
+    def __init__(
+        self,
+        wanted: str | None,
+        *,
+        resume: bool = False,
+        is_writer: bool = True,
+        begun: Callable[[], Any] = lambda: None,
+    ) -> None:
         self.path: Path | None = None
         self._wanted = None if wanted is None else Path(wanted)
+        self._is_writer = is_writer
+        self._begun = begun
         self._records: list[dict[str, Any]] = []
         self._file: IO[str] | None = None
-        if self._wanted is not None and (self._wanted / METRICS).exists():
-            raise UserError(f"{self._wanted} holds an earlier run; choose another --output-dir.")
+        if resume:
+            self.path = self._wanted or _latest(RUNS)
+            self._records = _read(self.path / METRICS)
+            begun()
+        elif self._wanted is not None and (self._wanted / METRICS).exists():
+            raise UserError(
+                f"{self._wanted} holds an earlier run; choose another --output-dir, or go on with "
+                "it: --resume."
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -58,24 +79,78 @@ class RunDirectory:
             self._file.close()
             draw(self._records, self.path / PICTURE)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the run began with."""
+        return {name: value for name, value in self._records[0].items() if name != "kind"}
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Where the checkpoints go, once there is a directory."""
+        return None if self.path is None else self.path / CHECKPOINTS
+
     def record(self, record: dict[str, Any]) -> None:
         """Appends a record to the metrics, written out at once."""
-        if self._file is None:
-            self._file = self._create()
+        if self.path is None:
+            self._create()
         plain = {name: _json_value(value) for name, value in record.items()}
         self._records.append(plain)
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        if self._is_writer:
+            self._write("a", [plain])
 
-    def _create(self) -> IO[str]:
-        path = self._wanted or _unused(Path("runs"))
+    def rewind(self, rows: int) -> None:
+        """Drops the summary and the points after so many rows, from the file too."""
+        begin, *others = self._records
+        points = [each for each in others if each["kind"] == "progress" and each["rows"] <= rows]
+        self._records = kept = [begin, *points]
+        if self._is_writer and self.path is not None:
+            part = self.path / f"{METRICS}.part"
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            part.replace(self.path / METRICS)
+            self._write("a", [])
+
+    def _create(self) -> None:
+        path = self._wanted or _unused(RUNS)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            file = (path / METRICS).open("x")
+            self.path = path
+            if self._is_writer:
+                self._write("x", [])
+            self._begun()
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
-        self.path = path
-        return file
+
+    def _write(self, mode: str, records: Sequence[dict[str, Any]]) -> None:
+        assert self.path is not None
+        if self._file is None:
+            self._file = (self.path / METRICS).open(mode)
+        self._file.writelines(json.dumps(record) + "\n" for record in records)
+        self._file.flush()
+
+
+def _latest(parent: Path) -> Path:
+    """The last run that can be resumed."""
+    runs = sorted(
+        (path.parent for path in parent.glob(f"*/{CHECKPOINTS}")),
+        key=lambda run: (run / CHECKPOINTS).stat().st_mtime,
+    )
+    if not runs:
+        raise UserError(f"There is no run with checkpoints under {parent} to resume.")
+    return runs[-1]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of an earlier run; a last line that was cut off is left out."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} holds no records of a run: {error}.") from error
+    if not records or records[0].get("kind") != "settings":
+        raise UserError(f"{path} does not begin with the settings of a run.")
+    return records
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:

@@ -29,6 +29,7 @@ from typing import (
     get_type_hints,
 )
 
+from qrhash import EmbedConfig
 from qrhash.ctr.block import CATEGORIES
 from qrhash.ctr.errors import UserError
 
@@ -50,8 +51,10 @@ class Option(NamedTuple):
     most: float = math.inf
 
 
-_PANELS = ("Data", "Embeddings", "Model", "Training", "Output")
-_data, _embeddings, _model, _training, _output = (partial(Option, panel) for panel in _PANELS)
+_PANELS = ("Data", "Embeddings", "Model", "Training", "Devices", "Output")
+_data, _embeddings, _model, _training, _devices, _output = (
+    partial(Option, panel) for panel in _PANELS
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,14 @@ class Settings(_ColumnOptions):
         int, _embeddings("Columns of at most this many ids keep a full table.", least=0)
     ] = 200
     features: Annotated[int, _embeddings("Width of an embedding vector.", least=1)] = 16
+    large_table_rows: Annotated[
+        int,
+        _embeddings(
+            "Tables of at least this many rows are updated by the rows touched, and split over "
+            "the devices of a mesh.",
+            least=1,
+        ),
+    ] = EmbedConfig.large_table_rows
     model: Annotated[
         Literal["dlrm", "dcn"], _model("DLRM, or the deep and cross network (version 2).")
     ] = "dlrm"
@@ -169,10 +180,46 @@ class Settings(_ColumnOptions):
             most=2**31 - 1,
         ),
     ] = 0
+    mesh: Annotated[
+        str | None,
+        _devices(
+            "Devices to train on, such as data=2,model=4: batches are split over the axis data, "
+            "large tables over model (over data, if it is the only one). Default: one device."
+        ),
+    ] = None
+    exchange: Annotated[
+        Literal["auto", "reduce", "all_to_all"],
+        _devices("How rows travel between devices; auto: whichever moves less."),
+    ] = "auto"
+    coordinator: Annotated[
+        str | None,
+        _devices("host:port of process 0, to train with several processes, each started so."),
+    ] = None
+    num_processes: Annotated[int | None, _devices("How many processes.", least=1)] = None
+    process_id: Annotated[int | None, _devices("Which of them this is.", least=0)] = None
+    coordinator_timeout: Annotated[
+        int, _devices("Seconds to wait for the other processes.", least=1)
+    ] = 300
     output_dir: Annotated[
         str | None,
-        _output("New directory for metrics and picture; default runs/<date-time>."),
+        _output("New directory for metrics, picture and checkpoints; default runs/<date-time>."),
     ] = None
+    checkpoint_every: Annotated[
+        int | None,
+        _output(
+            "Steps from one checkpoint to the next; 0: none. Default: at every point of the "
+            "learning curve.",
+            least=0,
+        ),
+    ] = None
+    keep_checkpoints: Annotated[int, _output("How many checkpoints to keep.", least=1)] = 3
+    resume: Annotated[
+        bool,
+        _output(
+            "Go on with the run in --output-dir (default: the last one under runs) from its last "
+            "checkpoint, with the options that it began with."
+        ),
+    ] = False
     evaluations: Annotated[int, _output("Points of the learning curve.", least=1)] = 10
     eval_rows: Annotated[int, _output("Test rows for the points before the last.", least=1)] = (
         10_000
@@ -211,6 +258,19 @@ class Settings(_ColumnOptions):
         return asdict(self)
 
 
+def _options(kind: type) -> Iterator[tuple[str, Any, Option]]:
+    """(name, type, option) of every field that is an option."""
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        if get_origin(annotation) is Annotated:
+            yield name, *get_args(annotation)
+
+
+# What a run that is resumed may do otherwise than it began: none of it changes its numbers.
+_FREE = {name for name, _, option in _options(Settings) if option.panel == "Devices"} | {
+    *("data", "max_bad_lines", "output_dir", "checkpoint_every", "keep_checkpoints", "resume")
+}
+
+
 def options() -> list[tuple[str, Any, Any, Option]]:
     """(name, type, default, option) of all that the command line offers, panel by panel."""
     defaults = {each.name: each.default for each in fields(Settings)}
@@ -218,15 +278,19 @@ def options() -> list[tuple[str, Any, Any, Option]]:
     return sorted(offered, key=lambda each: _PANELS.index(each[-1].panel))
 
 
-def load(config: Path | None, given: Mapping[str, Any]) -> Settings:
+def load(
+    config: Path | None, given: Mapping[str, Any], begun: Mapping[str, Any] | None = None
+) -> Settings:
     """The settings of a run: defaults, under the file's, under the ones given.
 
     Args:
       config: a TOML file, or None.
       given: option name -> value, from the command line.
+      begun: `Settings.as_dict` of the run to be resumed: stands in place of the defaults.
 
     Raises:
-      UserError: the file cannot be read; an option is unknown or has a value it cannot have.
+      UserError: the file cannot be read; an option is unknown or has a value it cannot have; a
+        run that is resumed is asked for other numbers than it began with.
     """
     contents: dict[str, Any] = {}
     if config is not None:
@@ -236,7 +300,20 @@ def load(config: Path | None, given: Mapping[str, Any]) -> Settings:
             raise UserError(f"{config} cannot be read: {error.strerror}.") from error
         except ValueError as error:
             raise UserError(f"{config} is not TOML: {error}.") from error
-    return _build(Settings, contents | dict(given), str(config))
+    wanted = contents | dict(given)
+    if begun is None:
+        return _build(Settings, wanted, str(config))
+    before = _build(Settings, begun, "the run to be resumed")
+    # Devices and the like are not taken over: it may be another machine.
+    kept = {name: getattr(before, name) for name in begun if name not in _FREE or name == "data"}
+    settings = _build(Settings, kept | wanted, str(config))
+    for name in wanted:
+        if name not in _FREE and getattr(settings, name) != getattr(before, name):
+            raise UserError(
+                f"A run is resumed with the options that it began with: {name} was "
+                f"{getattr(before, name)!r}, got {getattr(settings, name)!r}."
+            )
+    return settings
 
 
 def widths(name: str, text: str) -> tuple[int, ...]:
@@ -254,13 +331,6 @@ def _build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
         raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
     as_tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     return kind(**as_tuples)
-
-
-def _options(kind: type) -> Iterator[tuple[str, Any, Option]]:
-    """(name, type, option) of every field that is an option."""
-    for name, annotation in get_type_hints(kind, include_extras=True).items():
-        if get_origin(annotation) is Annotated:
-            yield name, *get_args(annotation)
 
 
 def _check_values(settings: Any) -> None:

@@ -6,24 +6,27 @@ a model of clicks is judged by days it has not seen.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 
+from qrhash import EmbedConfig
 from qrhash.arithmetic import ceil_div
+from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.block import Block, Source
 from qrhash.ctr.columns import embed_configs
+from qrhash.ctr.devices import make_sharding
 from qrhash.ctr.display import Display
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.learner import Learner
 from qrhash.ctr.metrics import Scores, constant_logit, scores
 from qrhash.ctr.models import build_model
 from qrhash.ctr.pipeline import Batch, batches
-from qrhash.ctr.progress import Progress, Record, collect
+from qrhash.ctr.progress import Progress, collect
 from qrhash.ctr.settings import Settings
 from qrhash.ctr.sources import BadLines, open_source
 from qrhash.ctr.synthetic import SyntheticSource
@@ -70,14 +73,27 @@ class Summary:
         return {"kind": "summary", "test_rows": self.test.rows, **values}
 
 
-def fit(settings: Settings, display: Display, record: Record) -> Summary:
-    """Trains and tests a model.
+class Keeper(Protocol):
+    """What keeps the records of a run, and says where its checkpoints go."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Called with the settings, the points of the learning curve, and the summary."""
+
+    def rewind(self, rows: int) -> None:
+        """Drops the points after so many rows: the run goes on from there."""
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Their directory, once the settings are recorded; None: no checkpoints."""
+
+
+def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
+    """Trains and tests a model; takes up the last checkpoint if `settings.resume`.
 
     Args:
       settings: the options.
       display: is told how far the run is.
-      record: called with every record: the settings, the points of the learning curve, and the
-        summary.
+      keeper: keeps the records.
 
     Raises:
       UserError: the data or the options cannot be used.
@@ -86,7 +102,8 @@ def fit(settings: Settings, display: Display, record: Record) -> Summary:
     split = split_line(settings, source.num_lines)
     ids = build_ids(settings, _shown(source.blocks(0, split), display, "vocabulary", split))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
-    configs = embed_configs(settings, sizes)
+    sharding = make_sharding(settings)
+    configs = embed_configs(settings, sizes, sharding)
     embedding_params = sum(config.num_params for config in configs.values())
     data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
     display.phase("building the model", split)
@@ -94,10 +111,13 @@ def fit(settings: Settings, display: Display, record: Record) -> Summary:
         lambda: build_model(settings, configs),
         settings,
         num_steps=settings.epochs * ceil_div(split, settings.batch_size),
+        sharding=sharding,
     )
 
-    record({"kind": "settings", **settings.as_dict()})
-    progress = _train(settings, data, learner, display, record)
+    if not settings.resume:
+        keeper.record({"kind": "settings", **settings.as_dict()})
+    with _checkpoints(settings, configs, keeper) as checkpoints:
+        progress = _train(settings, data, learner, display, keeper, checkpoints)
     rows_per_second = progress.rows_per_second
     constant = constant_logit(progress.click_rate)
     test, constant_scores = _test(data, learner, constant, display)
@@ -114,7 +134,7 @@ def fit(settings: Settings, display: Display, record: Record) -> Summary:
         constant=constant_scores,
         truth=_truth(source, split) if settings.data is None else None,
     )
-    record(summary.as_record())
+    keeper.record(summary.as_record())
     return summary
 
 
@@ -134,7 +154,7 @@ class _Data(NamedTuple):
     ids: Mapping[str, Ids]
     batch_size: int
 
-    def training(self) -> AbstractContextManager[Iterator[Batch]]:
+    def training(self) -> AbstractContextManager[Any]:
         return batches(self.source, 0, self.split, self.ids, self.batch_size)
 
     def test(self, rows: int | None = None) -> AbstractContextManager[Iterator[Batch]]:
@@ -163,23 +183,53 @@ def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> 
             display.update(rows)
 
 
+def _checkpoints(
+    settings: Settings, configs: Mapping[str, EmbedConfig], keeper: Keeper
+) -> AbstractContextManager[Checkpoints | None]:
+    directory = keeper.checkpoints
+    if directory is None or (settings.checkpoint_every == 0 and not settings.resume):
+        return nullcontext()
+    return Checkpoints(directory, configs, max_to_keep=settings.keep_checkpoints)
+
+
 def _train(
-    settings: Settings, data: _Data, learner: Learner, display: Display, record: Record
+    settings: Settings,
+    data: _Data,
+    learner: Learner,
+    display: Display,
+    keeper: Keeper,
+    checkpoints: Checkpoints | None,
 ) -> Progress:
     """Trains; adds a point to the learning curve now and then, but not the last one."""
     with data.test(settings.eval_rows) as stream:
         sample = list(stream)
     total = data.split * settings.epochs
     points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
+    progress = Progress(keeper.record, settings.batch_size)
+    first_epoch, position = 0, None
+    if settings.resume and checkpoints is not None:
+        first_epoch, position = _resume(learner, checkpoints, progress, display)
+        # The last point is yet to come, even where training was over.
+        keeper.rewind(min(progress.rows, total - 1))
+        points = [point for point in points if point > progress.rows]
     display.phase("training", total)
-    progress = Progress(record, settings.batch_size)
-    for _ in range(settings.epochs):
+    for epoch in range(first_epoch, settings.epochs):
         with data.training() as stream:
+            if position is not None:
+                stream.set_state(position)
+                position = None
+
+            def save(epoch: int = epoch, stream: Any = stream) -> None:
+                if checkpoints is not None:
+                    where = {"epoch": epoch, "position": stream.get_state()}
+                    learner.save(checkpoints, {**where, "progress": progress.as_dict()})
+
             for batch in stream:
                 progress.add(batch, learner.step(batch))
                 if display.is_due:
                     display.update(progress.rows, progress.note())
-                if points and progress.rows >= points[0]:
+                is_point = bool(points) and progress.rows >= points[0]
+                if is_point:
                     points = [point for point in points if point > progress.rows]
                     test = scores(*collect((batch, learner.logits(batch)) for batch in sample))
                     progress.point(test)
@@ -187,10 +237,36 @@ def _train(
                         f"after {progress.rows:,} rows: test log loss {test.log_loss:.4f}, "
                         f"AUC {test.auc:.4f}"
                     )
+                every = settings.checkpoint_every
+                if is_point if every is None else every and learner.steps % every == 0:
+                    save()
+            if epoch == settings.epochs - 1 and settings.checkpoint_every != 0 and progress.rows:
+                save()
     jax.block_until_ready(learner.params)  # the clock stops when the work has
     if not progress.rows:
         raise UserError(f"{data.source.name}: none of the {data.split} training lines can be read.")
     return progress
+
+
+def _resume(
+    learner: Learner,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    display: Display,
+) -> tuple[int, Any]:
+    """Takes up the last checkpoint that can be read; returns the epoch and the position in it."""
+    if not checkpoints.steps:
+        display.line(f"{checkpoints.directory} holds no complete checkpoint: starting anew")
+        return 0, None
+    try:
+        restored = learner.restore(checkpoints)
+    except (MismatchError, OSError) as error:
+        raise UserError(str(error)) from error
+    for sentence in restored.damaged:
+        display.line(f"Warning: {sentence}")
+    progress.take_over(restored.extra["progress"])
+    display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
+    return restored.extra["epoch"], restored.extra["position"]
 
 
 def _test(
