@@ -20,7 +20,7 @@ from rich.table import Table
 
 from qrhash.ctr.display import Display
 from qrhash.ctr.settings import load
-from qrhash.ctr.train import Summary, fit
+from qrhash.ctr.train import Keeper, Summary, fit
 
 PARTITIONS = {"compressed": "quotient-remainder", "full": "full", "short": "drop"}
 
@@ -72,7 +72,7 @@ def comparison(losses: dict[str, list[float]]) -> Table:
 
 def _fit(config: Path | None, given: dict[str, Any]) -> Summary:
     with Display(Console(stderr=True)) as display:
-        return fit(load(config, given), display, lambda record: None)
+        return fit(load(config, given), display, Keeper())
 
 
 if __name__ == "__main__":

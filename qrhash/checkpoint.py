@@ -10,7 +10,6 @@ and a checkpoint counts only once all of it is on disk.
         restored = checkpoints.restore({"params": params, "state": state})
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -70,9 +69,6 @@ class Checkpoints:
     ) -> None:
         self.directory = Path(directory).absolute()
         self._features = _describe(config)
-        self._last_saved: int | None = None
-        # Orbax tells of every step it takes.
-        logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=(_STATE, _MEANING),
@@ -94,8 +90,8 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, in order."""
-        return sorted(self._manager.all_steps(read=True))
+        """The steps of the complete checkpoints, in order; the last may be still on its way."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, extra: Any = None) -> None:
         """Saves a tree; returns when it may be changed, and writes on in the background.
@@ -106,9 +102,8 @@ class Checkpoints:
             and the optimizer state are.
           extra: anything that JSON can hold.
         """
-        if step == self._last_saved or step in self.steps:
+        if step in self.steps:
             return
-        self._last_saved = step
         tables = _tables(state)
         arrays = {name: _in_file(leaf) for name, leaf in tables.items()}
         meaning = {

@@ -148,7 +148,7 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
         )
         if settings.resume:
             settings = load(config, given, directory.settings)
-        connect(settings)
+        connect(settings, display)
         with directory, display:
             summary = fit(settings, display, directory)
     except (UserError, OSError, MemoryError) as error:

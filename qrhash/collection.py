@@ -169,8 +169,7 @@ def init_stack(key: chex.PRNGKey, config: CollectionConfig, stack: Stack) -> Any
         return core.Part(table_keys[place.table], initializer, place.offset, place.rows)
 
     parts = [part(place) for place in stack.places]
-    sharding = stack.sharding if stack.is_large else None
-    return core.init_parts(parts, stack.shape, stack.dtype, sharding)
+    return core.init_parts(parts, stack.shape, stack.dtype, stack.sharding, is_large=stack.is_large)
 
 
 def init_projections(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Projection]:

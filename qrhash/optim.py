@@ -209,14 +209,16 @@ def _run_on_merged(
 
 def _naming_no_rows(shapes: dict[int, _Part]) -> dict[int, _Part]:
     """Parts of these shapes that change nothing."""
-    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes)
+    zeros = jax.tree.map(
+        lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes
+    )
     return {n: part._replace(rows=part.rows + INT32_MAX) for n, part in zeros.items()}
 
 
 def _as_grads(grads: RowGrads, parts: Sequence[_Part]) -> RowGrads:
     """The updates of a table, given its gradients."""
     first, *others = (
-        dataclasses.replace(grads, rows=part.rows, values=part.updates, is_merged=True)
+        dataclasses.replace(grads, rows=part.rows, values=part.updates, is_merged=True, spill=None)
         for part in parts
     )
     return dataclasses.replace(first, spill=others[0]) if others else first

@@ -112,12 +112,19 @@ class RowGrads:
         check_merge_method(method)
         self.check()
         if self.is_merged:
-            return self
+            return self if self.spill is None else self._with_spill_inside()
         if self.sharding is not None:
             owned = to_owners(self.sharding, self.num_rows, self.rows, self.values, method)
             return self.in_shards(*owned)
         merged = merge_rows(self.rows, self.values, self.num_rows, method)
         return RowGrads(*merged, self.num_rows, is_merged=True)
+
+    def _with_spill_inside(self) -> "RowGrads":
+        """One of the two names no row: side by side none is named twice."""
+        assert self.spill is not None
+        rows = jnp.concatenate((self.rows, self.spill.rows), axis=1)
+        values = jnp.concatenate((self.values, self.spill.values), axis=1)
+        return dataclasses.replace(self, rows=rows, values=values, spill=None)
 
     def parcels(self, method: str | None) -> Parcels | None:
         """The gradients packed for "all_to_all", if that is how they are to be sent."""
@@ -234,7 +241,7 @@ def add_to_rows(table: chex.Array, updates: RowGrads) -> jax.Array:
     table = jnp.asarray(table)
     if updates.sharding is None:
         return add_rows(table, updates.rows, updates.values, is_merged=updates.is_merged)
-    merged = updates.merge()
+    merged = updates if updates.is_merged else updates.merge()
     table = add_in_shards(updates.sharding, table, merged.rows, merged.values)
     if merged.spill is None:
         return table

@@ -110,6 +110,11 @@ class Sharding:
         """Devices that the rows of a table are split over."""
         return self._size(self.rows)
 
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the mesh makes the sharding a part of an array's type."""
+        return AxisType.Explicit in self.mesh.axis_types
+
     def rows_per_shard(self, num_rows: int) -> int:
         """Rows on each of these devices, padding included."""
         return ceil_div(num_rows, self.num_shards)
@@ -147,6 +152,10 @@ class Sharding:
             return node.with_array(NamedSharding(node.sharding.mesh, spec))
 
         return jax.tree.map(of, tree, is_leaf=is_sharded_table)
+
+    def replicate(self, tree: Any) -> Any:
+        """Arrays on every device of the mesh."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def constrain(self, array: jax.Array) -> jax.Array:
         """A table's array where it belongs, as `jax.lax.with_sharding_constraint` does it."""
@@ -202,7 +211,7 @@ class Sharding:
         mapped = jax.shard_map(
             fun, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
-        if AxisType.Explicit not in self.mesh.axis_types:
+        if not self.is_explicit:
             return mapped
 
         def resharded(*args: Any) -> Any:
@@ -341,7 +350,10 @@ class ShardedTable(RowTable):
 
     def to_array(self) -> jax.Array:
         """All rows, [num_rows, width], in their order: for tables that fit one device."""
-        rows = jnp.swapaxes(self.array, 0, 1)
+        array = self.array
+        if self.sharding.is_explicit:
+            array = jax.sharding.reshard(array, NamedSharding(self.sharding.mesh, PartitionSpec()))
+        rows = jnp.swapaxes(array, 0, 1)
         return rows.reshape(-1, *rows.shape[2:])[: self.num_rows]
 
     def in_order(self) -> jax.Array:
@@ -349,44 +361,19 @@ class ShardedTable(RowTable):
 
         Every device sends its rows to where they belong: none ever holds more than two shards.
         """
-        layout, shape = self.sharding, self.array.shape
-        block = ceil_div(shape[1], shape[0])
-
-        def send(array: jax.Array) -> jax.Array:
-            padding = [(0, 0), (0, block * shape[0] - shape[1]), *[(0, 0)] * (array.ndim - 2)]
-            parts = jnp.pad(array, padding)[0].reshape(shape[0], block, *array.shape[2:])
-            if layout.rows:
-                parts = jax.lax.all_to_all(parts, layout.rows, 0, 0, tiled=True)
-            return jnp.swapaxes(parts, 0, 1).reshape(-1, *array.shape[2:])
-
-        spec = layout.table_spec(len(shape))
-        return jax.jit(layout.run(send, spec, self._ordered_spec))(self.array)
+        return _in_order(self.sharding, self.array)
 
     def from_order(self, rows: jax.Array) -> "ShardedTable":
         """The table of the same layout with these rows, as `in_order` gives them."""
-        layout, shape = self.sharding, self.array.shape
-        block = ceil_div(shape[1], shape[0])
-
-        def send(rows: jax.Array) -> jax.Array:
-            parts = jnp.swapaxes(rows.reshape(block, shape[0], *rows.shape[1:]), 0, 1)
-            if layout.rows:
-                parts = jax.lax.all_to_all(parts, layout.rows, 0, 0, tiled=True)
-            return parts.reshape(1, -1, *rows.shape[1:])[:, : shape[1]]
-
-        spec = layout.table_spec(len(shape))
-        return self.with_array(jax.jit(layout.run(send, self._ordered_spec, spec))(rows))
+        return self.with_array(_from_order(self.sharding, self.array.shape[1], rows))
 
     @property
     def ordered(self) -> jax.ShapeDtypeStruct:
         """Shape, dtype and sharding of `in_order`."""
         shards, rows, *rest = self.array.shape
         shape = (shards * shards * ceil_div(rows, shards), *rest)
-        to = NamedSharding(self.sharding.mesh, self._ordered_spec)
+        to = NamedSharding(self.sharding.mesh, _ordered_spec(self.sharding, self.array.ndim))
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=to)
-
-    @property
-    def _ordered_spec(self) -> PartitionSpec:
-        return PartitionSpec(self.sharding.rows or None, *self.sharding._columns(self.array.ndim))
 
     @classmethod
     def from_array(cls, table: chex.Array, sharding: Sharding) -> "ShardedTable":
@@ -407,6 +394,40 @@ def is_sharded_table(node: Any) -> bool:
 def whole_table(table: Any) -> Any:
     """A table as one array [num_rows, width], however it is kept."""
     return table.to_array() if is_sharded_table(table) else table
+
+
+def _ordered_spec(layout: Sharding, ndim: int) -> PartitionSpec:
+    return PartitionSpec(layout.rows or None, *layout._columns(ndim))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _in_order(layout: Sharding, array: jax.Array) -> jax.Array:
+    shards, rows = array.shape[:2]
+    block = ceil_div(rows, shards)
+
+    def send(array: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, block * shards - rows), *[(0, 0)] * (array.ndim - 2)]
+        parts = jnp.pad(array, padding)[0].reshape(shards, block, *array.shape[2:])
+        if layout.rows:
+            parts = jax.lax.all_to_all(parts, layout.rows, 0, 0, tiled=True)
+        return jnp.swapaxes(parts, 0, 1).reshape(-1, *array.shape[2:])
+
+    spec, ordered = layout.table_spec(array.ndim), _ordered_spec(layout, array.ndim)
+    return layout.run(send, (spec,), ordered)(array)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _from_order(layout: Sharding, rows_per_shard: int, rows: jax.Array) -> jax.Array:
+    shards, block = layout.num_shards, ceil_div(rows_per_shard, layout.num_shards)
+
+    def send(rows: jax.Array) -> jax.Array:
+        parts = jnp.swapaxes(rows.reshape(block, shards, *rows.shape[1:]), 0, 1)
+        if layout.rows:
+            parts = jax.lax.all_to_all(parts, layout.rows, 0, 0, tiled=True)
+        return parts.reshape(1, -1, *rows.shape[1:])[:, :rows_per_shard]
+
+    spec, ordered = layout.table_spec(rows.ndim + 1), _ordered_spec(layout, rows.ndim + 1)
+    return layout.run(send, (ordered,), spec)(rows)
 
 
 _Layout = tuple[Sharding, int, int]  # how a table is split, its rows, and the axis of the batch

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from qrhash.arithmetic import as_ids, ceil_div
 from qrhash.combine import Projection, as_projection, combine
 from qrhash.config import EmbedConfig, Initializer
-from qrhash.rows import INT32_MAX, RowTable, as_one, device_index, wide_dtype
+from qrhash.rows import INT32_MAX, RowTable, as_one, device_index, out_sharding, wide_dtype
 from qrhash.sharding import ShardedTable, Sharding
 
 # Up to this many rows, a one-hot product gives a table's gradient faster than a scatter-add of
@@ -74,7 +74,8 @@ def init_table(key: chex.PRNGKey, config: EmbedConfig, table: int) -> Any:
     """Creates one of a feature's tables, given its number; see `init`."""
     part = Part(key, table_initializers(config)[table], 0, config.partition.num_rows[table])
     shape = config.table_shapes[table]
-    return init_parts([part], shape, config.param_dtype, config.table_sharding(table))
+    is_large = config.large_tables[table]
+    return init_parts([part], shape, config.param_dtype, config.sharding, is_large=is_large)
 
 
 class Part(NamedTuple):
@@ -94,9 +95,19 @@ class Part(NamedTuple):
 
 
 def init_parts(
-    parts: Sequence[Part], shape: tuple[int, int], dtype: Any, sharding: Sharding | None
+    parts: Sequence[Part],
+    shape: tuple[int, int],
+    dtype: Any,
+    sharding: Sharding | None,
+    *,
+    is_large: bool,
 ) -> Any:
-    """Creates a table [rows, width] part by part in its place; on a mesh, a `ShardedTable`."""
+    """Creates a table [rows, width] part by part in its place.
+
+    On a mesh a large one is a `ShardedTable`, a small one on every device.
+    """
+    if sharding is not None and not is_large:
+        return sharding.replicate(init_parts(parts, shape, dtype, None, is_large=False))
     num_rows, width = shape
     if sharding is not None:
         array = _empty_on_mesh(sharding, sharding.array_shape(num_rows, width), dtype)
@@ -522,7 +533,7 @@ def _take_locally(
     fill_value: float,
 ) -> list[jax.Array]:
     index, split = as_one(indices, table.shape[0])
-    if not any(map(_is_for_one_hot, segments)) or _out_sharding(table, index) is not None:
+    if not any(map(_is_for_one_hot, segments)) or out_sharding(table, index) is not None:
         return split(_take_from_large(table, index, fill_value))
     return split(_take_from_small(segments, fill_value, table, index))
 
@@ -532,7 +543,7 @@ def _take_from_large(table: jax.Array, index: jax.Array, fill_value: float) -> j
         mode="fill",
         fill_value=fill_value,
         wrap_negative_indices=False,
-        out_sharding=_out_sharding(table, index),
+        out_sharding=out_sharding(table, index),
     )
 
 
@@ -598,15 +609,6 @@ def _kind(segment: Segment) -> tuple[bool, int, int]:
     if _is_for_one_hot(segment):
         return (True, segment.rows, segment.lookups)
     return (False, 0, 0)
-
-
-def _out_sharding(table: jax.Array, index: jax.Array) -> NamedSharding | None:
-    """On a mesh of explicit axes, that of rows: laid out as their ids are."""
-    sharding = jax.typeof(table).sharding
-    if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
-        return None
-    spec = PartitionSpec(*jax.typeof(index).sharding.spec, *sharding.spec[1:])
-    return NamedSharding(sharding.mesh, spec)
 
 
 def _within_vocabulary(ids: chex.Array, config: EmbedConfig) -> chex.Array:

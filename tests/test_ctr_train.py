@@ -15,7 +15,7 @@ from qrhash.ctr.learner import Learner
 from qrhash.ctr.metrics import Scores, constant_logit, log_loss
 from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, draw, final_table
 from qrhash.ctr.settings import Settings
-from qrhash.ctr.train import Summary, fit, split_line
+from qrhash.ctr.train import Keeper, Summary, fit, split_line
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 
@@ -51,10 +51,8 @@ def _fit(**options):
     return summary, records
 
 
-class Kept:
+class Kept(Keeper):
     """Keeps the records in a list, and no checkpoints."""
-
-    checkpoints = None
 
     def __init__(self, records):
         self.record = records.append

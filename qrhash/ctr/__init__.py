@@ -4,6 +4,7 @@ The rooms, in reading order (a module imports the ones above it only):
 
   errors      the one exception the command line turns into a sentence
   settings    every option of a run, and the configuration file
+  display     progress bars and plain lines
   devices     one device, a mesh of several, or several processes
   block       rows on the host, and the columns of the format
   cells       arrow columns of text or numbers -> a block, and what is wrong with each bad row
@@ -16,7 +17,6 @@ The rooms, in reading order (a module imports the ones above it only):
   metrics     log loss, AUC
   progress    where a training stands
   learner     parameters, optimizers and the compiled step
-  display     progress bars and plain lines
   report      JSON lines, the picture, the final table
   train       the run from the first line to the last
 """

@@ -9,13 +9,14 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from qrhash import Sharding
+from qrhash.ctr.display import Display
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 
 AXES = ("data", "model")
 
 
-def connect(settings: Settings) -> None:
+def connect(settings: Settings, display: Display) -> None:
     """Makes this process one of `settings.num_processes`, if there is a coordinator.
 
     Raises:
@@ -38,6 +39,11 @@ def connect(settings: Settings) -> None:
         raise UserError("Several processes need one --output-dir that all of them see.")
     if number > 0:
         _wait_for(host, int(port), settings.coordinator_timeout)
+    # JAX itself ends the process where another one is missing.
+    display.line(
+        f"waiting up to {settings.coordinator_timeout} s for {settings.num_processes} processes to "
+        f"meet at {address}"
+    )
     try:
         jax.distributed.initialize(
             address,
@@ -112,9 +118,7 @@ def _make_mesh(text: str, sizes: dict[str, int]) -> Mesh:
                 " To try a mesh on a CPU, set XLA_FLAGS="
                 f"--xla_force_host_platform_device_count={wanted}."
             )
-        raise UserError(
-            f"The mesh {text} is of {wanted} devices, and there are {len(devices)}{of}.{hint}"
-        )
+        raise UserError(f"The mesh {text} is of {wanted} devices, got {len(devices)}{of}.{hint}")
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices[:wanted]

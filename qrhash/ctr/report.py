@@ -18,13 +18,13 @@ from rich.table import Table
 
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.metrics import Scores
-from qrhash.ctr.train import Summary
+from qrhash.ctr.train import Keeper, Summary
 
 METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
 RUNS = Path("runs")
 
 
-class RunDirectory:
+class RunDirectory(Keeper):
     """The directory of one run; made when the first record arrives.
 
     However the run ends, the records stay and the picture shows the points there are.

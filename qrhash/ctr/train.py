@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -73,8 +73,8 @@ class Summary:
         return {"kind": "summary", "test_rows": self.test.rows, **values}
 
 
-class Keeper(Protocol):
-    """What keeps the records of a run, and says where its checkpoints go."""
+class Keeper:
+    """What keeps the records of a run and knows where its checkpoints go: this one, nothing."""
 
     def record(self, record: dict[str, Any]) -> None:
         """Called with the settings, the points of the learning curve, and the summary."""
@@ -85,6 +85,7 @@ class Keeper(Protocol):
     @property
     def checkpoints(self) -> Path | None:
         """Their directory, once the settings are recorded; None: no checkpoints."""
+        return None
 
 
 def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
