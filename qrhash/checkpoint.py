@@ -10,15 +10,18 @@ and a checkpoint counts only once all of it is on disk.
         restored = checkpoints.restore({"params": params, "state": state})
 """
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from qrhash.collection import CollectionConfig
 from qrhash.config import EmbedConfig
@@ -42,7 +45,8 @@ class Restored(NamedTuple):
       step: the step it was saved at.
       state: the tree.
       extra: what was saved beside it.
-      damaged: a sentence about each later checkpoint that cannot be read.
+      damaged: a sentence about each later checkpoint that cannot be read; these are set aside, as
+        "<step>.damaged".
     """
 
     step: int
@@ -134,14 +138,30 @@ class Checkpoints:
         damaged: list[str] = []
         for each in steps:
             try:
-                return self._restore(each, like, tuple(damaged))
+                restored = self._restore(each, like, tuple(damaged))
             except MismatchError:
                 raise
             # Whatever the libraries underneath make of a file that is not as it was written.
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 damaged.append(f"Checkpoint {self.directory / str(each)} is damaged: {reason[0]}")
+            else:
+                self._set_aside(steps[: len(damaged)])
+                return restored
         raise OSError(" ".join(damaged))
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames damaged checkpoints, so that training can save those steps again."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                path = self.directory / str(step)
+                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                path.rename(path.with_suffix(".damaged"))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
 
     def _restore(self, step: int, like: Any, damaged: tuple[str, ...]) -> Restored:
         only_meaning = ocp.args.Composite(**{_MEANING: ocp.args.JsonRestore()})
@@ -244,7 +264,12 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _from_file(leaf: Any, array: jax.Array) -> Any:
-    return leaf.from_order(array) if is_sharded_table(leaf) else array
+    if is_sharded_table(leaf):
+        return leaf.from_order(array)
+    is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+    if not isinstance(leaf, jax.Array) or leaf.committed or is_key:
+        return array
+    return jnp.asarray(np.asarray(array))  # what is bound to no device can be used on all
 
 
 def _compare(where: Path, what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ freeze the tables. All other parameters learn by Adam, at a rate that falls line
 noise of the last batches then averages out.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from qrhash import Sharding, apply_updates, touched_rows, value_and_grad
 from qrhash.checkpoint import Checkpoints, Restored
 from qrhash.ctr.pipeline import Batch
 from qrhash.ctr.settings import Settings
-from qrhash.nnx import Table, place
+from qrhash.nnx import Table, as_table, place
 
 
 class Learner:
@@ -134,4 +135,7 @@ class Learner:
     @property
     def num_params(self) -> int:
         """Parameters in all."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        variables = jax.tree.leaves(
+            self.params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        )
+        return sum(math.prod(as_table(variable).shape) for variable in variables)

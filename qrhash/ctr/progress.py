@@ -27,6 +27,7 @@ class Progress:
 
     def __init__(self, record: Record, batch_size: int) -> None:
         self.rows = 0
+        self.points = 0
         self._clicks = 0.0
         self._record = record
         self._first_rows, self._start = 0, math.nan
@@ -73,6 +74,7 @@ class Progress:
             window.append([labels.tolist(), of_batch.tolist()])
         return {
             "rows": self.rows,
+            "points": self.points,
             "first_rows": self._first_rows,
             "seconds": self.seconds,
             "clicks": self._clicks,
@@ -83,6 +85,7 @@ class Progress:
         """Stands where `as_dict` was taken."""
         now = time.monotonic()
         self.rows, self._first_rows = saved["rows"], saved["first_rows"]
+        self.points = saved["points"]
         self._clicks, self._start = saved["clicks"], now - saved["seconds"]
         for labels, logits in saved["window"]:
             weights, none = np.ones(len(labels), np.float32), np.empty(0)
@@ -92,6 +95,7 @@ class Progress:
     def point(self, test: Scores) -> None:
         """Records a point of the learning curve."""
         train = self.running()
+        self.points += 1
         self._record(
             {
                 "kind": "progress",

@@ -98,11 +98,10 @@ class RunDirectory(Keeper):
         if self._is_writer:
             self._write("a", [plain])
 
-    def rewind(self, rows: int) -> None:
-        """Drops the summary and the points after so many rows, from the file too."""
-        begin, *others = self._records
-        points = [each for each in others if each["kind"] == "progress" and each["rows"] <= rows]
-        self._records = kept = [begin, *points]
+    def rewind(self, points: int) -> None:
+        """Drops all after so many points of the learning curve, from the file too."""
+        # First the settings, and the summary last.
+        self._records = kept = self._records[: 1 + points]
         if self._is_writer and self.path is not None:
             part = self.path / f"{METRICS}.part"
             part.write_text("".join(json.dumps(record) + "\n" for record in kept))

@@ -79,8 +79,8 @@ class Keeper:
     def record(self, record: dict[str, Any]) -> None:
         """Called with the settings, the points of the learning curve, and the summary."""
 
-    def rewind(self, rows: int) -> None:
-        """Drops the points after so many rows: the run goes on from there."""
+    def rewind(self, points: int) -> None:
+        """Drops all after so many points of the learning curve: the run goes on from there."""
 
     @property
     def checkpoints(self) -> Path | None:
@@ -210,8 +210,7 @@ def _train(
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
         first_epoch, position = _resume(learner, checkpoints, progress, display)
-        # The last point is yet to come, even where training was over.
-        keeper.rewind(min(progress.rows, total - 1))
+        keeper.rewind(progress.points)
         points = [point for point in points if point > progress.rows]
     display.phase("training", total)
     for epoch in range(first_epoch, settings.epochs):

@@ -1,0 +1,541 @@
+"""Checkpoints: exact on any mesh, strict about the model, safe from damage and from kills."""
+
+import functools
+import gc
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import training_process
+from flax import nnx
+from jax.sharding import AxisType
+
+import qrhash
+from qrhash import EmbedConfig, ShardedTable, Sharding
+from qrhash.checkpoint import Checkpoints, MismatchError
+from qrhash.nnx import EmbedCollection, Optimizer, Table, as_table
+from qrhash.sharding import is_sharded_table
+
+BOTH = ("data", "model")
+
+
+def _layout(shape, names, kind=AxisType.Auto, **options):
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+    return Sharding(mesh=mesh, **options)
+
+
+LAYOUTS = {
+    "one device": None,
+    "8 model": _layout((8,), ("model",)),
+    "2x4": _layout((2, 4), BOTH),
+    "8 data, all rows": _layout((8,), ("data",), rows=()),
+    "both": _layout((2, 4), BOTH, rows=BOTH, batch=BOTH),
+    "columns": _layout((2, 2, 2), (*BOTH, "c"), columns="c"),
+    "explicit": _layout((2, 4), BOTH, AxisType.Explicit),
+}
+
+NUM_IDS = 1003
+# Row counts that no mesh divides; of 5 rows, not every shard has one; 3 rows are not split.
+PARTITION = qrhash.MixedRadix(NUM_IDS, (67, 5, 3))
+ONE = EmbedConfig(PARTITION, 8, large_table_rows=5)
+
+
+@functools.cache
+def _config(name):
+    return EmbedConfig(PARTITION, 8, large_table_rows=5, sharding=LAYOUTS[name])
+
+
+def _like(name):
+    """Tables, state of both kinds, and a counter, where they belong."""
+    cfg = _config(name)
+    tables = tuple(
+        jnp.zeros(shape) if layout is None else ShardedTable.from_array(jnp.zeros(shape), layout)
+        for shape, layout in zip(cfg.table_shapes, map(cfg.table_sharding, range(3)), strict=True)
+    )
+    full, row_wise = optax.adagrad(0.1), qrhash.rowwise_adagrad(0.1)
+    return {
+        "params": tables,
+        "full": qrhash.touched_rows(full).init(tables),
+        "row-wise": qrhash.touched_rows(row_wise).init(tables),
+        "steps": jnp.int32(0),
+    }
+
+
+def _filled(tree):
+    """With random numbers in place of all others."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: (100 * rng.standard_normal(x.shape)).astype(x.dtype), tree)
+
+
+def _laid_out(rows, like):
+    """Rows [num_rows, ...] in the place of a leaf."""
+    if not is_sharded_table(like):
+        return jax.device_put(rows, like.sharding)
+    shards, per_shard, *rest = like.array.shape
+    array = np.full((shards, per_shard, *rest), np.nan, rows.dtype)  # where no row is
+    for r, row in enumerate(rows):
+        array[r % shards, r // shards] = row
+    return like.with_array(jax.device_put(array, like.array.sharding))
+
+
+def _rows(leaf):
+    """The rows of a leaf as NumPy has them."""
+    if not is_sharded_table(leaf):
+        return np.asarray(leaf)
+    array, shards = np.asarray(leaf.array), leaf.array.shape[0]
+    return np.stack([array[r % shards, r // shards] for r in range(leaf.num_rows)])
+
+
+def _assert_same(got, want, like):
+    """The numbers to the last bit; and that they are where they belong."""
+    assert jax.tree.structure(got) == jax.tree.structure(like)
+
+    def check(leaf, numbers, model):
+        assert (leaf.shape, leaf.dtype) == (numbers.shape, numbers.dtype)
+        assert _rows(leaf).tobytes() == numbers.tobytes()
+        for array, place in zip(jax.tree.leaves(leaf), jax.tree.leaves(model), strict=True):
+            assert array.sharding.is_equivalent_to(place.sharding, array.ndim)
+
+    jax.tree.map(check, got, want, like, is_leaf=is_sharded_table)
+
+
+# --- from any mesh to any other -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return _filled(_like("one device"))
+
+
+@pytest.fixture(scope="module")
+def likes():
+    return {name: _like(name) for name in LAYOUTS}
+
+
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_what_one_mesh_wrote_every_other_reads(source, whole, likes, tmp_path):
+    state = jax.tree.map(_laid_out, whole, likes[source], is_leaf=is_sharded_table)
+    with Checkpoints(tmp_path, _config(source)) as checkpoints:
+        checkpoints.save(7, state, {"from": source})
+    for target in LAYOUTS:
+        with Checkpoints(tmp_path, _config(target)) as checkpoints:
+            restored = checkpoints.restore(likes[target])
+        assert restored[0] == 7
+        assert restored[2:] == ({"from": source}, ())
+        _assert_same(restored.state, whole, likes[target])
+
+
+def test_what_is_to_be_may_stand_in_place_of_arrays(whole, likes, tmp_path):
+    abstract = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+        likes["columns"],
+    )
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, whole)
+        _assert_same(checkpoints.restore(abstract).state, whole, likes["columns"])
+
+
+def _collection(name, seed):
+    """A collection with a table of bfloat16 and a projection, and its optimizer."""
+    layout = LAYOUTS[name]
+    options = {"large_table_rows": 5, "sharding": layout}
+    partition = qrhash.QuotientRemainder(41, 5)
+    half = EmbedConfig(partition, 4, "project", param_dtype=jnp.bfloat16, **options)
+    config = {"user": EmbedConfig(PARTITION, 8, **options), "author": "user", "item": half}
+    model = EmbedCollection(config, rngs=nnx.Rngs(seed))
+    return model, Optimizer(model, qrhash.rowwise_adagrad(0.1))
+
+
+def _in_rows(state):
+    """Path -> numbers, row by row, of a state."""
+    return {path: _rows(as_table(leaf)) for path, leaf in nnx.to_flat_state(state)}
+
+
+def test_states_of_nnx_go_from_mesh_to_mesh(tmp_path):
+    model, optimizer = _collection("one device", 1)
+    state = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+    state = _filled(state)
+    nnx.update(model, state["model"])
+    want = {part: _in_rows(each) for part, each in state.items()}
+    ids = {"author": jnp.arange(8), "item": jnp.arange(8)}
+    vectors = model(ids)
+    for number, name in enumerate(["2x4", "one device"]):
+        with Checkpoints(tmp_path / str(number), model.config) as checkpoints:
+            checkpoints.save(number, state)
+        model, optimizer = _collection(name, 2)
+        like = {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
+        with Checkpoints(tmp_path / str(number), model.config) as checkpoints:
+            state = checkpoints.restore(like).state
+        assert jax.tree.structure(state) == jax.tree.structure(like)
+        for part, each in state.items():
+            jax.tree.map(np.testing.assert_array_equal, _in_rows(each), want[part])
+        for got, place in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+            assert got.sharding.is_equivalent_to(place.sharding, got.ndim)
+        tables = nnx.to_flat_state(state["model"].filter(Table))
+        assert sorted(as_table(table).ndim for _, table in tables) == [2] * len(tables)
+    nnx.update(model, state["model"])
+    nnx.update(optimizer, state["optimizer"])
+    jax.tree.map(np.testing.assert_array_equal, model(ids), vectors)
+    assert optimizer.step[...] == want["optimizer"][("step",)]
+
+
+@pytest.mark.parametrize("name", ["one device", "8 model", "2x4"])
+def test_what_could_be_computed_before_can_be_after(name, tmp_path):
+    """Also with parameters that stand on no device in particular, as new ones do."""
+    cfg, ids = _config(name), jnp.arange(8)
+    params = {"tables": qrhash.init(jax.random.key(0), cfg), "dense": jnp.arange(8.0)}
+    compute = jax.jit(lambda params: qrhash.lookup(params["tables"], ids, cfg) @ params["dense"])
+    want = compute(params)
+    with Checkpoints(tmp_path, cfg) as checkpoints:
+        checkpoints.save(1, params)
+        restored = checkpoints.restore(params).state
+    np.testing.assert_array_equal(compute(restored), want)
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+
+NOISE = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
+
+
+def _numbers(step):
+    return {"a.b": jnp.array(NOISE * step), "c/d": (jnp.ones(3) * step,), "steps": np.int32(step)}
+
+
+def _assert_is_step(state, step):
+    jax.tree.map(np.testing.assert_array_equal, state, _numbers(step))
+
+
+@pytest.mark.parametrize(
+    ("max_to_keep", "left"), [(1, [40]), (2, [30, 40]), (3, [4, 30, 40]), (None, [0, 4, 30, 40])]
+)
+def test_the_last_ones_are_kept(max_to_keep, left, tmp_path):
+    with Checkpoints(tmp_path, ONE, max_to_keep=max_to_keep) as checkpoints:
+        for step in (0, 4, 30, 40):
+            checkpoints.save(step, _numbers(step), step)
+        checkpoints.wait()
+        assert checkpoints.steps == left
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        assert checkpoints.steps == left
+        for step in left:
+            restored = checkpoints.restore(_numbers(1), step)
+            assert restored[0] == restored.extra == step
+            _assert_is_step(restored.state, step)
+        assert checkpoints.restore(_numbers(1)).step == 40
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_same_step_twice_is_the_first(waits, tmp_path):
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        for number in (5, 6, 7):
+            checkpoints.save(5, _numbers(number), number)
+            if waits:
+                checkpoints.wait()
+        restored = checkpoints.restore(_numbers(0))
+        assert (checkpoints.steps, restored.step, restored.extra) == ([5], 5, 5)
+        _assert_is_step(restored.state, 5)
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(5, _numbers(8))
+        _assert_is_step(checkpoints.restore(_numbers(0)).state, 5)
+
+
+EXTRAS = [
+    None,
+    0.1,
+    "é",
+    [],
+    {"epoch": 1, "position": {"blocks": [3, None, True, "x", 1e-300]}, "clicks": 1 / 3},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_is_saved_beside_it_comes_back(extra, tmp_path):
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, _numbers(1), extra)
+        assert checkpoints.restore(_numbers(1)).extra == extra
+
+
+def test_what_is_saved_may_be_changed_at_once(tmp_path):
+    add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+    host, device = np.zeros((512, 1024), np.float32), jnp.zeros((512, 1024))
+    with Checkpoints(tmp_path, ONE, max_to_keep=None) as checkpoints:
+        for step in range(5):
+            checkpoints.save(step, {"host": host, "device": device})
+            device = add_one(device)
+            host += 1
+        for step in range(5):
+            restored = checkpoints.restore({"host": host, "device": device}, step)
+            assert all((array == step).all() for array in restored.state.values())
+
+
+def test_it_is_complete_when_an_error_ends_the_block(tmp_path):
+    def interrupted():
+        with Checkpoints(tmp_path, ONE) as checkpoints:
+            checkpoints.save(3, _numbers(3))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        _assert_is_step(checkpoints.restore(_numbers(0)).state, 3)
+
+
+def test_leaves_of_one_name_are_refused(tmp_path):
+    state = {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)}
+    with Checkpoints(tmp_path, ONE) as checkpoints, pytest.raises(ValueError, match="names"):
+        checkpoints.save(1, state)
+
+
+# --- another model --------------------------------------------------------------------------------
+
+
+def _feature(collisions=3, features=8, operation="mult", **options):
+    partition = qrhash.QuotientRemainder(NUM_IDS, collisions)
+    return EmbedConfig(partition, features, operation, **options)
+
+
+IN, OF = "in the checkpoint", "in the model"
+SAVED = {"a": _feature(), "b": "a"}
+OTHERS = {
+    "partition": ({"a": _feature(4), "b": "a"}, rf"'a' is .*1003.*3.* {IN}, .*1003.*4.* {OF}"),
+    "operation": (
+        {"a": _feature(operation="add"), "b": "a"},
+        rf"operation of feature 'a' is mult {IN}, add {OF}",
+    ),
+    "features": (
+        {"a": _feature(features=4), "b": "a"},
+        rf"features of feature 'a' is 8 {IN}, 4 {OF}",
+    ),
+    "dtype": (
+        {"a": _feature(param_dtype=jnp.bfloat16), "b": "a"},
+        rf"param_dtype of feature 'a' is float32 {IN}, bfloat16 {OF}",
+    ),
+    "one feature more": (SAVED | {"c": _feature()}, "feature 'c' is in the model alone"),
+    "one feature less": ({"a": _feature()}, "feature 'b' is in the checkpoint alone"),
+    "another name": ({"x": _feature(), "b": "x"}, "feature 'a' is in the checkpoint alone"),
+    "not shared": (SAVED | {"b": _feature()}, rf"feature 'b' is a {IN}, .*1003.* {OF}"),
+    "not a collection": (_feature(), "feature 'a' is in the checkpoint alone"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    with Checkpoints(directory, SAVED) as checkpoints:
+        checkpoints.save(1, _numbers(1))
+        checkpoints.save(2, _numbers(2))
+    return directory
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_other_features_is_refused(name, saved):
+    config, message = OTHERS[name]
+    with (
+        Checkpoints(saved, config) as checkpoints,
+        pytest.raises(MismatchError, match=message) as error,
+    ):
+        checkpoints.restore(_numbers(0))
+    assert str(saved / "2") in str(error.value)
+    assert isinstance(error.value, ValueError)
+
+
+OTHER_TREES = {
+    "shape": ({"a.b": jnp.ones((64, 17))}, rf"'a\.b' is \[64, 16\] {IN}, \[64, 17\] {OF}"),
+    "dtype": ({"steps": np.int8(0)}, rf"'steps' is int32 {IN}, int8 {OF}"),
+    "one array more": ({"e": jnp.ones(1)}, "array 'e' is in the model alone"),
+    "one array less": ({"c/d": ()}, r"array 'c/d\.0' is in the checkpoint alone"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TREES)
+def test_a_checkpoint_of_other_arrays_is_refused(name, saved):
+    change, message = OTHER_TREES[name]
+    with (
+        Checkpoints(saved, SAVED) as checkpoints,
+        pytest.raises(MismatchError, match=message),
+    ):
+        checkpoints.restore(_numbers(0) | change)
+
+
+def test_rows_are_compared_not_what_pads_them(tmp_path):
+    """67 rows and 68 are nine on every of eight devices."""
+    layout = LAYOUTS["8 model"]
+    tables = [{"t": ShardedTable.from_array(jnp.ones((rows, 8)), layout)} for rows in (67, 68)]
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, tables[0])
+        with pytest.raises(MismatchError, match=rf"\[67, 8\] {IN}, \[68, 8\] {OF}"):
+            checkpoints.restore(tables[1])
+
+
+def test_what_changes_no_number_may_differ(saved):
+    other = _feature(
+        dtype=jnp.bfloat16, id_policy="zero", large_table_rows=7, sharding=LAYOUTS["2x4"]
+    )
+    with Checkpoints(saved, {"b": "a", "a": other}) as checkpoints:
+        _assert_is_step(checkpoints.restore(_numbers(0)).state, 2)
+
+
+def test_no_checkpoint_is_said_in_a_sentence(saved, tmp_path):
+    with Checkpoints(tmp_path / "new", ONE) as checkpoints:
+        assert checkpoints.steps == []
+        with pytest.raises(MismatchError, match="new holds no complete checkpoint"):
+            checkpoints.restore(_numbers(0))
+    with (
+        Checkpoints(saved, SAVED) as checkpoints,
+        pytest.raises(MismatchError, match=r"no checkpoint of step 7; .* steps \[1, 2\]"),
+    ):
+        checkpoints.restore(_numbers(0), 7)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_off():
+    """Orbax leaves behind the coroutines of a read that failed: they are to end here."""
+    yield
+    gc.collect()
+
+
+def damaging(test):
+    test = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")(test)
+    return pytest.mark.usefixtures("broken_off")(test)
+
+
+def _files(directory):
+    return [path for path in sorted(directory.rglob("*")) if path.is_file()]
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES = {"delete": os.unlink, "truncate": _truncate, "empty": lambda path: path.write_bytes(b"")}
+
+
+@damaging
+@pytest.mark.parametrize("how", DAMAGES)
+def test_whatever_file_is_damaged_the_numbers_are_right(how, saved, tmp_path):
+    """Those of the damaged checkpoint, if it can do without the file, or of the one before."""
+    fallen_back = set()
+    for number, path in enumerate(_files(saved / "2")):
+        directory = tmp_path / str(number)
+        shutil.copytree(saved, directory)
+        DAMAGES[how](directory / path.relative_to(saved))
+        with Checkpoints(directory, SAVED) as checkpoints:
+            restored = checkpoints.restore(_numbers(0))
+        _assert_is_step(restored.state, restored.step)
+        if restored.step == 2:
+            assert restored.damaged == ()
+        else:
+            fallen_back.add(path)
+            (sentence,) = restored.damaged
+            assert f"{directory / '2'} is damaged: " in sentence
+    state = saved / "2" / "state"
+    data = max(state.rglob("d/*"), key=lambda path: path.stat().st_size)
+    assert data.stat().st_size > NOISE.nbytes / 2
+    needed = {data, *state.glob("d/*"), state / "manifest.ocdbt", saved / "2/meaning/metadata"}
+    assert needed <= fallen_back
+
+
+@damaging
+def test_where_all_are_damaged_all_are_named(saved, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    shutil.rmtree(directory / "1" / "state")
+    (directory / "2" / "meaning" / "metadata").write_text("{")
+    with Checkpoints(directory, SAVED) as checkpoints:
+        with pytest.raises(OSError, match="damaged") as error:
+            checkpoints.restore(_numbers(0))
+        assert all(f"{directory / step} is damaged: " in str(error.value) for step in "12")
+        with pytest.raises(OSError, match="damaged") as error:
+            checkpoints.restore(_numbers(0), 2)
+        assert str(directory / "1") not in str(error.value)
+
+
+@damaging
+def test_after_damage_training_is_saved_again(saved, tmp_path):
+    """From step 1 on, the damaged step 2 comes once more, and so does a step below it."""
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    with Checkpoints(directory, SAVED) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, _numbers(step))
+        checkpoints.wait()
+        for step in (10, 20):
+            shutil.rmtree(directory / str(step) / "state")
+        assert checkpoints.restore(_numbers(0)).step == 2
+        for step in (5, 10):
+            checkpoints.save(step, _numbers(step))
+            checkpoints.wait()
+            restored = checkpoints.restore(_numbers(0))
+            assert restored.step == step
+            _assert_is_step(restored.state, step)
+
+
+def test_what_was_left_half_written_is_no_checkpoint(saved, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    for name in ("3.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-1700000000"):
+        shutil.copytree(saved / "2" / "state", directory / name / "state")
+    with Checkpoints(directory, SAVED) as checkpoints:
+        restored = checkpoints.restore(_numbers(0))
+        assert (checkpoints.steps, restored.step, restored.damaged) == ([1, 2], 2, ())
+        for step in (3, 4):
+            checkpoints.save(step, _numbers(step))
+    with Checkpoints(directory, SAVED) as checkpoints:
+        restored = checkpoints.restore(_numbers(0))
+        assert (restored.step, restored.damaged) == (4, ())
+        _assert_is_step(restored.state, 4)
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def _half_written(directory):
+    """What Orbax has not finished: names, each with a time, for a name may come again."""
+    paths = directory.glob("*.orbax-checkpoint-tmp*")
+    return {(path.name, path.stat().st_mtime_ns) for path in paths}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the children are forks")
+def test_twenty_kills_leave_complete_checkpoints(tmp_path):
+    rng = random.Random(0)
+    like, config = training_process.state_of(0), training_process.CONFIG
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(0, like, {"step": 0})
+    known, interrupted, left = 0, 0, set()
+    nursery = [sys.executable, training_process.__file__, str(tmp_path)]
+    with subprocess.Popen(
+        nursery, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for _ in range(20):
+            print(file=process.stdin, flush=True)
+            child, start = map(int, process.stdout.readline().split())
+            assert start == known
+            time.sleep(rng.uniform(0, 0.4))
+            os.kill(child, signal.SIGKILL)
+            said = list(iter(process.stdout.readline, "ended\n"))
+            complete = int(said[-1]) if said else start
+            before, left = left, _half_written(tmp_path)
+            interrupted += not left <= before
+            with Checkpoints(tmp_path, config) as checkpoints:
+                restored = checkpoints.restore(like)
+            known = restored.step
+            assert complete <= known <= complete + 1
+            assert (restored.extra, restored.damaged) == ({"step": known}, ())
+            assert all((array == known).all() for array in restored.state.values())
+        process.stdin.close()
+        assert process.wait(timeout=30) == 0
+    print(f"{interrupted} of 20 kills left a save unfinished; {known} steps were saved")
+    assert interrupted
+    assert known > 0

@@ -1,0 +1,249 @@
+"""Training on several devices and in several processes: the curve of one device."""
+
+import socket
+import time
+
+import jax
+import pytest
+from training_process import (
+    assert_same_curve,
+    command_line,
+    compiled_once,
+    numbers_of,
+    small_run,
+    train,
+    until,
+)
+
+from qrhash.ctr.devices import make_sharding, mesh_sizes
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.learner import Learner
+from qrhash.ctr.settings import Settings
+
+STANDARD_PROMOTION = True  # optax.adam needs it
+
+
+# --- the mesh -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("data=2,model=4", {"data": 2, "model": 4}),
+        ("model=4, data=2", {"model": 4, "data": 2}),
+        ("data=8", {"data": 8}),
+    ],
+)
+def test_a_mesh_is_written_as_sizes(text, sizes):
+    assert list(mesh_sizes(text).items()) == list(sizes.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("foo=2", "axes data and model, got 'foo' in 'foo=2'"),
+        ("data=2,foo=4", "axes data and model, got 'foo' in 'data=2,foo=4'"),
+        ("", "axes data and model, got ''"),
+        ("data=2,", "axes data and model, got ''"),
+        *(
+            (text, f"sizes such as data=2,model=4, got '{text}'")
+            for text in ("data", "data=", "data=x", "data=0", "model=-1", "data=2.0")
+        ),
+        ("data=2,data=2", "sizes such as data=2,model=4, got 'data=2,data=2'"),
+        ("data=2;model=4", "sizes such as data=2,model=4, got 'data=2;model=4'"),
+    ],
+)
+def test_a_mesh_written_wrong_is_one_sentence(text, message):
+    with pytest.raises(UserError, match=message) as error:
+        mesh_sizes(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rows", "batch"),
+    [
+        ("data=2,model=4", ("model",), ("data",)),
+        ("model=2,data=2", ("model",), ("data",)),
+        ("model=8", ("model",), ()),
+        ("data=8", ("data",), ("data",)),
+        ("data=1", ("data",), ("data",)),
+    ],
+)
+def test_tables_go_over_model_and_batches_over_data(mesh, rows, batch):
+    layout = make_sharding(Settings(mesh=mesh, exchange="reduce"))
+    assert (layout.rows, layout.batch, layout.exchange) == (rows, batch, "reduce")
+    assert dict(layout.mesh.shape) == mesh_sizes(mesh)
+
+
+def test_without_a_mesh_nothing_is_split():
+    assert make_sharding(Settings()) is None
+
+
+def test_more_devices_than_there_are():
+    hint = "XLA_FLAGS=--xla_force_host_platform_device_count=16"
+    with pytest.raises(UserError, match=f"mesh data=16 is of 16 devices.* 8.*{hint}"):
+        make_sharding(Settings(mesh="data=16"))
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(UserError, match=r"--batch-size and --mesh do not fit: .* 8 .*, got 12"):
+        make_sharding(Settings(mesh="data=8", batch_size=12))
+    assert make_sharding(Settings(mesh="model=8", batch_size=12)) is not None
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [(None, "need a --mesh over all their devices"), ("data=4", "4 devices.* 8")],
+)
+def test_several_processes_train_on_all_their_devices(mesh, message, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=message):
+        make_sharding(Settings(mesh=mesh))
+
+
+# --- what the command line says -------------------------------------------------------------------
+
+
+def _free_port():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+TOGETHER = "--coordinator, --num-processes and --process-id go together"
+MISTAKES = {
+    "axis": ("--mesh foo=2", "mesh has the axes data and model, got 'foo'"),
+    "devices": ("--mesh data=3,model=3", "The mesh data=3,model=3 is of 9 devices"),
+    "batch": ("--mesh data=8 --batch-size 100", "--batch-size and --mesh do not fit"),
+    "coordinator alone": ("--coordinator localhost:1", TOGETHER),
+    "number alone": ("--num-processes 2", TOGETHER),
+    "no coordinator": ("--num-processes 2 --process-id 1", TOGETHER),
+    "no number": ("--coordinator localhost:1 --num-processes 2", TOGETHER),
+    "process": (
+        "--coordinator localhost:1 --num-processes 2 --process-id 2 --output-dir out",
+        "process_id must be below num_processes=2, got 2",
+    ),
+    "output": (
+        "--coordinator localhost:1 --num-processes 2 --process-id 1",
+        "Several processes need one --output-dir",
+    ),
+    **{
+        f"address {address}": (
+            f"--coordinator {address} --num-processes 2 --process-id 0 --output-dir out",
+            f"coordinator must be host:port, got '{address}'",
+        )
+        for address in ("localhost", "localhost:", ":1234", "localhost:http", "1234")
+    },
+}
+
+
+def _assert_one_error(result, sentence):
+    assert result.exit_code == 1
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert sentence in error
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, sentence = MISTAKES[name]
+    small = ["--synthetic-rows=100", "--hash-size=50"]
+    _assert_one_error(train(*small, *arguments.split()), sentence)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_coordinator_that_does_not_answer(tmp_path):
+    address = f"localhost:{_free_port()}"
+    start = time.monotonic()
+    result = train(
+        f"--coordinator={address}",
+        *("--num-processes=2", "--process-id=1", "--coordinator-timeout=2", "--mesh=data=8"),
+        f"--output-dir={tmp_path / 'out'}",
+    )
+    assert 2 <= time.monotonic() - start < 10
+    _assert_one_error(result, f"The coordinator at {address} does not answer within 2 s")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the same curve -------------------------------------------------------------------------------
+
+
+def _train(*arguments):
+    result = train(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield small_run(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def alone(options, tmp_path_factory):
+    """The records of a run on one device."""
+    output = tmp_path_factory.mktemp("run") / "alone"
+    _train(*options, "--output-dir", output)
+    return numbers_of(output)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "exchange"),
+    [("data=2,model=4", "auto"), ("model=8", "all_to_all"), ("data=8", "reduce")],
+)
+def test_every_mesh_gives_the_curve_of_one_device(
+    mesh, exchange, options, alone, tmp_path, monkeypatch
+):
+    learners = []
+    initialise = Learner.__init__
+
+    def watched(self, *arguments, **options):
+        learners.append(self)
+        initialise(self, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "__init__", watched)
+    output = tmp_path / "run"
+    _train(*options, "--mesh", mesh, "--exchange", exchange, "--output-dir", output)
+    assert_same_curve(numbers_of(output), alone)
+    (learner,) = learners
+    tables = jax.tree.leaves(learner.params["tables"])
+    parts = [len({str(part.index) for part in table.addressable_shards}) for table in tables]
+    *_, shards = mesh_sizes(mesh).values()
+    assert sorted(parts) == [1, shards]
+    assert learner._step._cache_size() == 1
+
+
+def test_a_mesh_changes_no_count(options, alone, tmp_path):
+    """Rows that pad the tables are nobody's parameters."""
+    _train(*options, "--mesh=data=2,model=4", "--output-dir", tmp_path / "run")
+    counts = [
+        {name: value for name, value in record.items() if isinstance(value, int)}
+        for record in (numbers_of(tmp_path / "run")[-1], alone[-1])
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_two_processes_give_the_curve_of_one(options, alone, tmp_path):
+    output = tmp_path / "run"
+    shared = [*options, "--output-dir", output, "--mesh=data=2,model=4", "--num-processes=2"]
+    shared += [f"--coordinator=localhost:{_free_port()}", "--coordinator-timeout=60"]
+    logs = [tmp_path / f"{number}.log" for number in (0, 1)]
+    processes = [
+        command_line(*shared, f"--process-id={number}", output=log, devices=4)
+        for number, log in enumerate(logs)
+    ]
+    try:
+        until(lambda: all(process.poll() == 0 for process in processes), processes, 150)
+    except AssertionError as error:
+        texts = (f"--- process {n}:\n{log.read_text()[-3000:]}" for n, log in enumerate(logs))
+        raise AssertionError("\n".join([str(error), *texts])) from error
+    assert_same_curve(numbers_of(output), alone)
+    assert "rows trained on" in logs[0].read_text()
+    assert "rows trained on" not in logs[1].read_text()
+
+    # One process takes up what two have left.
+    result = _train("--resume", "--output-dir", output)
+    assert "resuming after 1,600 rows, 26 steps" in result.stderr
+    assert_same_curve(numbers_of(output), alone)
