@@ -99,11 +99,11 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     Raises:
       UserError: the data or the options cannot be used.
     """
+    sharding = make_sharding(settings)  # a mesh that cannot be is told before the data are read
     source, bad_lines = _open(settings, display)
     split = split_line(settings, source.num_lines)
     ids = build_ids(settings, _shown(source.blocks(0, split), display, "vocabulary", split))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
-    sharding = make_sharding(settings)
     configs = embed_configs(settings, sizes, sharding)
     embedding_params = sum(config.num_params for config in configs.values())
     data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
