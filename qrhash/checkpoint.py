@@ -112,6 +112,7 @@ class Checkpoints:
         arrays = {name: _in_file(leaf) for name, leaf in tables.items()}
         meaning = {
             "features": self._features,
+            "order": list(self._features),
             "arrays": {name: _signature(leaf) for name, leaf in tables.items()},
             "extra": extra,
         }
@@ -169,6 +170,12 @@ class Checkpoints:
         where = self.directory / str(step)
         tables = _tables(like)
         _compare(where, "feature", meaning["features"], self._features)
+        order = list(self._features)
+        if meaning["order"] != order:
+            raise MismatchError(
+                f"{where} is of another model: the order of its features is {meaning['order']} in "
+                f"the checkpoint, {order} in the model."
+            )
         _compare(where, "array", meaning["arrays"], {n: _signature(t) for n, t in tables.items()})
         targets = {name: _target(leaf) for name, leaf in tables.items()}
         args = {

@@ -44,8 +44,9 @@ class EmbedConfig:
       param_dtype: dtype of the tables and the projection.
       embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
         matched to the operation, see `init_stddev`. With a `sharding` every shard of a large table
-        is drawn from a key of its own; `qrhash.tables.ByRows(initializer)` draws every row from
-        one, so that the numbers are the same on any mesh.
+        is drawn by itself, from a key of its own and by the shard's shape;
+        `qrhash.tables.ByRows(initializer)` draws every row from one, so that the numbers are the
+        same on any mesh.
       init_stddev: standard deviation of a vector's entries at the start under the default
         initializer, which is symmetric around zero. Default: features**-0.5, that of
         `flax.linen.Embed`.

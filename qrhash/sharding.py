@@ -481,8 +481,9 @@ def _read(
         ]
         return shaped, [jnp.where(is_read, index, num_rows) for index in indices]
 
-    if not indices:
-        return [], []
+    if not sum(index.size for index in indices):
+        none = [jnp.zeros((*index.shape, *array.shape[2:]), array.dtype) for index in indices]
+        return none, list(indices)
     of_indices = [layout.batch_spec(index.ndim, batch_axis) for index in indices]
     of_rows = [
         layout._rows_spec(index.ndim + array.ndim - 2, spec)
@@ -624,6 +625,9 @@ def to_owners(
     Returns:
       Row numbers within the shards [S, m], each named once, and their sums [S, m, width].
     """
+    if rows.shape[0] == 0:
+        none = (layout.num_shards, 0)
+        return jnp.zeros(none, rows.dtype), jnp.zeros((*none, *values.shape[1:]), values.dtype)
 
     def bring(rows: jax.Array, values: jax.Array) -> Any:
         if layout.batch:

@@ -539,3 +539,14 @@ def test_twenty_kills_leave_complete_checkpoints(tmp_path):
     print(f"{interrupted} of 20 kills left a save unfinished; {known} steps were saved")
     assert interrupted
     assert known > 0
+
+
+def test_features_in_another_order_are_refused(tmp_path):
+    one = qrhash.EmbedConfig(qrhash.QuotientRemainder(100, 4), 8)
+    with Checkpoints(tmp_path, {"a": one, "b": one}) as checkpoints:
+        checkpoints.save(1, {"x": np.ones(3)})
+    with (
+        Checkpoints(tmp_path, {"b": one, "a": one}) as checkpoints,
+        pytest.raises(qrhash.checkpoint.MismatchError, match="order of its features"),
+    ):
+        checkpoints.restore({"x": np.ones(3)})

@@ -288,3 +288,17 @@ def test_nothing_but_damaged_checkpoints(taken_up):
     for path in (taken_up / "checkpoints").glob("*/meaning/metadata"):
         path.write_text("")
     _assert_refused("is damaged", "--output-dir", taken_up)
+
+
+def test_a_run_whose_epochs_fill_their_batches_goes_on(options, tmp_path):
+    """The position at the end of an epoch gives no batch of nothing, which would teach NaN."""
+    full = ["--batch-size=64", "--synthetic-rows=400", "--test-rows=80", "--checkpoint-every=5"]
+    config, _ = options
+    _train(config, *full, "--epochs=2", "--output-dir", tmp_path / "run")
+    before = numbers_of(tmp_path / "run")
+    assert sorted(int(each.name) for each in (tmp_path / "run" / "checkpoints").iterdir())[-1] == 10
+    for last in (10, 5):
+        _train("--resume", "--output-dir", tmp_path / "run")
+        assert numbers_of(tmp_path / "run") == before
+        if last == 10:
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / "10")

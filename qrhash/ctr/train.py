@@ -225,6 +225,9 @@ def _train(
                     learner.save(checkpoints, {**where, "progress": progress.as_dict()})
 
             for batch in stream:
+                # What comes of a position at the end of the data: nothing but padding.
+                if not batch.weights.any():
+                    continue
                 progress.add(batch, learner.step(batch))
                 if display.is_due:
                     display.update(progress.rows, progress.note())
