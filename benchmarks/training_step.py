@@ -3,7 +3,8 @@
 A step is forward, backward and Adagrad update of the tables, float32, on fresh log-uniform ids: it
 gives the vectors, and takes their gradient, fixed random numbers, back from there. The turns
 alternate in blocks, each after a pause and some steps that do not count: threads of other
-libraries spin for a while after their work, and caches must settle. Times are medians over all
+libraries spin for a while after their work, and caches must settle, which takes qrhash about ten
+steps and the peers one or two; a training has thousands. Times are medians over all
 counted steps; a ratio is the median over rounds of the ratio of two block medians. Everyone gets
 `--threads` processors, each scenario a fresh process. On a machine that is busy with other things
 the figures mean little.
@@ -52,7 +53,7 @@ CRITEO_SIZES = (
 CRITEO_THRESHOLD = 200
 LEARNING_RATE = 0.05
 INITIAL_ACCUMULATOR = 1e-8
-STEPS, UNCOUNTED = 12, 3
+STEPS, UNCOUNTED = 40, 12
 PAUSE = 0.3  # seconds
 INSTALL = {
     "torch": "pip install torch==2.13.0",

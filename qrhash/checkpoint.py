@@ -73,6 +73,8 @@ class Checkpoints:
     ) -> None:
         self.directory = Path(directory).absolute()
         self._features = _describe(config)
+        # Stacks hold the tables of features in this order; a feature that shares has none.
+        self._order = [name for name, one in self._features.items() if not isinstance(one, str)]
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=(_STATE, _MEANING),
@@ -112,7 +114,7 @@ class Checkpoints:
         arrays = {name: _in_file(leaf) for name, leaf in tables.items()}
         meaning = {
             "features": self._features,
-            "order": list(self._features),
+            "order": self._order,
             "arrays": {name: _signature(leaf) for name, leaf in tables.items()},
             "extra": extra,
         }
@@ -170,11 +172,10 @@ class Checkpoints:
         where = self.directory / str(step)
         tables = _tables(like)
         _compare(where, "feature", meaning["features"], self._features)
-        order = list(self._features)
-        if meaning["order"] != order:
+        if meaning["order"] != self._order:
             raise MismatchError(
                 f"{where} is of another model: the order of its features is {meaning['order']} in "
-                f"the checkpoint, {order} in the model."
+                f"the checkpoint, {self._order} in the model."
             )
         _compare(where, "array", meaning["arrays"], {n: _signature(t) for n, t in tables.items()})
         targets = {name: _target(leaf) for name, leaf in tables.items()}

@@ -20,7 +20,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash.rowgrads import RowGrads, is_row_grads
-from qrhash.rows import INT32_MAX, check_merge_method, read_rows, set_rows, wide_dtype
+from qrhash.rows import (
+    INT32_MAX,
+    check_merge_method,
+    read_rows,
+    set_rows,
+    wide_dtype,
+)
 from qrhash.sharding import Parcels, is_sharded_table, read_in_shards, set_in_shards
 
 # (initial accumulator, eps, whether eps stands inside the root)
@@ -85,76 +91,19 @@ def touched_rows(
         return jax.jit(tx.init, out_shardings=shardings)(params)
 
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
-        if not any(map(is_row_grads, leaves)):
+        if not any(map(is_row_grads, jax.tree.leaves(grads, is_leaf=is_row_grads))):
             return tx.update(grads, state, params, **extra_args)
-        _refuse_accumulation(state)
-        old_params: list[Any] = []
-        if params is not None:
-            same_tree = jax.tree.map(lambda _, param: param, grads, params, is_leaf=is_row_grads)
-            old_params = jax.tree.leaves(same_tree)
-            for leaf, param in zip(leaves, old_params, strict=True):
-                if is_row_grads(leaf):
-                    leaf.check(param)
-        owners = _owners(tx, grads)
-        old, state_tree = jax.tree.flatten(state)
-
-        def run(merged: Mapping[int, RowGrads]) -> tuple[dict[int, _Part], Any]:
-            """A step of `tx` on the rows that merged gradients name, each with its leaf's number.
-
-            Returns what came of these rows, and of all else.
-            """
-            tables = {number: _Touched(each) for number, each in merged.items()}
-            of_params = [] if params is None else [tables.get(n) for n in range(len(leaves))]
-            of_state = [None if owner is None else tables[owner] for owner in owners]
-            read = _read([*old_params, *old], [*of_params, *of_state])
-            values = [merged[n].values if n in merged else leaf for n, leaf in enumerate(leaves)]
-            updates, state = tx.update(
-                jax.tree.unflatten(tree, values),
-                jax.tree.unflatten(state_tree, read[len(of_params) :]),
-                None if params is None else jax.tree.unflatten(tree, read[: len(of_params)]),
-                **extra_args,
-            )
-            updates, state = jax.tree.leaves(updates), jax.tree.leaves(state)
-            of_table = {
-                n: [x for x, o in zip(state, owners, strict=True) if o == n] for n in tables
-            }
-            parts = {n: _Part(table.rows, updates[n], of_table[n]) for n, table in tables.items()}
-            rest = (
-                [None if n in tables else each for n, each in enumerate(updates)],
-                [each if o is None else None for each, o in zip(state, owners, strict=True)],
-            )
-            return parts, rest
-
-        parts, (updates, new) = _run_on_merged(run, leaves, merge_method)
-        for number, of_table in parts.items():
-            leaf = leaves[number]
-            updates[number] = _as_grads(leaf, of_table)
-            places = [place for place, owner in enumerate(owners) if owner == number]
-            for count, place in enumerate(places):
-                new[place] = _write(leaf, old[place], of_table, count)
-        return jax.tree.unflatten(tree, updates), jax.tree.unflatten(state_tree, new)
+        return _Step(tx, grads, state, params, extra_args).run(merge_method)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Touched:
-    """The rows of one table that are touched in one update.
+class _Rows(NamedTuple):
+    """What a transformation sees of a table: arrays [m, ...], the same rows of each."""
 
-    Attributes:
-      rows: their numbers; once they are read, as results of the read.
-    """
-
-    def __init__(self, merged: RowGrads) -> None:
-        self.rows, self._sharding = merged.rows, merged.sharding
-
-    def read(self, arrays: Sequence[chex.Array]) -> tuple[jax.Array, ...]:
-        """The rows [m, ...] of the table, and of state that goes by its rows; only once."""
-        if self._sharding is None:
-            found, self.rows = read_rows(arrays, self.rows, fill_value=0.0)
-        else:
-            found, self.rows = read_in_shards(self._sharding, arrays, self.rows)
-        return found
+    gradients: Any
+    param: Any  # None where the transformation gets no parameters
+    state: list[Any]
 
 
 class _Part(NamedTuple):
@@ -165,46 +114,139 @@ class _Part(NamedTuple):
     state: list[jax.Array]
 
 
-def _run_on_merged(
-    run: Callable[[Mapping[int, RowGrads]], tuple[dict[int, _Part], Any]],
-    leaves: Sequence[Any],
-    method: str | None,
-) -> tuple[dict[int, list[_Part]], Any]:
-    """Runs a step on the merged gradients.
+class _Step:
+    """One update of a transformation that sees the touched rows in place of tables."""
 
-    On a mesh gradients are sent to their rows first. Where an exchange of fixed size has too little
-    room, the step runs on what the other one brings: on larger arrays, hence a second part.
-    """
-    merged, parcels = {}, {}
-    for number, leaf in enumerate(leaves):
-        if is_row_grads(leaf):
-            leaf.check()
-            parcel = None if leaf.is_merged else leaf.parcels(method)
-            if parcel is None:
-                merged[number] = leaf.merge(method)
-            else:
-                parcels[number] = parcel
-    if not parcels:
-        parts, rest = run(merged)
-        return {number: [part] for number, part in parts.items()}, rest
+    def __init__(
+        self,
+        tx: optax.GradientTransformationExtraArgs,
+        grads: Any,
+        state: Any,
+        params: Any,
+        extra_args: dict[str, Any],
+    ) -> None:
+        _refuse_accumulation(state)
+        self._leaves, self._tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
+        self._state, self._state_tree = jax.tree.flatten(state)
+        self._params: list[Any] | None = None
+        if params is not None:
+            same_tree = jax.tree.map(lambda _, param: param, grads, params, is_leaf=is_row_grads)
+            self._params = jax.tree.leaves(same_tree)
+            for leaf, param in zip(self._leaves, self._params, strict=True):
+                if is_row_grads(leaf):
+                    leaf.check(param)
+        self._owners = _owners(tx, grads)
+        self._tx, self._extra_args = tx, extra_args
 
-    def run_with(send: Callable[[Parcels], tuple[jax.Array, jax.Array]]) -> Any:
-        sent = {n: leaves[n].in_shards(*send(parcel)) for n, parcel in parcels.items()}
-        parts, rest = run(merged | sent)
-        return {n: parts.pop(n) for n in parcels}, (parts, rest)
+    def run(self, method: str | None) -> tuple[Any, Any]:
+        """Updates and new state.
 
-    def few() -> Any:
-        parts, others = run_with(Parcels.send)
-        return parts, _naming_no_rows(jax.eval_shape(lambda: run_with(Parcels.send_all)[0])), others
+        On a mesh gradients are sent to their rows first. Where an exchange of fixed size has too
+        little room, the step runs on what the other one brings: on larger arrays, hence a second
+        part.
+        """
+        merged, parcels = {}, {}
+        for number, leaf in enumerate(self._leaves):
+            if is_row_grads(leaf):
+                leaf.check()
+                parcel = None if leaf.is_merged else leaf.parcels(method)
+                if parcel is None:
+                    merged[number] = leaf.merge(method)
+                else:
+                    parcels[number] = parcel
+        if parcels:
+            updates, state = self._write(*self._on_parcels(merged, parcels))
+        else:
+            parts, rest = self._on_rows(merged)
+            updates, state = self._write({n: [part] for n, part in parts.items()}, rest)
+        return jax.tree.unflatten(self._tree, updates), jax.tree.unflatten(self._state_tree, state)
 
-    def many() -> Any:
-        parts, others = run_with(Parcels.send_all)
-        return _naming_no_rows(jax.eval_shape(lambda: run_with(Parcels.send)[0])), parts, others
+    def _call(self, rows: Mapping[int, _Rows]) -> tuple[list[Any], list[Any]]:
+        """Leaves of the updates and of the state, from the rows of all tables."""
+        grads, state = list(self._leaves), list(self._state)
+        params = None if self._params is None else list(self._params)
+        for number, of_table in rows.items():
+            grads[number] = of_table.gradients
+            if params is not None:
+                params[number] = of_table.param
+            for place, each in zip(self._places(number), of_table.state, strict=True):
+                state[place] = each
+        updates, new = self._tx.update(
+            jax.tree.unflatten(self._tree, grads),
+            jax.tree.unflatten(self._state_tree, state),
+            None if params is None else jax.tree.unflatten(self._tree, params),
+            **self._extra_args,
+        )
+        return jax.tree.leaves(updates), jax.tree.leaves(new)
 
-    overflows = functools.reduce(operator.or_, (each.overflows for each in parcels.values()))
-    first, second, (parts, rest) = jax.lax.cond(overflows, many, few)
-    by_table = {n: [part] for n, part in parts.items()}
-    return by_table | {n: [first[n], second[n]] for n in parcels}, rest
+    def _places(self, table: int) -> list[int]:
+        """Which leaves of the state go by the rows of a table."""
+        return [place for place, owner in enumerate(self._owners) if owner == table]
+
+    def _arrays(self, table: int) -> _Rows:
+        """The arrays of which rows are read; no gradients."""
+        param = None if self._params is None else self._params[table]
+        return _Rows(None, param, [self._state[place] for place in self._places(table)])
+
+    def _on_rows(self, merged: Mapping[int, RowGrads]) -> tuple[dict[int, _Part], Any]:
+        """What comes of the rows that merged gradients name, and of all else."""
+        numbers, rows = {}, {}
+        for number, grads in merged.items():
+            rows[number], numbers[number] = _read(grads, self._arrays(number))
+        updates, state = self._call(rows)
+        parts = {
+            n: _Part(numbers[n], updates[n], [state[place] for place in self._places(n)])
+            for n in merged
+        }
+        rest = (
+            [None if n in merged else each for n, each in enumerate(updates)],
+            [each if o is None else None for each, o in zip(state, self._owners, strict=True)],
+        )
+        return parts, rest
+
+    def _on_parcels(
+        self, merged: Mapping[int, RowGrads], parcels: Mapping[int, Parcels]
+    ) -> tuple[dict[int, list[_Part]], Any]:
+        def run_with(send: Callable[[Parcels], tuple[jax.Array, jax.Array]]) -> Any:
+            sent = {n: self._leaves[n].in_shards(*send(parcel)) for n, parcel in parcels.items()}
+            parts, rest = self._on_rows({**merged, **sent})
+            return {n: parts.pop(n) for n in parcels}, (parts, rest)
+
+        def few() -> Any:
+            parts, others = run_with(Parcels.send)
+            shapes = jax.eval_shape(lambda: run_with(Parcels.send_all)[0])
+            return parts, _naming_no_rows(shapes), others
+
+        def many() -> Any:
+            parts, others = run_with(Parcels.send_all)
+            return _naming_no_rows(jax.eval_shape(lambda: run_with(Parcels.send)[0])), parts, others
+
+        overflows = functools.reduce(operator.or_, (each.overflows for each in parcels.values()))
+        first, second, (parts, rest) = jax.lax.cond(overflows, many, few)
+        by_table = {n: [part] for n, part in parts.items()}
+        return by_table | {n: [first[n], second[n]] for n in parcels}, rest
+
+    def _write(self, parts: Mapping[int, list[_Part]], rest: Any) -> tuple[list[Any], list[Any]]:
+        """Leaves of the updates and of the state, the touched rows of tables in their places."""
+        updates, state = rest
+        for number, of_table in parts.items():
+            grads = self._leaves[number]
+            updates[number] = _as_grads(grads, of_table)
+            for count, place in enumerate(self._places(number)):
+                state[place] = _write(grads, self._state[place], of_table, count)
+        return updates, state
+
+
+def _read(grads: RowGrads, arrays: _Rows) -> tuple[_Rows, jax.Array]:
+    """The touched rows of a table and of its state, and their numbers to write by."""
+    leaves, tree = jax.tree.flatten(arrays)
+    if not leaves:
+        return arrays._replace(gradients=grads.values), grads.rows
+    if grads.sharding is None:
+        found, rows = read_rows(leaves, grads.rows, fill_value=0.0)
+    else:
+        found, rows = read_in_shards(grads.sharding, leaves, grads.rows)
+    return jax.tree.unflatten(tree, found)._replace(gradients=grads.values), rows
 
 
 def _naming_no_rows(shapes: dict[int, _Part]) -> dict[int, _Part]:
@@ -325,16 +367,6 @@ def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
             )
         owners.append(owner)
     return owners
-
-
-def _read(leaves: Sequence[Any], owners: Sequence[Any]) -> list[Any]:
-    """The leaves, with the touched rows in place of those that go by a table's rows."""
-    read = list(leaves)
-    for table in {id(owner): owner for owner in owners if owner is not None}.values():
-        places = [k for k, owner in enumerate(owners) if owner is table]
-        for k, rows in zip(places, table.read([leaves[k] for k in places]), strict=True):
-            read[k] = rows
-    return read
 
 
 def adagrad(

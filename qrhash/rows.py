@@ -208,8 +208,11 @@ def _merge_by_hash(
     rows: jax.Array, values: jax.Array, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
     distinct, chosen = distinct_rows(rows, num_rows)
-    summed = jnp.zeros_like(values).at[chosen].add(values, mode="promise_in_bounds")
-    return distinct, summed
+    # The sums start from what stands for its row: only duplicates are added, one by one.
+    is_chosen = chosen == jnp.arange(rows.shape[0], dtype=chosen.dtype)
+    first = jnp.where(across(is_chosen, values), values, 0)
+    others = jnp.where(is_chosen, rows.shape[0], chosen)
+    return distinct, add_rows(first, others, values, is_merged=False)
 
 
 def distinct_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -28,8 +28,9 @@ from qrhash.rows import INT32_MAX, RowTable, as_one, device_index, out_sharding,
 from qrhash.sharding import ShardedTable, Sharding
 
 # Up to this many rows, a one-hot product gives a table's gradient faster than a scatter-add of
-# all the batch's rows onto it, which on an accelerator waits for itself at every duplicate.
-_ONE_HOT_ROWS = {"cpu": 8}
+# all the batch's rows onto it, which on an accelerator waits for itself at every duplicate. On the
+# CPU the scatter-add is a plain loop over rows, and faster for a table of any length.
+_ONE_HOT_ROWS = {"cpu": 0}
 _ONE_HOT_ROWS_ELSEWHERE = 2048
 _ONE_HOT_ENTRIES = 2**26
 
@@ -218,8 +219,26 @@ def lookup(
         list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
     )
     indices = row_numbers(ids, config)
-    rows = gather(tables, indices, fill_value=0.0)
-    return vectors(rows, indices, config, projection)
+
+    def from_tables(
+        tables: Sequence[chex.Array], projection: Projection | chex.Array | None
+    ) -> jax.Array:
+        rows = gather(tables, indices, fill_value=0.0)
+        return vectors(rows, indices, config, projection)
+
+    if _is_gathered_again(tables, config):
+        from_tables = jax.checkpoint(from_tables)
+    return from_tables(tables, projection)
+
+
+def _is_gathered_again(tables: Sequence[chex.Array], config: EmbedConfig) -> bool:
+    """Whether the derivative of a look-up gathers the rows it needs again.
+
+    On the CPU rows of small tables come faster from the tables, in its caches, than from where the
+    look-up would have kept them: then neither pass ever writes them down.
+    """
+    is_traced = all(isinstance(table, jax.core.Tracer) for table in tables)
+    return is_traced and not any(config.large_tables) and jax.default_backend() == "cpu"
 
 
 def row_numbers(ids: chex.Array, config: EmbedConfig) -> tuple[chex.Array, ...]:

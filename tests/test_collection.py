@@ -121,9 +121,12 @@ def _masked(cfg, ids, weights):
     return np.where(((ids >= 0) & (ids < cfg.num_embeddings))[..., None], weights, 0)
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_gradients_equal_those_of_each_feature(by_rows, rng):
+@pytest.mark.parametrize(
+    ("by_rows", "one_hot_rows"), [(False, 0), (False, 8), (True, 0), (True, 8)]
+)
+def test_gradients_equal_those_of_each_feature(by_rows, one_hot_rows, rng, monkeypatch):
     """Dense, and by rows: shared tables collect from all that share them."""
+    monkeypatch.setitem(qrhash.tables._ONE_HOT_ROWS, "cpu", one_hot_rows)
     tables, stacks, projections = _parameters(rng)
     gradient = (
         qrhash.value_and_grad(_loss, (CONFIG.large_tables, False))

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -458,11 +459,26 @@ def test_the_function_runs_as_itself_again_afterwards():
     assert step(TABLE, False)[1].rows.shape == IDS.shape
 
 
-# --- small tables: dense gradients, by one-hot products -------------------------------------------
+# --- small tables: dense gradients, by scatter-adds and by one-hot products -----------------------
+
+
+@pytest.fixture(params=[0, 8])
+def one_hot_rows(request, monkeypatch):
+    """Up to how many rows gradients are one-hot products: none on the CPU, many elsewhere."""
+    monkeypatch.setitem(qrhash.tables._ONE_HOT_ROWS, "cpu", request.param)
+    return request.param
+
+
+def test_one_hot_products_are_taken_where_they_are_asked_for(one_hot_rows):
+    gather = lambda table: _gather(table, jnp.zeros(5, jnp.int32)).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(jax.grad(gather))(jnp.ones((4, 2))))
+    assert ("dot_general" in text) == (one_hot_rows > 0)
+    assert ("scatter" in text) == (one_hot_rows == 0)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.usefixtures("one_hot_rows")
 def test_gradients_of_small_tables_equal_the_oracle(rows, operation, rng):
     """On both sides of where one-hot products end; many look-ups for each row."""
     cfg = qrhash.EmbedConfig(qrhash.QuotientRemainder(11 * rows, rows), FEATURES, operation)
@@ -483,6 +499,7 @@ def test_gradients_of_small_tables_equal_the_oracle(rows, operation, rng):
 
 
 @pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.usefixtures("one_hot_rows")
 def test_a_nan_cotangent_at_an_id_without_a_row_stays_there(rows, rng):
     table = jnp.asarray(rng.standard_normal((rows, 2)), jnp.float32)
     index = jnp.array([0, rows, 3, -1, 3], jnp.int32)
@@ -493,6 +510,7 @@ def test_a_nan_cotangent_at_an_id_without_a_row_stays_there(rows, rng):
 
 
 @pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.usefixtures("one_hot_rows")
 def test_small_tables_under_jvp_vmap_and_second_derivatives(rows, rng):
     """Held against indexing, whose derivatives are JAX's own."""
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
@@ -515,6 +533,31 @@ def test_small_tables_under_jvp_vmap_and_second_derivatives(rows, rng):
 
     got, want = all_derivatives(_gather), all_derivatives(lambda table, index: table[index])
     jax.tree.map(assert_close, got, want)
+
+
+@pytest.mark.parametrize("marks", [*itertools.product([True, False], repeat=2)], ids=str)
+def test_small_tables_may_be_marked_too(marks, rng):
+    """Where the rows are gathered again in the backward pass, and where they are not."""
+    cfg = make_config("quotient-remainder", "mult")
+    assert not any(cfg.large_tables)
+    tables, _ = parameters(cfg, rng)
+    ids = rng.integers(0, cfg.num_embeddings, (6,)).astype(np.int32)
+    weights = rng.standard_normal((6, FEATURES)).astype(np.float32)
+    loss = functools.partial(_weighted, ids=ids, weights=weights, cfg=cfg)
+    _, grads = quick_jit(qrhash.value_and_grad(loss, marks))(tables)
+    want, _ = oracle.gradient(tables, [ids], [weights], cfg)
+    dense = tuple(g.to_dense() if mark else g for g, mark in zip(grads, marks, strict=True))
+    jax.tree.map(assert_close, dense, want)
+
+
+def test_a_look_up_in_small_tables_keeps_no_rows_for_its_derivative():
+    cfg = make_config("quotient-remainder", "mult")
+    tables = tuple(jnp.ones(shape) for shape in cfg.table_shapes)
+    ids = jnp.arange(5)
+    _, backward = jax.vjp(lambda tables: qrhash.lookup(tables, ids, cfg), tables)
+    kept = [leaf.shape for leaf in jax.tree.leaves(backward)]
+    assert (5, FEATURES) not in kept
+    assert set(cfg.table_shapes) <= set(kept)
 
 
 def test_the_gradient_without_row_gradients_is_dense_and_right(rng):
