@@ -10,6 +10,7 @@ and a checkpoint counts only once all of it is on disk.
         restored = checkpoints.restore({"params": params, "state": state})
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental import multihost_utils
 
+from qrhash.arithmetic import as_size
 from qrhash.collection import CollectionConfig
 from qrhash.config import EmbedConfig
 from qrhash.nnx import as_table
 from qrhash.sharding import is_sharded_table
 
 _STATE, _MEANING = "state", "meaning"
+
+# Errors of a restore that tell nothing of the files.
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
 # What an id's numbers depend on. The names of logical axes, the mesh and the like do not matter.
 _FIELDS = ("partition", "operation", "features", "widths", "use_bias", "param_dtype")
@@ -62,6 +66,9 @@ class Checkpoints:
       directory: where they are, or are to be; with several processes, one that all of them see.
       config: the model's `EmbedConfig`, `CollectionConfig`, or mapping of names to configs.
       max_to_keep: how many to keep, the latest ones; None: all.
+
+    Raises:
+      ValueError: it is no such config, or none are to be kept.
     """
 
     def __init__(
@@ -75,6 +82,8 @@ class Checkpoints:
         self._features = _describe(config)
         # Stacks hold the tables of features in this order; a feature that shares has none.
         self._order = [name for name, one in self._features.items() if not isinstance(one, str)]
+        if max_to_keep is not None:
+            max_to_keep = as_size("max_to_keep", max_to_keep)
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_names=(_STATE, _MEANING),
@@ -103,13 +112,29 @@ class Checkpoints:
         """Saves a tree; returns when it may be changed, and writes on in the background.
 
         Args:
-          step: the number of the step; saving one that is there already does nothing.
+          step: the number of the step, above those before; saving the last one again does nothing.
           state: a tree of arrays, `ShardedTable`s and variables of `flax.nnx`, as the parameters
             and the optimizer state are.
           extra: anything that JSON can hold.
+
+        Raises:
+          ValueError: JSON cannot hold `extra`, or the step is negative or below the last one.
+          OSError: the checkpoint before could not be written.
         """
-        if step in self.steps:
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"extra must be what JSON can hold: {error}.") from error
+        step = as_size("step", step, minimum=0)
+        self.wait()
+        last = max(self.steps, default=-1)
+        if step == last:
             return
+        if step < last:
+            raise ValueError(
+                f"step must be above the last one saved in {self.directory}, {last}, got {step}: "
+                "use another directory."
+            )
         tables = _tables(state)
         arrays = {name: _in_file(leaf) for name, leaf in tables.items()}
         meaning = {
@@ -130,9 +155,13 @@ class Checkpoints:
 
         Raises:
           MismatchError: it is of another model, or there is none.
-          OSError: it is damaged, and so is every earlier one.
+          OSError: it is damaged, and so is every earlier one; with several processes, of which
+            each may see another damage, none earlier is tried.
         """
         self.wait()
+        tables = _tables(like)
+        signatures = {name: _signature(leaf) for name, leaf in tables.items()}
+        only_state = _restore_args({name: _target(leaf) for name, leaf in tables.items()})
         steps = [step] if step is not None else self.steps[::-1]
         if not steps or (step is not None and step not in self.steps):
             wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -140,65 +169,74 @@ class Checkpoints:
             raise MismatchError(f"{self.directory} holds {wanted}{there}.")
         damaged: list[str] = []
         for each in steps:
+            path = self.directory / str(each)
             try:
-                restored = self._restore(each, like, tuple(damaged))
-            except MismatchError:
+                extra = self._read_meaning(each, signatures)
+                arrays = self._manager.restore(each, args=only_state)[_STATE]
+            except (MismatchError, *_NOT_DAMAGE):
                 raise
             # Whatever the libraries underneath make of a file that is not as it was written.
             except Exception as error:
-                reason = str(error).strip().splitlines() or [type(error).__name__]
-                damaged.append(f"Checkpoint {self.directory / str(each)} is damaged: {reason[0]}")
+                damaged.append(f"Checkpoint {path} is damaged: {_first_line(error)}")
+                if len(steps) > 1 and jax.process_count() > 1:
+                    advice = "move it away, then the one before it is read."
+                    raise OSError(f"{damaged[0]}; {advice}") from error
             else:
+                leaves = {name: _from_file(leaf, arrays[name]) for name, leaf in tables.items()}
+                state = _with_arrays(like, leaves)
                 self._set_aside(steps[: len(damaged)])
-                return restored
+                return Restored(each, state, extra, tuple(damaged))
         raise OSError(" ".join(damaged))
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         """Renames damaged checkpoints, so that training can save those steps again."""
-        if not steps:
-            return
-        if jax.process_index() == 0:
-            for step in steps:
-                path = self.directory / str(step)
-                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
-                path.rename(path.with_suffix(".damaged"))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self._manager.reload()
+        for step in steps:
+            path = self.directory / str(step)
+            shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+            path.rename(path.with_suffix(".damaged"))
+        if steps:
+            self._manager.reload()
 
-    def _restore(self, step: int, like: Any, damaged: tuple[str, ...]) -> Restored:
+    def _read_meaning(self, step: int, signatures: Mapping[str, Any]) -> Any:
+        """What was saved beside the arrays, once it is sure that they are of this model."""
         only_meaning = ocp.args.Composite(**{_MEANING: ocp.args.JsonRestore()})
         meaning = self._manager.restore(step, args=only_meaning)[_MEANING]
         where = self.directory / str(step)
-        tables = _tables(like)
         _compare(where, "feature", meaning["features"], self._features)
         if meaning["order"] != self._order:
             raise MismatchError(
                 f"{where} is of another model: the order of its features is {meaning['order']} in "
                 f"the checkpoint, {self._order} in the model."
             )
-        _compare(where, "array", meaning["arrays"], {n: _signature(t) for n, t in tables.items()})
-        targets = {name: _target(leaf) for name, leaf in tables.items()}
-        args = {
-            name: ocp.ArrayRestoreArgs(
-                sharding=to.sharding, global_shape=to.shape, dtype=to.dtype, strict=False
-            )
-            for name, to in targets.items()
-        }
-        only_state = ocp.args.Composite(
-            **{_STATE: ocp.args.PyTreeRestore(item=targets, restore_args=args)}
-        )
-        arrays = self._manager.restore(step, args=only_state)[_STATE]
-        restored = {name: _from_file(leaf, arrays[name]) for name, leaf in tables.items()}
-        return Restored(step, _with_arrays(like, restored), meaning["extra"], damaged)
+        _compare(where, "array", meaning["arrays"], signatures)
+        return meaning["extra"]
 
     def wait(self) -> None:
-        """Returns when everything is written."""
-        self._manager.wait_until_finished()
+        """Returns when everything is written.
+
+        Raises:
+          OSError: it could not be.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except ValueError as error:  # what Orbax makes of a full disk
+            message = f"{self.directory} cannot be written: {_first_line(error)}"
+            raise OSError(message) from error
 
     def close(self) -> None:
-        """Waits, and ends the background work."""
-        self._manager.close()
+        """Waits, and ends the background work.
+
+        Raises:
+          OSError: something could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _describe(config: Any) -> dict[str, Any]:
@@ -207,6 +245,11 @@ def _describe(config: Any) -> dict[str, Any]:
         config = CollectionConfig(config)
     if isinstance(config, EmbedConfig):
         return {"": _describe_one(config)}
+    if not isinstance(config, CollectionConfig):
+        raise ValueError(
+            "config must be an EmbedConfig, a CollectionConfig or a mapping of names to configs, "
+            f"got {config!r}."
+        )
     return {
         name: value if isinstance(value, str) else _describe_one(value)
         for name, value in config.features
@@ -271,6 +314,17 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _restore_args(targets: Mapping[str, jax.ShapeDtypeStruct]) -> ocp.args.Composite:
+    """What Orbax is to read, and onto which devices."""
+    args = {
+        name: ocp.ArrayRestoreArgs(
+            sharding=to.sharding, global_shape=to.shape, dtype=to.dtype, strict=False
+        )
+        for name, to in targets.items()
+    }
+    return ocp.args.Composite(**{_STATE: ocp.args.PyTreeRestore(item=targets, restore_args=args)})
+
+
 def _from_file(leaf: Any, array: jax.Array) -> Any:
     if is_sharded_table(leaf):
         return leaf.from_order(array)
@@ -293,8 +347,9 @@ def _compare(where: Path, what: str, saved: Mapping[str, Any], wanted: Mapping[s
         if ours == theirs:
             continue
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            field = next(field for field in ours if ours[field] != theirs.get(field))
-            ours, theirs, named = ours[field], theirs.get(field), f"{field} of {what} {name!r}"
+            pairs = {of: (ours.get(of), theirs.get(of)) for of in {**theirs, **ours}}
+            field = next(of for of, (our, their) in pairs.items() if our != their)
+            ours, theirs, named = *pairs[field], f"{field} of {what} {name!r}"
         else:
             named = f"{what} {name!r}"
         raise MismatchError(

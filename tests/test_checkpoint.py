@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import qrhash
-from qrhash import EmbedConfig, ShardedTable, Sharding
+from qrhash import EmbedConfig, ShardedTable, Sharding, checkpoint
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.nnx import EmbedCollection, Optimizer, Table, as_table
 from qrhash.sharding import is_sharded_table
@@ -248,6 +249,34 @@ def test_the_same_step_twice_is_the_first(waits, tmp_path):
         _assert_is_step(checkpoints.restore(_numbers(0)).state, 5)
 
 
+def test_training_on_from_an_earlier_step_needs_a_directory_of_its_own(tmp_path):
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        for step in (10, 20, 30):
+            checkpoints.save(step, _numbers(step))
+        assert checkpoints.restore(_numbers(0), 20).step == 20
+        for step in (20, 25):
+            sentence = rf"above the last one saved in {tmp_path}, 30, got {step}: use another"
+            with pytest.raises(ValueError, match=sentence):
+                checkpoints.save(step, _numbers(step))
+        assert checkpoints.steps == [10, 20, 30]
+
+
+@pytest.mark.parametrize("max_to_keep", [0, -1, 1.5, True])
+def test_so_many_cannot_be_kept(max_to_keep, tmp_path):
+    with pytest.raises(ValueError, match=f"max_to_keep must be .*, got {max_to_keep}"):
+        Checkpoints(tmp_path / "new", ONE, max_to_keep=max_to_keep)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("step", [-1, 2.5])
+def test_a_step_is_a_number_from_0_on(step, tmp_path):
+    with (
+        Checkpoints(tmp_path, ONE) as checkpoints,
+        pytest.raises(ValueError, match=f"step must be an integer of at least 0, got {step}"),
+    ):
+        checkpoints.save(step, _numbers(1))
+
+
 EXTRAS = [
     None,
     0.1,
@@ -262,6 +291,19 @@ def test_what_is_saved_beside_it_comes_back(extra, tmp_path):
     with Checkpoints(tmp_path, ONE) as checkpoints:
         checkpoints.save(1, _numbers(1), extra)
         assert checkpoints.restore(_numbers(1)).extra == extra
+
+
+CIRCULAR = []
+CIRCULAR.append(CIRCULAR)
+
+
+@pytest.mark.parametrize("extra", [{1, 2}, {"a": np.int64(1)}, {("a", "b"): 1}, CIRCULAR])
+def test_what_json_cannot_hold_is_refused(extra, tmp_path):
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        with pytest.raises(ValueError, match="extra must be what JSON can hold: "):
+            checkpoints.save(1, _numbers(1), extra)
+        checkpoints.wait()
+        assert (checkpoints.steps, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_what_is_saved_may_be_changed_at_once(tmp_path):
@@ -348,6 +390,36 @@ def test_a_checkpoint_of_other_features_is_refused(name, saved):
     assert isinstance(error.value, ValueError)
 
 
+@pytest.mark.parametrize("config", [None, "a", (("a", ONE),)])
+def test_what_describes_no_model_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match=r"config must be an EmbedConfig, .*, got "):
+        Checkpoints(tmp_path / "new", config)
+    assert not (tmp_path / "new").exists()
+
+
+FIELDS = ("partition", "operation", "features", "widths", "use_bias", "param_dtype")
+
+
+@pytest.mark.parametrize(
+    ("in_file", "in_model", "sides"),
+    [
+        (FIELDS, FIELDS[:-1], f"float32 {IN}, None {OF}"),
+        (FIELDS[:-1], FIELDS, f"None {IN}, float32 {OF}"),
+    ],
+)
+def test_a_checkpoint_of_other_fields_is_refused(in_file, in_model, sides, tmp_path, monkeypatch):
+    """As another version of this library may write it."""
+    monkeypatch.setattr(checkpoint, "_FIELDS", in_file)
+    with Checkpoints(tmp_path, SAVED) as checkpoints:
+        checkpoints.save(1, _numbers(1))
+    monkeypatch.setattr(checkpoint, "_FIELDS", in_model)
+    with (
+        Checkpoints(tmp_path, SAVED) as checkpoints,
+        pytest.raises(MismatchError, match=rf"param_dtype of feature 'a' is {sides}"),
+    ):
+        checkpoints.restore(_numbers(0))
+
+
 OTHER_TREES = {
     "shape": ({"a.b": jnp.ones((64, 17))}, rf"'a\.b' is \[64, 16\] {IN}, \[64, 17\] {OF}"),
     "dtype": ({"steps": np.int8(0)}, rf"'steps' is int32 {IN}, int8 {OF}"),
@@ -401,7 +473,7 @@ def test_no_checkpoint_is_said_in_a_sentence(saved, tmp_path):
 
 @pytest.fixture
 def broken_off():
-    """Orbax leaves behind the coroutines of a read that failed: they are to end here."""
+    """Orbax leaves behind the coroutines of what failed: they are to end here."""
     yield
     gc.collect()
 
@@ -480,6 +552,78 @@ def test_after_damage_training_is_saved_again(saved, tmp_path):
             restored = checkpoints.restore(_numbers(0))
             assert restored.step == step
             _assert_is_step(restored.state, step)
+
+
+def _fails(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+NO_DAMAGE = [
+    MemoryError(),
+    PermissionError(13, "Permission denied"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_DAMAGE, ids=lambda error: type(error).__name__)
+def test_not_every_error_is_damage(error, saved, monkeypatch):
+    with Checkpoints(saved, SAVED) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", _fails(error))
+        with pytest.raises(type(error)):
+            checkpoints.restore(_numbers(0))
+
+
+def test_errors_of_the_caller_are_not_damage(saved, monkeypatch):
+    with Checkpoints(saved, SAVED) as checkpoints:
+        with pytest.raises(ValueError, match="names of their own"):
+            checkpoints.restore({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
+        monkeypatch.setattr(checkpoint, "_from_file", _fails(TypeError("of its own")))
+        with pytest.raises(TypeError, match="of its own"):
+            checkpoints.restore(_numbers(0))
+
+
+@damaging
+def test_several_processes_do_not_fall_back(saved, tmp_path, monkeypatch):
+    """The others may be able to read what one cannot."""
+    directory = tmp_path / "run"
+    shutil.copytree(saved, directory)
+    # Orbax is not to see it: it would wait for a process that is not there.
+    several = types.SimpleNamespace(**vars(jax) | {"process_count": lambda: 2})
+    monkeypatch.setattr(checkpoint, "jax", several)
+    with Checkpoints(directory, SAVED) as checkpoints:
+        assert checkpoints.restore(_numbers(0)).step == 2
+        shutil.rmtree(directory / "2" / "state")
+        sentence = f"{directory / '2'} is damaged: .*; move it away, then the one before it is read"
+        with pytest.raises(OSError, match=sentence):
+            checkpoints.restore(_numbers(0))
+    (directory / "2").rename(tmp_path / "2")
+    with Checkpoints(directory, SAVED) as checkpoints:
+        assert checkpoints.restore(_numbers(0)).step == 1
+
+
+@pytest.fixture
+def full_disk():
+    """No file can be larger than 3000 bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@damaging
+@pytest.mark.parametrize("how", ["wait", "close", "save"])
+def test_what_cannot_be_written_is_an_error_of_the_system(how, full_disk, tmp_path):
+    checkpoints = Checkpoints(tmp_path, ONE)
+    arguments = (2, _numbers(2)) if how == "save" else ()
+    checkpoints.save(1, _numbers(1))
+    with pytest.raises(OSError, match=f"^{tmp_path} cannot be written: .*$"):
+        getattr(checkpoints, how)(*arguments)
+    assert checkpoints.steps == []
+    checkpoints.close()
 
 
 def test_what_was_left_half_written_is_no_checkpoint(saved, tmp_path):
