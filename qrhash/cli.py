@@ -134,12 +134,11 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
     from qrhash.ctr.settings import load
     from qrhash.ctr.train import fit
 
-    # Of several processes the first one speaks.
-    is_first = not given.get("process_id")
-    display = Display(Console(stderr=True, quiet=not is_first))
-    directory = None
+    console = Console(stderr=True)
+    display, directory = Display(console), None
     try:
         settings = load(config, given)
+        console.quiet = bool(settings.process_id)  # Of several processes the first one speaks.
         directory = RunDirectory(
             settings.output_dir,
             resume=settings.resume,

@@ -321,7 +321,12 @@ class Optimizer(nnx.Optimizer):
 def as_table(variable: nnx.Variable) -> Any:
     """What a variable holds: a table on a mesh, or state in its layout, as a `ShardedTable`."""
     value, layout = variable.get_value(), getattr(variable, "layout", None)
-    return value if layout is None else ShardedTable(value, variable.num_rows, layout)
+    if layout is None:
+        return value
+    of_table = (layout.num_shards, layout.rows_per_shard(variable.num_rows))
+    # Optimizers keep state of other shapes too, with the metadata of the table it is for.
+    is_other = getattr(value, "shape", of_table)[:2] != of_table
+    return value if is_other else ShardedTable(value, variable.num_rows, layout)
 
 
 def place(state: Any, sharding: Sharding) -> Any:

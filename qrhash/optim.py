@@ -316,13 +316,19 @@ def _state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
         shape if where is None or not shape else (shape[0] + number + 1, *shape[1:])
         for number, (shape, where) in enumerate(zip(shapes, of_params, strict=True))
     ]
+    # Every parameter's first axis grows by a number of its own, and with it the state beside it.
+    by_growth = {
+        (shape[:1], grown[:1]): where
+        for shape, grown, where in zip(shapes, longer, of_params, strict=True)
+    }
     shardings = []
     for shape, grown in zip(
         _shapes_of_state(tx, tree, shapes, leaves),
         _shapes_of_state(tx, tree, longer, leaves),
         strict=True,
     ):
-        owner = of_params[grown[0] - shape[0] - 1] if shape != grown else None
+        along_first = shape != grown and shape[1:] == grown[1:]
+        owner = by_growth.get((shape[:1], grown[:1])) if along_first else None
         spec = () if owner is None else owner.spec[: len(shape)]
         shardings.append(NamedSharding(mesh, PartitionSpec(*spec)))
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(tx.init, params)), shardings)
@@ -354,12 +360,15 @@ def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
     for shape, longer, wider in zip(
         state_shapes(0, 0), state_shapes(1, 0), state_shapes(0, 1), strict=True
     ):
-        grown = [axis for axis, (a, b) in enumerate(zip(shape, longer, strict=True)) if a != b]
+        grown = [axis for axis, (a, b) in enumerate(zip(shape, longer, strict=False)) if a != b]
         owner, fits = None, wider == shape
         if grown:
-            owner = longer[grown[0]] - shape[grown[0]] - 1
-            # Its rows are along the first axis, on a mesh along the second.
-            fits = grown == [int(leaves[owner].sharding is not None)]
+            number = longer[grown[0]] - shape[grown[0]] - 1
+            owner = number if 0 <= number < len(leaves) and is_row_grads(leaves[number]) else None
+            # Its rows are along the first axis, on a mesh along the second, of whatever width.
+            axis = int(owner is not None and leaves[owner].sharding is not None)
+            is_by_rows = grown == [axis] and wider[: axis + 1] == shape[: axis + 1]
+            fits = owner is not None and is_by_rows
         if not fits:
             raise ValueError(
                 f"touched_rows needs state of one entry or one row per row of a table, but this "

@@ -158,7 +158,7 @@ class RowGrads:
             )
 
     def to_dense(self) -> jax.Array:
-        """The gradient as an array [num_rows, width]."""
+        """The gradient as an array [num_rows, width]; on a mesh as the table's, [S, R, width]."""
         zeros = jnp.zeros(self.shape, self.dtype)
         if self.sharding is not None:
             zeros = self.sharding.constrain(zeros)

@@ -63,7 +63,7 @@ class Sharding:
         rows spread at random, and six standard deviations.
 
     Raises:
-      ValueError: an axis that the mesh has not, or that is named twice; an unknown exchange.
+      ValueError: no mesh; an axis that it has not, or that is named twice; an unknown exchange.
 
     >>> Sharding(mesh=jax.make_mesh((1, 1), ("data", "model"))).rows
     ('model',)
@@ -77,6 +77,8 @@ class Sharding:
     capacity: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh):
+            raise ValueError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r}.")
         names = self.mesh.axis_names
         default = {
             "rows": ("model",) if "model" in names else names,
@@ -85,6 +87,8 @@ class Sharding:
         for field in ("rows", "batch"):
             axes = getattr(self, field)
             axes = default[field] if axes is None else axes
+            if not isinstance(axes, (str, Sequence)):
+                raise ValueError(f"{field} must be an axis of the mesh, or several, got {axes!r}.")
             object.__setattr__(self, field, (axes,) if isinstance(axes, str) else tuple(axes))
         columns = () if self.columns is None else (self.columns,)
         for field, axes in (("rows", self.rows), ("batch", self.batch), ("columns", columns)):
@@ -173,11 +177,17 @@ class Sharding:
           The tree of global arrays [size, ...].
 
         Raises:
-          ValueError: the size does not divide by the devices.
+          ValueError: the size does not divide by the devices; an array of another number of rows.
         """
-        self.check_batch(size)
+        mine = self.process_rows(size)
 
         def put(part: np.ndarray) -> jax.Array:
+            if np.shape(part)[:1] != (mine.stop - mine.start,):
+                raise ValueError(
+                    f"batch must be a tree of arrays of {mine.stop - mine.start} rows, those from "
+                    f"{mine.start} to {mine.stop} of {size} that this process gives, got shape "
+                    f"{np.shape(part)}."
+                )
             to = NamedSharding(self.mesh, self.batch_spec(part.ndim))
             return jax.make_array_from_process_local_data(to, part, (size, *part.shape[1:]))
 

@@ -112,7 +112,7 @@ def init_parts(
     num_rows, width = shape
     if sharding is not None:
         array = _empty_on_mesh(sharding, sharding.array_shape(num_rows, width), dtype)
-    elif len(parts) == 1 and not isinstance(parts[0].initializer, ByRows):
+    elif len(parts) == 1 and _is_drawn_in_one_go(parts[0], is_large):
         return parts[0].initializer(parts[0].key, shape, dtype)
     else:
         array = jnp.empty(shape, dtype)
@@ -120,6 +120,15 @@ def init_parts(
         fill = _fill_by_rows if isinstance(part.initializer, ByRows) else _fill_at_once
         array = fill(array, *part, sharding)
     return array if sharding is None else ShardedTable(array, num_rows, sharding)
+
+
+def _is_drawn_in_one_go(part: Part, is_large: bool) -> bool:
+    """Inside `jax.jit` also rows of keys of their own: what splits the table then splits the draw.
+
+    Blocks of a table that is split by its rows would make every device gather all of it.
+    """
+    may_be_split = is_large and isinstance(part.key, jax.core.Tracer) and jax.device_count() > 1
+    return may_be_split or not isinstance(part.initializer, ByRows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -529,8 +538,8 @@ def take_segments(
     """For each index [*shape], gathers rows [*shape, width] of a table that is a stack of others.
 
     `segments` say which look-ups, in the order of the indices, go to which part of the table. The
-    gradient of a part of few rows is then a product with one-hot rows. With a `sharding`, every
-    device does that for its part of the batch.
+    gradient of a part of few rows is then, on accelerators, a product with one-hot rows. With a
+    `sharding`, every device does that for its part of the batch.
     """
     if isinstance(table, RowTable):
         return table.take(indices, fill_value, batch_axis=batch_axis)

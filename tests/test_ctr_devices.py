@@ -15,6 +15,8 @@ from training_process import (
     until,
 )
 
+from qrhash.ctr import devices, report
+from qrhash.ctr import train as fitting
 from qrhash.ctr.devices import make_sharding, mesh_sizes
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.learner import Learner
@@ -130,9 +132,12 @@ MISTAKES = {
     **{
         f"address {address}": (
             f"--coordinator {address} --num-processes 2 --process-id 0 --output-dir out",
-            f"coordinator must be host:port, got '{address}'",
+            f"coordinator must be host:port, of a port from 1 to 65535, got '{address}'",
         )
-        for address in ("localhost", "localhost:", ":1234", "localhost:http", "1234")
+        for address in (
+            *("localhost", "localhost:", ":1234", "localhost:http", "1234"),
+            *("localhost:0", "localhost:65536", "a..b:1234"),
+        )
     },
 }
 
@@ -164,6 +169,16 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
     assert 2 <= time.monotonic() - start < 10
     _assert_one_error(result, f"The coordinator at {address} does not answer within 2 s")
     assert not (tmp_path / "out").exists()
+
+
+def test_of_processes_numbered_in_a_file_the_first_speaks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "fit", lambda settings, display, keeper: display.line("hear"))
+    monkeypatch.setattr(devices, "connect", lambda settings, display: None)
+    monkeypatch.setattr(report, "final_table", lambda summary: "")
+    for number, heard in ((0, True), (1, False)):
+        (tmp_path / "run.toml").write_text(f"process_id = {number}\n")
+        result = train(f"--config={tmp_path / 'run.toml'}", f"--output-dir={tmp_path / 'out'}")
+        assert (result.exit_code, "hear" in result.stderr) == (0, heard)
 
 
 # --- the same curve -------------------------------------------------------------------------------

@@ -140,6 +140,15 @@ def test_it_goes_on_more_than_once(options, taken_up, unbroken):
     assert {path.name for path in (taken_up / "checkpoints").iterdir()} == {"21", "26"}
 
 
+def test_it_keeps_and_saves_checkpoints_as_it_began(options, tmp_path):
+    output = tmp_path / "run"
+    often = ["--checkpoint-every=2", "--keep-checkpoints=50", "--output-dir", output]
+    _stop(*options, *often, step=11)
+    _train("--resume", "--output-dir", output)
+    steps = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    assert steps == list(range(2, 27, 2))
+
+
 def test_it_goes_on_after_a_kill(options, unbroken, tmp_path):
     output = tmp_path / "run"
     killed = command_line(
@@ -281,6 +290,16 @@ def test_other_data_are_of_another_model(taken_up, tmp_path):
     rows = ctr_files.random_rows(1000, categories=30)
     *_, data = small_run(tmp_path, name="other", rows=rows)
     _assert_refused("is of another model: ", "--output-dir", taken_up, data)
+
+
+def test_data_of_another_number_of_lines(tmp_path):
+    """Hashed ids make the tables of both alike."""
+    config, data = small_run(tmp_path)
+    output = tmp_path / "run"
+    _stop(config, data, "--hash-size=50", "--checkpoint-every=3", "--output-dir", output, step=5)
+    *_, other = small_run(tmp_path, name="other", rows=ctr_files.random_rows(1100))
+    sentence = f"they had 1,000 lines, {tmp_path / 'other'} has 1,100"
+    _assert_refused(sentence, "--output-dir", output, other)
 
 
 @damaging

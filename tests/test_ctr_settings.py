@@ -61,6 +61,14 @@ def test_a_missing_file(tmp_path):
         load(tmp_path / "absent.toml", {})
 
 
+def test_a_run_that_is_resumed_takes_over_all_but_where_it_is():
+    kept = {"data": "a", "max_bad_lines": 5000, "checkpoint_every": 10, "keep_checkpoints": 50}
+    begun = Settings(**kept, mesh="data=8", output_dir="out", features=8).as_dict()
+    assert load(None, {"resume": True}, begun) == Settings(**kept, features=8, resume=True)
+    anew = {"data": "b", "max_bad_lines": 0, "checkpoint_every": 0, "keep_checkpoints": 1}
+    assert load(None, anew, begun) == Settings(**anew, features=8)
+
+
 def test_whole_numbers_are_numbers(tmp_path):
     assert _load(tmp_path, "table_lr = 1").table_lr == 1
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import qrhash
-from qrhash.nnx import MultiHashEmbed, Table
+from qrhash.nnx import MultiHashEmbed, Optimizer, Table, as_table
 
 RULES = (("rows", "data"), ("features", None))
 
@@ -181,3 +181,18 @@ def test_eight_devices_give_the_numbers_of_one(operation, axis_type, rng):
     assert {shard.data.shape[0] for shard in large.addressable_shards} == {2048 // 8}
     assert small.sharding.is_fully_replicated
     jax.tree.map(assert_close, jax.tree.leaves(spread), jax.tree.leaves(alone))
+
+
+@pytest.mark.parametrize("tx", [optax.adagrad(0.1), optax.adafactor(0.1)], ids=["adagrad", "other"])
+def test_only_state_in_the_layout_of_a_table_is_a_table(tx):
+    """Adafactor keeps arrays (1,) too, with the table's metadata."""
+    layout = qrhash.Sharding(mesh=jax.make_mesh((8,), ("model",)))
+    partition = qrhash.FullTable(1003)
+    cfg = qrhash.EmbedConfig(partition, FEATURES, large_table_rows=5, sharding=layout)
+    state = nnx.state(Optimizer(MultiHashEmbed(cfg, rngs=nnx.Rngs(0)), tx))
+    held = [as_table(variable) for _, variable in nnx.to_flat_state(state)]
+    tables = [each for each in held if isinstance(each, qrhash.ShardedTable)]
+    assert [table.shape for table in tables] == [(1003, FEATURES)]
+    assert all(each.ndim < 2 for each in held if each not in tables)
+    where = qrhash.nnx.place(nnx.eval_shape(lambda: state), layout)
+    jax.device_put(state, where)

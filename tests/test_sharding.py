@@ -125,11 +125,19 @@ def test_rows_go_over_model_and_the_batch_over_data(names, rows, batch):
         ({"columns": "data"}, "columns must be.* 'data'"),
         ({"exchange": "ring"}, "exchange must be one of auto, reduce, all_to_all, got 'ring'"),
         ({"capacity": 0}, "capacity must be.* 0"),
+        ({"rows": 5}, "rows must be.* got 5"),
+        ({"batch": 5}, "batch must be.* got 5"),
     ],
 )
 def test_what_a_sharding_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         _2x4(**options)
+
+
+@pytest.mark.parametrize("mesh", ["data", None])
+def test_a_sharding_takes_nothing_but_a_mesh(mesh):
+    with pytest.raises(ValueError, match=rf"mesh must be a jax\.sharding\.Mesh, got {mesh!r}"):
+        Sharding(mesh=mesh)
 
 
 def test_a_config_takes_no_other_sharding():
@@ -266,6 +274,18 @@ def test_a_batch_is_split_over_the_batch_axes(layout):
 def test_a_batch_that_does_not_divide_is_refused(refuse):
     with pytest.raises(ValueError, match="8 devices of mesh axes data, model, got 12"):
         refuse(LAYOUTS["both"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "shape"),
+    [(np.arange(8), r"\(8,\)"), (3, r"\(\)"), ({"a": np.ones(16), "b": [1.0] * 16}, r"\(\)")],
+    ids=["other rows", "scalar", "list"],
+)
+def test_a_batch_of_other_rows_is_refused(batch, shape):
+    with pytest.raises(
+        ValueError, match=f"arrays of 16 rows, .* 0 to 16 of 16.* got shape {shape}"
+    ):
+        LAYOUTS["both"].put_batch(batch, 16)
 
 
 # --- look-ups and gradients -----------------------------------------------------------------------
@@ -545,6 +565,26 @@ def test_state_is_laid_out_as_the_tables_are(name, tx):
     sharded = [leaf for leaf in jax.tree.leaves(state, is_leaf=_is_sharded) if _is_sharded(leaf)]
     assert len(sharded) == 1
     _assert_split(sharded[0].array, LAYOUTS[name])
+
+
+@pytest.mark.parametrize(
+    ("tx", "num_rows", "width"),
+    [
+        (optax.adafactor(0.1), 1024, 128),  # A shard as long as it is wide
+        (optax.adafactor(0.1), 1016, 128),  # One row more, and it keeps other state
+        (optax.adafactor(0.1), 1600, 127),  # One column more, and it does
+        (optax.flatten(optax.adagrad(0.1)), NUM_IDS, FEATURES),
+    ],
+    ids=["adafactor", "adafactor, longer", "adafactor, wider", "flatten"],
+)
+def test_state_that_does_not_go_by_rows_is_made_and_refused(tx, num_rows, width):
+    layout = LAYOUTS["8 model"]
+    cfg = EmbedConfig(qrhash.FullTable(num_rows), width, large_table_rows=5, sharding=layout)
+    tables, tx = qrhash.init(jax.random.key(0), cfg), qrhash.touched_rows(tx)
+    state = tx.init(tables)
+    grads = RowGrads(jnp.arange(8), jnp.ones((8, width)), num_rows, sharding=layout)
+    with pytest.raises(ValueError, match=r"one row per row of a table.*densely"):
+        tx.update((tables[0].with_array(grads),), state, tables)
 
 
 # --- an overflow is noticed -----------------------------------------------------------------------

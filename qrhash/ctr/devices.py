@@ -32,13 +32,11 @@ def connect(settings: Settings, display: Display) -> None:
         raise UserError(
             f"process_id must be below num_processes={settings.num_processes}, got {number}."
         )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"coordinator must be host:port, got {address!r}.")
+    host, port = _host_and_port(address)
     if settings.output_dir is None:
         raise UserError("Several processes need one --output-dir that all of them see.")
     if number > 0:
-        _wait_for(host, int(port), settings.coordinator_timeout)
+        _wait_for(host, port, settings.coordinator_timeout)
     # JAX itself ends the process where another one is missing.
     display.line(
         f"waiting up to {settings.coordinator_timeout} s for {settings.num_processes} processes to "
@@ -56,6 +54,16 @@ def connect(settings: Settings, display: Display) -> None:
             f"Not all of {settings.num_processes} processes met at {address} within "
             f"{settings.coordinator_timeout} s: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    with suppress(UnicodeError):  # Of a host such as a..b, which would end in the socket
+        if host.encode("idna") and port.isdecimal() and 0 < int(port) < 2**16:
+            return host, int(port)
+    raise UserError(
+        f"coordinator must be host:port, of a port from 1 to {2**16 - 1}, got {address!r}."
+    )
 
 
 def _wait_for(host: str, port: int, seconds: int) -> None:

@@ -265,10 +265,12 @@ def _options(kind: type) -> Iterator[tuple[str, Any, Option]]:
             yield name, *get_args(annotation)
 
 
-# What a run that is resumed may do otherwise than it began: none of it changes its numbers.
-_FREE = {name for name, _, option in _options(Settings) if option.panel == "Devices"} | {
-    *("data", "max_bad_lines", "output_dir", "checkpoint_every", "keep_checkpoints", "resume")
-}
+# What a run that is resumed does not take over: it may be on another machine by now.
+_ANEW = {name for name, _, option in _options(Settings) if option.panel == "Devices"}
+_ANEW |= {"output_dir", "resume"}
+
+# What it may be given anew. It keeps its numbers so long as the data are the same, if elsewhere.
+_FREE = _ANEW | {"data", "max_bad_lines", "checkpoint_every", "keep_checkpoints"}
 
 
 def options() -> list[tuple[str, Any, Any, Option]]:
@@ -304,8 +306,7 @@ def load(
     if begun is None:
         return _build(Settings, wanted, str(config))
     before = _build(Settings, begun, "the run to be resumed")
-    # Devices and the like are not taken over: it may be another machine.
-    kept = {name: getattr(before, name) for name in begun if name not in _FREE or name == "data"}
+    kept = {name: getattr(before, name) for name in begun if name not in _ANEW}
     settings = _build(Settings, kept | wanted, str(config))
     for name in wanted:
         if name not in _FREE and getattr(settings, name) != getattr(before, name):

@@ -209,7 +209,7 @@ def _train(
     progress = Progress(keeper.record, settings.batch_size)
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
-        first_epoch, position = _resume(learner, checkpoints, progress, display)
+        first_epoch, position = _resume(data.source, learner, checkpoints, progress, display)
         keeper.rewind(progress.points)
         points = [point for point in points if point > progress.rows]
     display.phase("training", total)
@@ -222,7 +222,8 @@ def _train(
             def save(epoch: int = epoch, stream: Any = stream) -> None:
                 if checkpoints is not None:
                     where = {"epoch": epoch, "position": stream.get_state()}
-                    learner.save(checkpoints, {**where, "progress": progress.as_dict()})
+                    of_run = {"lines": data.source.num_lines, "progress": progress.as_dict()}
+                    learner.save(checkpoints, where | of_run)
 
             for batch in stream:
                 # What comes of a position at the end of the data: nothing but padding.
@@ -252,6 +253,7 @@ def _train(
 
 
 def _resume(
+    source: Source,
     learner: Learner,
     checkpoints: Checkpoints,
     progress: Progress,
@@ -265,6 +267,12 @@ def _resume(
         restored = learner.restore(checkpoints)
     except (MismatchError, OSError) as error:
         raise UserError(str(error)) from error
+    lines = restored.extra.get("lines", source.num_lines)
+    if lines != source.num_lines:
+        raise UserError(
+            f"A run is resumed with the data that it began with: they had {lines:,} lines, "
+            f"{source.name} has {source.num_lines:,}."
+        )
     for sentence in restored.damaged:
         display.line(f"Warning: {sentence}")
     progress.take_over(restored.extra["progress"])
