@@ -6,6 +6,7 @@ the word to the configuration file, and then to the default.
 
 import importlib.util
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -134,6 +135,8 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
     from qrhash.ctr.settings import load
     from qrhash.ctr.train import fit
 
+    # Orbax logs, with a traceback, what it raises all the same: an interrupt, say.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     console = Console(stderr=True)
     display, directory = Display(console), None
     try:
