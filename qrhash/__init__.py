@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from qrhash import collection
+from qrhash.autodiff import value_and_grad
 from qrhash.collection import CollectionConfig
 from qrhash.combine import Projection, combine
 from qrhash.config import EmbedConfig
@@ -17,7 +18,7 @@ from qrhash.partitions import (
     Partition,
     QuotientRemainder,
 )
-from qrhash.rowgrads import RowGrads, merged_values, take_rows, value_and_grad
+from qrhash.rowgrads import RowGrads, add_grads, global_norm, sum_grads, take_rows
 from qrhash.sharding import ShardedTable, Sharding
 from qrhash.tables import (
     attend,
@@ -46,6 +47,7 @@ __all__ = [
     "ShardedTable",
     "Sharding",
     "adagrad",
+    "add_grads",
     "apply_updates",
     "attend",
     "checkpoint",
@@ -53,14 +55,15 @@ __all__ = [
     "combine",
     "deeprec",
     "gather",
+    "global_norm",
     "init",
     "init_projection",
     "linen",
     "lookup",
-    "merged_values",
     "nnx",
     "row_numbers",
     "rowwise_adagrad",
+    "sum_grads",
     "take_rows",
     "touched_rows",
     "value_and_grad",

@@ -24,6 +24,7 @@ from qrhash.combine import Projection
 from qrhash.config import EmbedConfig
 from qrhash.rows import INT32_MAX
 from qrhash.sharding import ShardedTable, Sharding, whole_table
+from qrhash.take import Segment
 
 
 class Place(NamedTuple):
@@ -380,12 +381,12 @@ def _take(
         return jnp.where(has_row, index + read.place.offset, num_rows)
 
     segments = tuple(
-        core.Segment(read.place.offset, read.place.rows, math.prod(read.row_numbers.shape))
+        Segment(read.place.offset, read.place.rows, math.prod(read.row_numbers.shape))
         for block in blocks
         for read in block.reads
     )
     indices = [jnp.stack([in_stack(read) for read in block.reads]) for block in blocks]
-    rows = core.take_segments(table, indices, segments, 0.0, batch_axis=1, sharding=stack.sharding)
+    rows = core.take_segments(table, indices, segments, batch_axis=1, sharding=stack.sharding)
     yield from zip(blocks, rows, (index < num_rows for index in indices), strict=True)
 
 

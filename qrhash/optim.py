@@ -7,7 +7,6 @@ that with any optax transformation that treats rows alone; the cost of a step th
 batch and no more on the table.
 """
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -260,10 +259,10 @@ def _naming_no_rows(shapes: dict[int, _Part]) -> dict[int, _Part]:
 def _as_grads(grads: RowGrads, parts: Sequence[_Part]) -> RowGrads:
     """The updates of a table, given its gradients."""
     first, *others = (
-        dataclasses.replace(grads, rows=part.rows, values=part.updates, is_merged=True, spill=None)
+        grads.replace(rows=part.rows, values=part.updates, is_merged=True, spill=None)
         for part in parts
     )
-    return dataclasses.replace(first, spill=others[0]) if others else first
+    return first.replace(spill=others[0]) if others else first
 
 
 def _write(grads: RowGrads, array: jax.Array, parts: Sequence[_Part], count: int) -> jax.Array:

@@ -1,9 +1,9 @@
 """Row gradients: the gradient of a large table that names only the rows touched.
 
 A batch touches few rows of a large table, but `jax.grad` through a gather writes a gradient of the
-table's size. Here the gathered rows are the place to differentiate at: `value_and_grad` hands the
-function tables that can only be looked up, and what comes back for each is a `RowGrads`, the row
-numbers looked up and the gradient of each of the rows read. Duplicates are merged by `merge`.
+table's size. `qrhash.autodiff` differentiates at the gathered rows instead; what comes back for a
+table is a `RowGrads`, the row numbers looked up and the gradient of each of the rows read.
+Duplicates are merged by `merge`.
 
 In the pure form, for those who take the steps themselves, `take_rows` is the gather of a training
 step. Its care is for XLA, which updates a donated table in place only if it can see that every
@@ -13,23 +13,25 @@ read of the table comes before the update: the row numbers that it returns are r
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import chex
 import jax
-import jax.extend
+import jax.extend.random
 import jax.numpy as jnp
 
 from qrhash.rows import (
-    RowTable,
+    INT32_MAX,
     across,
     add_rows,
     as_one,
     check_merge_method,
+    device_index,
     distinct_rows,
     merge_rows,
     read_rows,
+    wide_dtype,
 )
 from qrhash.sharding import (
     Parcels,
@@ -37,48 +39,141 @@ from qrhash.sharding import (
     Sharding,
     add_in_shards,
     flatten_lookups,
-    is_sharded_table,
     to_owners,
 )
 from qrhash.tables import check_one_index_per_table
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("rows", "values", "spill"),
-    meta_fields=("num_rows", "is_merged", "sharding"),
-)
-@dataclasses.dataclass(frozen=True)
-class RowGrads:
+def _no_random_numbers(*_: Any, **__: Any) -> NoReturn:
+    raise TypeError("the row numbers of RowGrads are no keys to draw random numbers from.")
+
+
+def _row_number_type(words: int) -> Any:
+    """An opaque dtype of so many 32-bit words: JAX refuses any arithmetic on it, and names it.
+
+    JAX has one kind of opaque dtypes, that of random keys; nothing is ever drawn from these.
+    """
+    refuse = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), _no_random_numbers)
+    return jax.extend.random.define_prng_impl(
+        key_shape=(words,),
+        **refuse,
+        name=f"row numbers of qrhash.RowGrads, {32 * words} bits",
+        tag="row numbers of qrhash.RowGrads, whose optimizers go inside qrhash.touched_rows",
+    )
+
+
+_ROW_NUMBERS = {4: _row_number_type(1), 8: _row_number_type(2)}
+
+
+def _as_opaque(rows: jax.Array) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(rows, jnp.uint32)
+    words = words[..., None] if rows.dtype.itemsize == 4 else words
+    return jax.random.wrap_key_data(words, impl=_ROW_NUMBERS[rows.dtype.itemsize])
+
+
+def _as_integers(opaque: Any) -> Any:
+    if not jax.dtypes.issubdtype(getattr(opaque, "dtype", None), jax.dtypes.prng_key):
+        return opaque
+    words = jax.random.key_data(opaque)
+    if words.shape[-1] == 1:
+        return jax.lax.bitcast_convert_type(words[..., 0], jnp.int32)
+    return jax.lax.bitcast_convert_type(words, jnp.int64)
+
+
+class _RowGradsType(type):
+    """What JAX quotes where it meets `RowGrads` in place of an array: it says what to do."""
+
+    def __repr__(cls) -> str:
+        return (
+            "<class 'qrhash.RowGrads', gradients by rows: the whole optimizer goes inside of "
+            "qrhash.touched_rows>"
+        )
+
+
+class RowGrads(metaclass=_RowGradsType):
     """The gradient of a table [num_rows, width], zero but for the rows that it names.
 
     A row may be named several times: its gradient is the sum. A row number outside [0, num_rows)
-    names no row, whatever its value. `g + g`, `2 * g` and `sum` work; but as the row numbers are
-    part of the tree, `jax.tree.map` over it changes them. So optax's transformations belong inside
-    `qrhash.touched_rows`, which shows them the values alone, and a norm is that of `merged_values`.
+    names no row, whatever its value. `g + g`, `2 * g` and `sum` are right. In the tree the row
+    numbers are of a type that takes no arithmetic: `jax.tree.map(jnp.add, g, g)`, `psum`, or an
+    optimizer outside of `qrhash.touched_rows` raises a TypeError that names it, and nothing adds
+    up row numbers. `add_grads` and `sum_grads` add up trees, `global_norm` is their norm.
 
     Of a table on a mesh (`qrhash.ShardedTable`), `rows` and `values` are split as the batch is.
     Merged, they are where the rows are: row numbers within the shards [S, m], and [S, m, width].
 
-    Attributes:
-      rows: row numbers [m], int32.
+    Args:
+      rows: row numbers [m], integers.
       values: their gradients [m, width].
       num_rows: rows of the table.
       is_merged: whether no row is named twice, and values without a row are zero.
       sharding: the `Sharding` of a table on a mesh.
       spill: on a mesh, where an exchange had too little room: all rows are here instead.
 
+    Attributes:
+      rows: row numbers [m], int32; int64 for a table of 2**31 rows or more.
+
     >>> grads = RowGrads(jnp.array([1, 2, 1]), jnp.array([[1.0], [2.0], [3.0]]), num_rows=4)
     >>> grads.to_dense().tolist()
     [[0.0], [4.0], [2.0], [0.0]]
     """
 
-    rows: chex.Array
-    values: chex.Array
-    num_rows: int
-    is_merged: bool = False
-    sharding: Sharding | None = None
-    spill: "RowGrads | None" = None
+    __slots__ = ("_opaque_rows", "is_merged", "num_rows", "sharding", "spill", "values")
+
+    def __init__(
+        self,
+        rows: chex.Array,
+        values: chex.Array,
+        num_rows: int,
+        is_merged: bool = False,
+        sharding: Sharding | None = None,
+        spill: "RowGrads | None" = None,
+    ) -> None:
+        if jnp.issubdtype(jnp.result_type(rows), jnp.integer):
+            # Of the host, they may be wider than the device's integers are.
+            end = num_rows if sharding is None or not is_merged else INT32_MAX
+            rows = _as_opaque(_at_least_32_bits(device_index(rows, end)))
+        self._opaque_rows, self.values, self.num_rows = rows, values, num_rows
+        self.is_merged, self.sharding, self.spill = is_merged, sharding, spill
+
+    @property
+    def rows(self) -> Any:
+        """Row numbers [m]; on a mesh and merged [S, m]."""
+        return _as_integers(self._opaque_rows)
+
+    def __reduce__(self) -> Any:
+        static = (self.num_rows, self.is_merged, self.sharding, self.spill)
+        return RowGrads, (self.rows, self.values, *static)
+
+    def __repr__(self) -> str:
+        rows = f"rows={self.rows}" if self.spill is None else f"rows={self.rows}, {self.spill=}"
+        merged = ", is_merged=True" if self.is_merged else ""
+        return f"RowGrads({rows}, values={self.values}, num_rows={self.num_rows}{merged})"
+
+    def _tree_flatten(self) -> tuple[Any, Any]:
+        return (self._opaque_rows, self.values, self.spill), (
+            self.num_rows,
+            self.is_merged,
+            self.sharding,
+        )
+
+    def _tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        children, static = self._tree_flatten()
+        keys = map(jax.tree_util.GetAttrKey, ("rows", "values", "spill"))
+        return tuple(zip(keys, children, strict=True)), static
+
+    @classmethod
+    def _tree_unflatten(cls, static: Any, children: Any) -> "RowGrads":
+        # Whatever stands for arrays in a tree is kept as it is.
+        grads = object.__new__(cls)
+        grads._opaque_rows, grads.values, grads.spill = children
+        grads.num_rows, grads.is_merged, grads.sharding = static
+        return grads
+
+    def replace(self, **changes: Any) -> "RowGrads":
+        """The same with other arguments."""
+        names = ("rows", "values", "num_rows", "is_merged", "sharding", "spill")
+        return RowGrads(**{name: getattr(self, name) for name in names} | changes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,7 +219,7 @@ class RowGrads:
         assert self.spill is not None
         rows = jnp.concatenate((self.rows, self.spill.rows), axis=1)
         values = jnp.concatenate((self.values, self.spill.values), axis=1)
-        return dataclasses.replace(self, rows=rows, values=values, spill=None)
+        return self.replace(rows=rows, values=values, spill=None)
 
     def parcels(self, method: str | None) -> Parcels | None:
         """The gradients packed for "all_to_all", if that is how they are to be sent."""
@@ -136,7 +231,7 @@ class RowGrads:
 
     def in_shards(self, rows: jax.Array, values: jax.Array) -> "RowGrads":
         """Merged gradients [S, m, width] of the same table on its mesh."""
-        return dataclasses.replace(self, rows=rows, values=values, is_merged=True)
+        return self.replace(rows=rows, values=values, is_merged=True)
 
     def check(self, table: chex.Array | None = None) -> None:
         """Raises a ValueError unless the arrays fit each other, and the table if it is given."""
@@ -209,13 +304,22 @@ class RowGrads:
 
     def __mul__(self, factor: chex.Numeric) -> "RowGrads":
         spill = None if self.spill is None else self.spill * factor
-        return dataclasses.replace(self, values=self.values * factor, spill=spill)
+        return self._of_values(self.values * factor, spill)
 
     __rmul__ = __mul__
 
+    def _of_values(self, values: jax.Array, spill: "RowGrads | None") -> "RowGrads":
+        """Other values at the same row numbers."""
+        static = (self.num_rows, self.is_merged, self.sharding)
+        return self._tree_unflatten(static, (self._opaque_rows, values, spill))
+
     def __truediv__(self, divisor: chex.Numeric) -> "RowGrads":
         spill = None if self.spill is None else self.spill / divisor
-        return dataclasses.replace(self, values=self.values / divisor, spill=spill)
+        return self._of_values(self.values / divisor, spill)
+
+
+def _at_least_32_bits(rows: jax.Array) -> jax.Array:
+    return rows if rows.dtype in (jnp.int32, jnp.int64) else rows.astype(jnp.int32)
 
 
 def is_row_grads(node: Any) -> bool:
@@ -223,16 +327,123 @@ def is_row_grads(node: Any) -> bool:
     return isinstance(node, RowGrads)
 
 
-def merged_values(grads: Any) -> Any:
-    """The tree with the merged values in place of every `RowGrads`.
+jax.tree_util.register_pytree_with_keys(
+    RowGrads,
+    RowGrads._tree_flatten_with_keys,
+    RowGrads._tree_unflatten,
+    RowGrads._tree_flatten,
+)
 
-    `optax.global_norm(merged_values(grads))` is the norm of the dense gradients.
+
+def global_norm(grads: Any) -> jax.Array:
+    """The Euclidean norm of a tree of gradients, that of the dense ones: `optax.global_norm`.
+
+    Args:
+      grads: a tree of arrays and `RowGrads`.
+
+    Returns:
+      A scalar: the root of the sum of all squares, rows named several times summed first.
+
+    >>> grads = RowGrads(jnp.array([1, 1]), jnp.array([[1.0], [2.0]]), num_rows=4)
+    >>> global_norm({"table": grads, "bias": jnp.array([4.0])}).item()
+    5.0
     """
-    return jax.tree.map(
-        lambda grad: grad.merge().values if is_row_grads(grad) else grad,
-        grads,
-        is_leaf=is_row_grads,
-    )
+
+    def squares(grad: Any) -> jax.Array:
+        merged = grad.merge() if is_row_grads(grad) else grad
+        values = merged.values if is_row_grads(merged) else jnp.asarray(merged)
+        wide = values.astype(wide_dtype(values.dtype))
+        return jnp.sum(jnp.square(jnp.abs(wide)))
+
+    total = map(squares, jax.tree.leaves(grads, is_leaf=is_row_grads))
+    return jnp.sqrt(sum(total, start=jnp.zeros(())))
+
+
+def add_grads(*grads: Any) -> Any:
+    """Adds up trees of gradients, of several batches for instance.
+
+    The sum over microbatches of their gradients is the gradient of the sum of their losses.
+
+    Args:
+      *grads: trees of one structure, of arrays and `RowGrads` (inside `ShardedTable`s too).
+
+    Returns:
+      The tree of their sums. A `RowGrads` of the sum names the rows of each.
+
+    Raises:
+      ValueError: no trees, or trees of other structures.
+      TypeError: gradients of other kinds at one place.
+
+    >>> one = {"table": RowGrads(jnp.array([1]), jnp.ones((1, 2)), num_rows=4), "bias": 1.0}
+    >>> total = add_grads(one, one)
+    >>> total["table"].to_dense()[1].tolist(), total["bias"]
+    ([2.0, 2.0], 2.0)
+    """
+    if not grads:
+        raise ValueError("add_grads takes at least one tree of gradients, got none.")
+    leaves, tree = jax.tree.flatten(grads[0], is_leaf=is_row_grads)
+    others: list[tuple[list[Any], Any]]
+    others = [jax.tree.flatten(other, is_leaf=is_row_grads) for other in grads[1:]]
+    for number, (_, of_other) in enumerate(others, start=1):
+        if of_other != tree:
+            raise ValueError(
+                f"add_grads takes trees of one structure, but tree {number} is {of_other}, and "
+                f"tree 0 is {tree}."
+            )
+    for leaf, *rest in zip(leaves, *(each for each, _ in others), strict=True):
+        if len({is_row_grads(each) for each in (leaf, *rest)}) > 1:
+            raise TypeError(
+                "add_grads met RowGrads and a dense gradient for one table: make the former dense "
+                "with to_dense()."
+            )
+    sums = [
+        functools.reduce(operator.add, of_leaf)
+        for of_leaf in zip(leaves, *(each for each, _ in others), strict=True)
+    ]
+    return jax.tree.unflatten(tree, sums)
+
+
+def sum_grads(stacked: Any) -> Any:
+    """The sum over a leading axis, as `jax.lax.scan` and `jax.vmap` stack what they return.
+
+    So gradients are accumulated over microbatches in a loop: return those of each turn, and sum
+    them up afterwards. (A carry cannot add them up, as every turn names other rows.)
+
+        losses, grads = jax.lax.map(lambda batch: step(params, batch), batches)
+        grads = qrhash.sum_grads(grads)
+
+    Args:
+      stacked: a tree of arrays [n, ...] and of unmerged `RowGrads` with rows [n, m] and values
+        [n, m, width].
+
+    Returns:
+      The tree of sums: arrays [...], and `RowGrads` of n * m row numbers.
+
+    Raises:
+      ValueError: `RowGrads` without such an axis, or merged ones.
+
+    >>> one = RowGrads(jnp.array([1, 2]), jnp.ones((2, 1)), num_rows=4)
+    >>> _, stacked = jax.lax.scan(lambda _, __: (None, one), None, length=3)
+    >>> sum_grads(stacked).to_dense()[:, 0].tolist()
+    [0.0, 3.0, 3.0, 0.0]
+    """
+
+    def total(grad: Any) -> Any:
+        if not is_row_grads(grad):
+            return jnp.sum(grad, axis=0)
+        rows = grad.rows
+        if jnp.ndim(rows) != 2 or grad.is_merged:
+            raise ValueError(
+                f"sum_grads takes unmerged RowGrads stacked along a leading axis, of rows [n, m], "
+                f"got {'merged ones' if grad.is_merged else f'rows of shape {jnp.shape(rows)}'}."
+            )
+        if grad.sharding is not None:
+            flat = flatten_lookups(grad.sharding, 1, [rows], [grad.values])
+        else:
+            flat = rows.reshape(-1), grad.values.reshape(-1, *grad.values.shape[2:])
+        return RowGrads(*flat, grad.num_rows, sharding=grad.sharding)
+
+    return jax.tree.map(total, stacked, is_leaf=is_row_grads)
 
 
 def add_to_rows(table: chex.Array, updates: RowGrads) -> jax.Array:
@@ -297,252 +508,3 @@ def _read(
             for index, each in zip(read, rows, strict=True)
         ]
     return rows, read
-
-
-def value_and_grad(
-    fun: Callable[..., Any], by_rows: Any, *, has_aux: bool = False
-) -> Callable[..., Any]:
-    """`jax.value_and_grad`, in which large tables get `RowGrads`.
-
-    Args:
-      fun: a function whose first argument is a tree of parameters and whose result is a scalar.
-        The tables that `by_rows` marks may only be looked up in it, any number of times, by
-        `qrhash.gather`, `qrhash.lookup` or a module of qrhash. It is called twice, the first time
-        on abstract values, as by `jax.jit`, to find these look-ups.
-      by_rows: a tree of bools, or a prefix of one, over the parameters: which are such tables. For
-        the tables of one feature, `config.large_tables`.
-      has_aux: whether `fun` returns a pair of the scalar and something else.
-
-    Returns:
-      A function of the same arguments that returns (value, gradients), or ((value, aux),
-      gradients). The gradients have the structure of the parameters, with one unmerged `RowGrads`
-      for each table marked: all its look-ups together.
-
-    Raises (the function returned):
-      TypeError: a table marked is used for anything but a look-up, or is looked up inside another
-        JAX transformation (`jax.vmap`, `jax.lax.scan`, `jax.checkpoint`, an inner `jax.jit`).
-      ValueError: `by_rows` does not fit the parameters.
-
-    >>> from qrhash.tables import gather
-    >>> table = jnp.ones((1000, 2))
-    >>> loss = lambda params: jnp.sum(gather((params,), (jnp.array([7, 9]),))[0] ** 2)
-    >>> value, grads = value_and_grad(loss, True)(table)
-    >>> value.item(), grads.rows.tolist(), grads.values.tolist()
-    (4.0, [7, 9], [[2.0, 2.0], [2.0, 2.0]])
-    """
-
-    @functools.wraps(fun)
-    def differentiated(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        leaves, tree = jax.tree.flatten(params, is_leaf=is_sharded_table)
-        marks = _marks(by_rows, params)
-        tables = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
-        dense = [leaf for leaf, mark in zip(leaves, marks, strict=True) if not mark]
-
-        def join(tables: Sequence[Any], dense: Sequence[Any]) -> Any:
-            tables_left, dense_left = iter(tables), iter(dense)
-            joined = [next(tables_left if mark else dense_left) for mark in marks]
-            return jax.tree.unflatten(tree, joined)
-
-        def in_place(each: Sequence[Any]) -> list[Any]:
-            """Each as the array of its table, where that is a `ShardedTable`."""
-            return [
-                table.with_array(one) if is_sharded_table(table) else one
-                for table, one in zip(tables, each, strict=True)
-            ]
-
-        def recorded(reads: Sequence[LookedUp], dense: Sequence[Any]) -> Any:
-            return fun(join(reads, dense), *args, **kwargs)
-
-        def with_offsets(dense: Any, offsets: Any) -> tuple[Any, Any]:
-            reads = [LookedUp(*pair) for pair in zip(tables, offsets, strict=True)]
-            result = recorded(in_place(reads), dense)
-            value, aux = result if has_aux else (result, None)
-            return value, (aux, [read.lookups for read in reads])
-
-        offsets = zero_offsets(lambda reads: recorded(in_place(reads), dense), tables)
-        (value, (aux, lookups)), (dense_grads, offset_grads) = jax.value_and_grad(
-            with_offsets, argnums=(0, 1), has_aux=True
-        )(dense, offsets)
-        grads = join(in_place(row_grads(tables, lookups, offset_grads)), dense_grads)
-        return ((value, aux) if has_aux else value), grads
-
-    return differentiated
-
-
-def _marks(by_rows: Any, params: Any) -> list[bool]:
-    """For each leaf of the parameters, whether it is a table to be trained by rows."""
-    given = jax.tree.leaves(by_rows)
-    if not all(isinstance(mark, bool) for mark in given):
-        wrong = next(mark for mark in given if not isinstance(mark, bool))
-        raise ValueError(f"by_rows must hold bools, such as config.large_tables, got {wrong!r}.")
-    try:
-        return jax.tree.leaves(jax.tree.broadcast(by_rows, params, is_leaf=is_sharded_table))
-    except ValueError as error:
-        raise ValueError(
-            f"by_rows must be a tree of bools over the parameters, or a prefix of one: {error}"
-        ) from error
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("indices",),
-    meta_fields=("num_rows", "sharding", "batch_axis"),
-)
-@dataclasses.dataclass(frozen=True)
-class Lookup:
-    """A look-up in a table: row numbers [*shape] each, the table's rows, and how it is split."""
-
-    indices: list[jax.Array]
-    num_rows: int
-    sharding: Sharding | None
-    batch_axis: int
-
-
-class LookedUp(RowTable):
-    """A table's array that can only be looked up, and records how.
-
-    To the rows of each look-up it adds an offset of zero. The derivative with respect to the
-    offset is the derivative with respect to the rows.
-
-    Args:
-      table: the array [rows, width], or a `ShardedTable`.
-      offsets: arrays [*shape, width] for each look-up to come, in their order; None where this is
-        yet to be found out.
-
-    Attributes:
-      lookups: what was looked up.
-    """
-
-    def __init__(self, table: Any, offsets: Sequence[Sequence[chex.Array]] | None = None) -> None:
-        array = table.array if is_sharded_table(table) else table
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
-        self.lookups: list[Lookup] = []
-        self._table = table
-        self._offsets = offsets
-        self._trace = _current_trace()
-
-    def take_for(self, holder: ShardedTable, *args: Any, **kwargs: Any) -> list[jax.Array]:
-        """`take`, where this stands for the array of a table on a mesh."""
-        if not is_sharded_table(self._table):
-            self._table = holder.with_array(self._table)
-        return self.take(*args, **kwargs)
-
-    def take(
-        self, indices: Sequence[chex.Array], fill_value: float, *, batch_axis: int = 0
-    ) -> list[jax.Array]:
-        """Rows, see `RowTable`."""
-        if _current_trace() != self._trace:
-            raise TypeError(
-                f"a table of shape {self._table.shape} trained by rows is looked up inside another "
-                "JAX transformation (jax.vmap, jax.lax.scan, jax.checkpoint or an inner jax.jit): "
-                "look up before it, or train the table densely, with a larger large_table_rows."
-            )
-        rows, indices = _read(self._table, indices, fill_value, batch_axis)
-        sharding = self._table.sharding if is_sharded_table(self._table) else None
-        layout = None if sharding is None else sharding.for_batch(indices, batch_axis)
-        self.lookups.append(Lookup(indices, self._table.shape[0], layout, batch_axis))
-        if self._offsets is None:
-            return rows
-        offsets = self._offsets[len(self.lookups) - 1]
-        return [each + offset for each, offset in zip(rows, offsets, strict=True)]
-
-    def __getitem__(self, key: Any) -> "LookedUp":
-        return self if key is Ellipsis else self._refuse()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise _OnlyLookedUpError(repr(self))
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise _OnlyLookedUpError(repr(self))
-
-    def __repr__(self) -> str:
-        # Also what JAX quotes when it refuses the object in its own words.
-        return (
-            f"a table of shape {self._table.shape} trained by rows can only be looked up, with "
-            "qrhash.gather, qrhash.lookup or a module of qrhash: to use it as an array, for "
-            "instance to attend over it, train it densely, with a larger large_table_rows."
-        )
-
-
-class _OnlyLookedUpError(AttributeError, TypeError):
-    """A TypeError to people, an AttributeError to `hasattr`."""
-
-
-for _name in (
-    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
-    *("radd", "rsub", "rmul", "rmatmul", "rtruediv", "rfloordiv", "rmod", "rpow"),
-    *("neg", "pos", "abs", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "array"),
-):
-    setattr(LookedUp, f"__{_name}__", LookedUp._refuse)
-
-
-def zero_offsets(
-    fun: Callable[[Sequence[LookedUp]], Any], tables: Sequence[chex.Array]
-) -> list[list[list[jax.Array]]]:
-    """The offsets for all look-ups that a function does in tables [rows, width], none computed."""
-    shapes: list[list[list[tuple[int, ...]]]] = []
-
-    def record(tables: Sequence[chex.Array]) -> None:
-        reads = [LookedUp(table) for table in tables]
-        fun(reads)
-        shapes.extend(
-            [[index.shape for index in lookup.indices] for lookup in read.lookups] for read in reads
-        )
-
-    try:
-        jax.eval_shape(record, tables)
-    except TypeError as error:
-        if isinstance(error, _OnlyLookedUpError) or LookedUp.__name__ not in str(error):
-            raise
-        raise _OnlyLookedUpError(
-            "a table trained by rows was used in a JAX function or transformation, but can only be "
-            "looked up, and outside of jax.checkpoint, jax.jit and their like: look up before "
-            "these, or train the table densely, with a larger large_table_rows."
-        ) from error
-    return [
-        [
-            [jnp.zeros((*shape, table.shape[-1]), table.dtype) for shape in of_lookup]
-            for of_lookup in of_table
-        ]
-        for table, of_table in zip(tables, shapes, strict=True)
-    ]
-
-
-def row_grads(
-    tables: Sequence[Any],
-    lookups: Sequence[Sequence[Lookup]],
-    offset_grads: Sequence[Sequence[Sequence[jax.Array]]],
-) -> list[RowGrads]:
-    """One `RowGrads` for each table, of all its look-ups."""
-    return [
-        functools.reduce(operator.add, map(_grads_of_lookup, of_table, values))
-        if of_table
-        else _no_grads(table)
-        for table, of_table, values in zip(tables, lookups, offset_grads, strict=True)
-    ]
-
-
-def _grads_of_lookup(lookup: Lookup, values: Sequence[jax.Array]) -> RowGrads:
-    layout, indices = lookup.sharding, lookup.indices
-    if layout is not None:
-        flat = flatten_lookups(layout, lookup.batch_axis, indices, values)
-        return RowGrads(*flat, lookup.num_rows, sharding=layout)
-    rows = jnp.concatenate([index.reshape(-1) for index in indices])
-    rows_grads = jnp.concatenate([each.reshape(-1, each.shape[-1]) for each in values])
-    return RowGrads(rows, rows_grads, lookup.num_rows)
-
-
-def _no_grads(table: Any) -> RowGrads:
-    """The gradient of a table that was not looked up."""
-    sharding = table.sharding if is_sharded_table(table) else None
-    if table.ndim != 2:
-        raise ValueError(
-            f"a table on a mesh, an array of shape {table.shape}, is to be trained by rows but "
-            "never looked up: leave it out of by_rows."
-        )
-    values = jnp.zeros((0, table.shape[1]), table.dtype)
-    return RowGrads(jnp.zeros(0, jnp.int32), values, table.shape[0], sharding=sharding)
-
-
-def _current_trace() -> Any:
-    return jax.extend.core.get_opaque_trace_state(convention="flax")

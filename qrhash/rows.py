@@ -6,7 +6,6 @@ row: "hash" finds duplicates by hashing row numbers into a scratch of a few word
 by sorting them.
 """
 
-import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,27 +22,6 @@ MERGE_METHODS = ("hash", "sort")
 
 # Tables with at most so many rows for each row looked up need no hashing: every row has a slot.
 _SLOTS_PER_LOOKUP = 4
-
-
-class RowTable(abc.ABC):
-    """What may stand for a table in a look-up: something to read rows from, and no more.
-
-    Attributes:
-      shape: [rows, width].
-      dtype: of its entries.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @abc.abstractmethod
-    def take(
-        self, indices: Sequence[chex.Array], fill_value: float, *, batch_axis: int = 0
-    ) -> list[jax.Array]:
-        """For each index [*shape], rows [*shape, width]; those outside hold `fill_value`.
-
-        The axis `batch_axis` of the indices is the one that a mesh splits.
-        """
 
 
 def device_index(index: chex.Array, rows: int) -> jax.Array:
@@ -120,8 +98,8 @@ def read_rows(
         return tuple(_rows_or_zeros(array, index) for array in arrays), index
 
     def skip(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
-        shapes = [(*index.shape, *array.shape[1:]) for array in arrays]
-        zeros = (jnp.zeros(s, a.dtype) for s, a in zip(shapes, arrays, strict=True))
+        shapes = jax.eval_shape(read, arrays, index)[0]
+        zeros = (zeros_beside(each, each.shape, each.dtype) for each in shapes)
         return tuple(zeros), jnp.full_like(index, num_rows)
 
     if index.size == 0:
@@ -143,9 +121,37 @@ def _rows_or_zeros(table: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where(across(in_table, rows), rows, 0) * across(in_table.astype(table.dtype), rows)
 
 
-def out_sharding(table: jax.Array, index: jax.Array) -> NamedSharding | None:
-    """On a mesh of explicit axes, that of rows: laid out as their ids are."""
-    sharding = jax.typeof(table).sharding
+def gather_rows(table: chex.Array, index: jax.Array) -> jax.Array:
+    """Rows [*shape, width] of row numbers [*shape]; zeros for those outside the table."""
+    table = jnp.asarray(table)
+    return table.at[index].get(
+        mode="fill",
+        fill_value=0,
+        wrap_negative_indices=False,
+        out_sharding=out_sharding(table, index),
+    )
+
+
+def _type_of(array: Any) -> Any:
+    return array if isinstance(array, jax.core.AbstractValue) else jax.typeof(array)
+
+
+def varying_axes(array: Any) -> tuple[str, ...]:
+    """Inside of a `jax.shard_map` that checks it: the mesh axes over which an array differs."""
+    kind = _type_of(array)
+    manual = getattr(kind, "manual_axis_type", None)  # since jax 0.11
+    return tuple(sorted(kind.vma if manual is None else manual.varying))
+
+
+def zeros_beside(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros that, inside of `jax.shard_map`, vary over the same mesh axes as an array, or type."""
+    zeros, axes = jnp.zeros(shape, dtype), varying_axes(like)
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def out_sharding(table: Any, index: jax.Array) -> NamedSharding | None:
+    """On a mesh of explicit axes, that of rows of a table, or type of one: as their ids are."""
+    sharding = _type_of(table).sharding
     if sharding.mesh.empty or not sharding.mesh.are_all_axes_explicit:
         return None
     spec = PartitionSpec(*jax.typeof(index).sharding.spec, *sharding.spec[1:])
@@ -193,8 +199,11 @@ def merge_rows(
       positions have row number num_rows and values of zero.
     """
     check_merge_method(method)
-    method = method or ("hash" if jax.default_backend() == "cpu" else "sort")
-    if values.shape[0] == 0:
+    m = values.shape[0]
+    # In a program exported for any batch, m is a symbol: there is no telling how to sort it.
+    is_symbol = not isinstance(m, int)
+    method = method or ("hash" if is_symbol or jax.default_backend() == "cpu" else "sort")
+    if m == 0:
         return index, values
     index = rows_or_end(index, num_rows)
     # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
@@ -231,23 +240,30 @@ def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
     """For each position [m], one position of all that name the same row."""
     m = rows.shape[0]
     positions = jnp.arange(m, dtype=jnp.int32)
-    if num_rows < _SLOTS_PER_LOOKUP * m:
+    is_symbol = not isinstance(m, int)
+    if not is_symbol and num_rows < _SLOTS_PER_LOOKUP * m:
         return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
-    bits = max(1, (_SLOTS_PER_LOOKUP * m - 1).bit_length())
+    if is_symbol:
+        num_slots = _SLOTS_PER_LOOKUP * m
+        slot_of = lambda hashes: hashes % jnp.asarray(num_slots, jnp.uint32)  # noqa: E731
+    else:
+        bits = max(1, (_SLOTS_PER_LOOKUP * m - 1).bit_length())
+        num_slots = 1 << bits
+        slot_of = lambda hashes: hashes >> (32 - bits)  # noqa: E731
 
     def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
         count, chosen, left = state
-        slots = _hash(rows, count) >> (32 - bits)
-        slots = slots.astype(jnp.int32)
-        scratch = jnp.zeros(1 << bits, jnp.int32)
-        scratch = scratch.at[jnp.where(left, slots, 1 << bits)].set(
+        slots = slot_of(_hash(rows, count)).astype(jnp.int32)
+        scratch = zeros_beside(rows, (num_slots,), jnp.int32)
+        scratch = scratch.at[jnp.where(left, slots, num_slots)].set(
             positions, mode="drop", wrap_negative_indices=False
         )
         candidates = scratch.at[slots].get(mode="promise_in_bounds")
         found = left & (rows.at[candidates].get(mode="promise_in_bounds") == rows)
         return count + 1, jnp.where(found, candidates, chosen), left & ~found
 
-    start = attempt((jnp.uint32(0), positions, jnp.ones(m, bool)))
+    everything = zeros_beside(rows, (m,), jnp.int32)
+    start = attempt((jnp.uint32(0), positions + everything, everything == 0))
     return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
 
 

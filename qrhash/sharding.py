@@ -31,8 +31,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qrhash.arithmetic import as_size, ceil_div
 from qrhash.rows import (
-    RowTable,
-    across,
     add_rows,
     device_index,
     distinct_rows,
@@ -40,7 +38,9 @@ from qrhash.rows import (
     read_rows,
     rows_or_end,
     set_rows,
+    wide_dtype,
 )
+from qrhash.take import LocalReader, Reader, take
 
 EXCHANGES = ("auto", "reduce", "all_to_all")
 
@@ -294,7 +294,7 @@ class Sharding:
     jax.tree_util.register_dataclass, data_fields=("array",), meta_fields=("num_rows", "sharding")
 )
 @dataclasses.dataclass(frozen=True, eq=False)
-class ShardedTable(RowTable):
+class ShardedTable:
     """A large table on a mesh: stands for an array [num_rows, width] in look-ups and in training.
 
     As a pytree it has one leaf, the array: optimizers keep their state in the same layout.
@@ -310,7 +310,7 @@ class ShardedTable(RowTable):
     sharding: Sharding
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         """[num_rows, width]."""
         return (self.num_rows, *self.array.shape[2:])
 
@@ -320,7 +320,7 @@ class ShardedTable(RowTable):
         return len(self.shape)
 
     @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
+    def dtype(self) -> np.dtype:
         """Of its entries."""
         return self.array.dtype
 
@@ -328,21 +328,44 @@ class ShardedTable(RowTable):
         """Another array in the same layout."""
         return dataclasses.replace(self, array=array)
 
+    # Gradients of tables add up, and are scaled, as arrays and `RowGrads` are.
+    def __add__(self, other: "ShardedTable") -> "ShardedTable":
+        if not isinstance(other, ShardedTable):
+            return NotImplemented
+        if (self.num_rows, self.sharding) != (other.num_rows, other.sharding):
+            raise ValueError("only tables, or gradients, of one number of rows and layout add up.")
+        return self.with_array(self.array + other.array)
+
+    def __radd__(self, other: Any) -> "ShardedTable":
+        """0 + the table: where `sum` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    # An array left of an operator leaves it to the table.
+    __array_ufunc__ = None
+
+    def __neg__(self) -> "ShardedTable":
+        return self.with_array(-self.array)
+
+    def __sub__(self, other: "ShardedTable") -> "ShardedTable":
+        return self + -other if isinstance(other, ShardedTable) else NotImplemented
+
+    def __mul__(self, factor: chex.Numeric) -> "ShardedTable":
+        return self.with_array(self.array * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: chex.Numeric) -> "ShardedTable":
+        return self.with_array(self.array / divisor)
+
     def take(
-        self, indices: Sequence[chex.Array], fill_value: float, *, batch_axis: int = 0
+        self, indices: Sequence[chex.Array], *, batch_axis: int = 0, is_whole: bool = False
     ) -> list[jax.Array]:
-        """Rows, see `RowTable`."""
-        # What stands for the array while its look-ups are recorded: see `qrhash.rowgrads`.
-        if take := getattr(self.array, "take_for", None):
-            return take(self, indices, fill_value, batch_axis=batch_axis)
+        """For each index [*shape], rows [*shape, width]; zeros for those outside the table."""
         indices, layout = self._on_mesh(indices, batch_axis)
-        rows = _take((layout, self.num_rows, batch_axis), self.array, tuple(indices))
-        if fill_value == 0:
-            return list(rows)
-        return [
-            jnp.where(across(index < self.num_rows, each), each, fill_value)
-            for index, each in zip(indices, rows, strict=True)
-        ]
+        reader = ShardedReader(
+            layout=layout, rows=self.num_rows, batch_axis=batch_axis, is_whole=is_whole
+        )
+        return take(self.array, indices, reader)
 
     def read(
         self, indices: Sequence[chex.Array], *, batch_axis: int = 0
@@ -440,39 +463,115 @@ def _from_order(layout: Sharding, rows_per_shard: int, rows: jax.Array) -> jax.A
     return layout.run(send, (ordered,), spec)(rows)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardedReader(Reader):
+    """Of the array [S, R, width] of a table on a mesh.
+
+    Attributes:
+      layout: its `Sharding`.
+      rows: of the table, without padding.
+    """
+
+    layout: Sharding
+    rows: int
+
+    def take(self, table: Any, indices: Sequence[jax.Array]) -> list[jax.Array]:
+        """See `Reader`."""
+        return self.read(table, indices)[0]
+
+    def read(
+        self, table: Any, indices: Sequence[jax.Array]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """See `Reader`."""
+        layout = self.layout.for_batch(indices, self.batch_axis)
+        return _read((layout, self.rows, self.batch_axis), table, indices)
+
+    def gradient(
+        self, table: Any, indices: Sequence[jax.Array], cotangents: Sequence[jax.Array]
+    ) -> jax.Array:
+        """See `Reader`: its look-ups' gradients, added up where the rows are."""
+        layout = self.layout.for_batch(indices, self.batch_axis)
+        values = [each.astype(wide_dtype(each.dtype)) for each in cotangents]
+        rows, flat = flatten_lookups(layout, self.batch_axis, indices, values)
+        owned, sums = to_owners(layout, self.rows, rows, flat, None)
+        end = layout.rows_per_shard(self.rows)
+
+        def add(rows: jax.Array, sums: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((end, *sums.shape[2:]), sums.dtype)
+            return add_rows(zeros, rows[0], sums[0], is_merged=True)[None]
+
+        in_specs = (layout.table_spec(2), layout.table_spec(sums.ndim))
+        return layout.run(add, in_specs, in_specs[1])(owned, sums)
+
+    def flatten(
+        self, indices: Sequence[jax.Array], values: Sequence[jax.Array], *, num_loops: int
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """See `Reader`."""
+        axis = self.batch_axis + num_loops
+        layout = self.layout.for_batch(indices, axis)
+        return flatten_lookups(layout, axis, indices, values), layout
+
+    def num_rows(self, table: Any) -> int:
+        """See `Reader`."""
+        del table
+        return self.rows
+
+    def take_from_many(self, tables: Any, indices: Sequence[jax.Array]) -> list[jax.Array]:
+        """See `Reader`: one after the other."""
+        axis = self.batch_axis
+        each = [
+            take(table, [jnp.take(index, number, axis) for index in indices], self)
+            for number, table in enumerate(tables)
+        ]
+        return [jnp.stack(rows, axis) for rows in zip(*each, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplicatedReader(LocalReader):
+    """Of a table that is on every device of a mesh: each reads for its part of the batch.
+
+    Attributes:
+      layout: how the batch is split.
+    """
+
+    layout: Sharding
+
+    def take(self, table: Any, indices: Sequence[jax.Array]) -> list[jax.Array]:
+        """See `Reader`."""
+        layout, local, specs = self._on_mesh(indices)
+        run = layout.run(local.take, (PartitionSpec(), specs), specs)
+        return run(table, list(indices))
+
+    def gradient(
+        self, table: Any, indices: Sequence[jax.Array], cotangents: Sequence[jax.Array]
+    ) -> jax.Array:
+        """See `Reader`."""
+        layout, local, specs = self._on_mesh(indices)
+
+        def add(indices: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> jax.Array:
+            gradient = local.gradient(table, indices, cotangents)
+            return jax.lax.psum(gradient, layout.batch) if layout.batch else gradient
+
+        run = layout.run(add, (specs, specs), PartitionSpec())
+        return run(list(indices), list(cotangents))
+
+    def take_from_many(self, tables: Any, indices: Sequence[jax.Array]) -> list[jax.Array]:
+        """See `Reader`."""
+        local = LocalReader(batch_axis=self.batch_axis, segments=self.segments)
+        return local.take_from_many(tables, indices)
+
+    def _on_mesh(
+        self, indices: Sequence[jax.Array]
+    ) -> tuple[Sharding, LocalReader, list[PartitionSpec]]:
+        """The layout of these look-ups, what each device reads by, and specs of the indices."""
+        layout = self.layout.for_batch(indices, self.batch_axis)
+        devices = layout._size(layout.batch)
+        segments = tuple(each._replace(lookups=each.lookups // devices) for each in self.segments)
+        local = LocalReader(batch_axis=self.batch_axis, segments=segments)
+        return layout, local, [layout.batch_spec(index.ndim, self.batch_axis) for index in indices]
+
+
 _Layout = tuple[Sharding, int, int]  # how a table is split, its rows, and the axis of the batch
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _take(
-    where: _Layout, array: jax.Array, indices: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
-    return tuple(_read(where, array, indices)[0])
-
-
-def _take_forward(
-    where: _Layout, array: jax.Array, indices: tuple[jax.Array, ...]
-) -> tuple[Any, Any]:
-    return _take(where, array, indices), (indices, array[:, :0])
-
-
-def _take_backward(where: _Layout, saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-    """The gradient of the whole table: its look-ups' gradients, added up where the rows are."""
-    (layout, num_rows, batch_axis), (indices, empty) = where, saved
-    rows, values = flatten_lookups(layout, batch_axis, indices, gradients)
-    owned, sums = to_owners(layout, num_rows, rows, values, None)
-    end = layout.rows_per_shard(num_rows)
-
-    def add(rows: jax.Array, sums: jax.Array) -> jax.Array:
-        zeros = jnp.zeros((end, *sums.shape[2:]), empty.dtype)
-        return add_rows(zeros, rows[0], sums[0], is_merged=True)[None]
-
-    in_specs = (layout.table_spec(2), layout.table_spec(sums.ndim))
-    gradient = layout.run(add, in_specs, in_specs[1])(owned, sums)
-    return gradient, tuple(np.zeros(index.shape, jax.dtypes.float0) for index in indices)
-
-
-_take.defvjp(_take_forward, _take_backward)
 
 
 def _read(

@@ -8,8 +8,6 @@ differentiate at where a table is large: see `qrhash.rowgrads`.
 
 import dataclasses
 import functools
-import itertools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,31 +22,11 @@ from jax.sharding import PartitionSpec
 from qrhash.arithmetic import as_ids, ceil_div
 from qrhash.combine import Projection, as_projection, combine
 from qrhash.config import EmbedConfig, Initializer
-from qrhash.rows import INT32_MAX, RowTable, as_one, device_index, out_sharding, wide_dtype
-from qrhash.sharding import ShardedTable, Sharding
-
-# Up to this many rows, a one-hot product gives a table's gradient faster than a scatter-add of
-# all the batch's rows onto it, which on an accelerator waits for itself at every duplicate. On the
-# CPU the scatter-add is a plain loop over rows, and faster for a table of any length.
-_ONE_HOT_ROWS = {"cpu": 0}
-_ONE_HOT_ROWS_ELSEWHERE = 2048
-_ONE_HOT_ENTRIES = 2**26
+from qrhash.rows import INT32_MAX, across, device_index, wide_dtype
+from qrhash.sharding import ReplicatedReader, ShardedTable, Sharding
+from qrhash.take import LocalReader, Segment, take
 
 _DRAWN_AT_ONCE = 2**22  # random numbers
-
-
-class Segment(NamedTuple):
-    """Some look-ups, next to each other, that all go to one part of a table.
-
-    Attributes:
-      offset: first row of the part.
-      rows: its number of rows.
-      lookups: number of row numbers.
-    """
-
-    offset: int
-    rows: int
-    lookups: int
 
 
 def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[Any, ...]:
@@ -224,6 +202,17 @@ def lookup(
     >>> lookup(init(jax.random.key(0), config), jnp.array([[1, 2, 3]]), config).shape
     (1, 3, 8)
     """
+    return _lookup(tables, ids, config, projection)
+
+
+def _lookup(
+    tables: Sequence[chex.Array],
+    ids: chex.Array,
+    config: EmbedConfig,
+    projection: Projection | chex.Array | None,
+    *,
+    is_whole: bool = False,
+) -> jax.Array:
     chex.assert_shape(
         list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
     )
@@ -232,7 +221,10 @@ def lookup(
     def from_tables(
         tables: Sequence[chex.Array], projection: Projection | chex.Array | None
     ) -> jax.Array:
-        rows = gather(tables, indices, fill_value=0.0)
+        rows = [
+            _take(table, index, 0.0, is_whole=is_whole)
+            for table, index in zip(tables, indices, strict=True)
+        ]
         return vectors(rows, indices, config, projection)
 
     if _is_gathered_again(tables, config):
@@ -332,23 +324,32 @@ def attend(
       and the tables promote.
     """
     chex.assert_axis_dimension(query, -1, config.features)
+    _check_attended(config)
     dtype = config.dtype or jnp.result_type(query, config.param_dtype)
     query = query.astype(dtype)
     ids = jnp.arange(config.num_embeddings)
     if config.id_policy == "raise":
         config = dataclasses.replace(config, id_policy="nan")  # All ids here are in range.
     if config.operation not in ("add", "concat"):
-        return query @ lookup(tables, ids, config, projection).astype(dtype).T
+        return query @ _lookup(tables, ids, config, projection, is_whole=True).astype(dtype).T
     queries = [query] * config.num_tables
     if config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
     indices = config.partition.indices(ids)
     logits = (
-        _take(_products(table, part), index, _fill_value(config))
+        _take(_products(table, part), index, _fill_value(config), is_whole=True)
         for table, part, index in zip(tables, queries, indices, strict=True)
     )
     return jnp.moveaxis(functools.reduce(operator.add, logits), 0, -1)
+
+
+def _check_attended(config: EmbedConfig) -> None:
+    if config.num_embeddings - 1 > INT32_MAX and jnp.asarray(0).dtype.itemsize < 8:
+        raise ValueError(
+            f"attend computes a logit for every id, but num_embeddings={config.num_embeddings} "
+            "ids need 64 bits: attend over candidates of your own, looked up with qrhash.lookup."
+        )
 
 
 def _products(table: Any, query: jax.Array) -> Any:
@@ -520,123 +521,37 @@ def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> 
         )
 
 
-def _take(table: Any, index: chex.Array, fill_value: float) -> jax.Array:
-    index = device_index(index, table.shape[0])
-    segment = Segment(0, table.shape[0], index.size)
-    return take_segments(table, [index], (segment,), fill_value)[0]
+def _take(table: Any, index: chex.Array, fill_value: float, *, is_whole: bool = False) -> jax.Array:
+    num_rows = table.shape[0]
+    index = device_index(index, num_rows)
+    segments = (Segment(0, num_rows, index.size),)
+    (rows,) = take_segments(table, [index], segments, is_whole=is_whole)
+    if fill_value == 0:
+        return rows
+    return jnp.where(across((index >= 0) & (index < num_rows), rows), rows, fill_value)
 
 
 def take_segments(
-    table: chex.Array | RowTable,
+    table: chex.Array | ShardedTable,
     indices: Sequence[jax.Array],
     segments: tuple[Segment, ...],
-    fill_value: float,
     *,
     batch_axis: int = 0,
     sharding: Sharding | None = None,
+    is_whole: bool = False,
 ) -> list[jax.Array]:
     """For each index [*shape], gathers rows [*shape, width] of a table that is a stack of others.
 
-    `segments` say which look-ups, in the order of the indices, go to which part of the table. The
-    gradient of a part of few rows is then, on accelerators, a product with one-hot rows. With a
-    `sharding`, every device does that for its part of the batch.
+    Rows outside the table are zeros. `segments` say which look-ups, in the order of the indices,
+    go to which part of the table. With a `sharding`, every device does its part of the batch.
     """
-    if isinstance(table, RowTable):
-        return table.take(indices, fill_value, batch_axis=batch_axis)
-    table = jnp.asarray(table)
-    if sharding is None:
-        return _take_locally(table, indices, segments, fill_value)
-    layout = sharding.for_batch(indices, batch_axis)
-    devices = math.prod(layout.mesh.shape[axis] for axis in layout.batch)
-    local = tuple(each._replace(lookups=each.lookups // devices) for each in segments)
-    specs = [layout.batch_spec(index.ndim, batch_axis) for index in indices]
-    take = functools.partial(_take_locally, segments=local, fill_value=fill_value)
-    return layout.run(take, (PartitionSpec(), specs), specs)(table, list(indices))
-
-
-def _take_locally(
-    table: jax.Array,
-    indices: Sequence[jax.Array],
-    segments: tuple[Segment, ...],
-    fill_value: float,
-) -> list[jax.Array]:
-    index, split = as_one(indices, table.shape[0])
-    if not any(map(_is_for_one_hot, segments)) or out_sharding(table, index) is not None:
-        return split(_take_from_large(table, index, fill_value))
-    return split(_take_from_small(segments, fill_value, table, index))
-
-
-def _take_from_large(table: jax.Array, index: jax.Array, fill_value: float) -> jax.Array:
-    return table.at[index].get(
-        mode="fill",
-        fill_value=fill_value,
-        wrap_negative_indices=False,
-        out_sharding=out_sharding(table, index),
+    if isinstance(table, ShardedTable):
+        return table.take(indices, batch_axis=batch_axis, is_whole=is_whole)
+    options: dict[str, Any] = {"segments": segments, "batch_axis": batch_axis, "is_whole": is_whole}
+    reader = (
+        LocalReader(**options) if sharding is None else ReplicatedReader(**options, layout=sharding)
     )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _take_from_small(
-    segments: tuple[Segment, ...], fill_value: float, table: jax.Array, index: jax.Array
-) -> jax.Array:
-    del segments  # Of concern to the derivative alone.
-    return _take_from_large(table, index, fill_value)
-
-
-@_take_from_small.defjvp
-def _take_from_small_jvp(
-    segments: tuple[Segment, ...],
-    fill_value: float,
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-) -> tuple[jax.Array, jax.Array]:
-    """The derivative, in a form whose transpose is the table's gradient."""
-    (table, index), (table_dot, _) = primals, tangents
-    numbers = jax.lax.split(index.reshape(-1), [segment.lookups for segment in segments])
-    tangents_of = _tangents_of_parts(table_dot, segments)
-    parts = []
-    for (is_for_one_hot, num_rows, lookups), run in itertools.groupby(
-        zip(segments, numbers, strict=True), lambda pair: _kind(pair[0])
-    ):
-        of_run, numbers_of_run = zip(*run, strict=True)
-        if not is_for_one_hot:
-            parts.append(_take_from_large(table_dot, jnp.concatenate(numbers_of_run), 0.0))
-            continue
-        local = [
-            each - segment.offset for each, segment in zip(numbers_of_run, of_run, strict=True)
-        ]
-        one_hot = jax.nn.one_hot(jnp.stack(local), num_rows, axis=1, dtype=table.dtype)
-        of_parts = jnp.stack([tangents_of[segment.offset] for segment in of_run])
-        product = jnp.einsum("srn,srf->snf", one_hot, of_parts, precision=jax.lax.Precision.HIGHEST)
-        parts.append(product.reshape(len(of_run) * lookups, table.shape[1]))
-    rows_dot = jnp.concatenate(parts).reshape(*index.shape, table.shape[1])
-    # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
-    in_table = (index >= 0) & (index < table.shape[0])
-    return (
-        _take_from_large(table, index, fill_value),
-        jnp.where(in_table[..., None], rows_dot, 0),
-    )
-
-
-def _tangents_of_parts(table_dot: jax.Array, segments: Sequence[Segment]) -> dict[int, jax.Array]:
-    """First row -> tangents, of each part of the table that segments go to."""
-    edges = {0, table_dot.shape[0]}
-    edges.update(edge for each in segments for edge in (each.offset, each.offset + each.rows))
-    starts = sorted(edges)
-    parts = jax.lax.split(table_dot, [b - a for a, b in itertools.pairwise(starts)])
-    return dict(zip(starts, parts, strict=False))
-
-
-def _is_for_one_hot(segment: Segment) -> bool:
-    most = _ONE_HOT_ROWS.get(jax.default_backend(), _ONE_HOT_ROWS_ELSEWHERE)
-    return segment.rows <= most and segment.rows * segment.lookups <= _ONE_HOT_ENTRIES
-
-
-def _kind(segment: Segment) -> tuple[bool, int, int]:
-    """What neighbouring segments must have in common to be handled in one product, or gather."""
-    if _is_for_one_hot(segment):
-        return (True, segment.rows, segment.lookups)
-    return (False, 0, 0)
+    return take(jnp.asarray(table), indices, reader)
 
 
 def _within_vocabulary(ids: chex.Array, config: EmbedConfig) -> chex.Array:

@@ -126,7 +126,7 @@ def _masked(cfg, ids, weights):
 )
 def test_gradients_equal_those_of_each_feature(by_rows, one_hot_rows, rng, monkeypatch):
     """Dense, and by rows: shared tables collect from all that share them."""
-    monkeypatch.setitem(qrhash.tables._ONE_HOT_ROWS, "cpu", one_hot_rows)
+    monkeypatch.setitem(qrhash.take._ONE_HOT_ROWS, "cpu", one_hot_rows)
     tables, stacks, projections = _parameters(rng)
     gradient = (
         qrhash.value_and_grad(_loss, (CONFIG.large_tables, False))

@@ -1,17 +1,15 @@
 """Row gradients: merging against a dictionary, `value_and_grad` against `jax.value_and_grad`."""
 
 import collections
-import functools
-import itertools
+import copy
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters, quick_jit
-from cases import config as make_config
+from cases import assert_close, quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,7 +173,8 @@ def test_a_tree_through_jit_grad_accumulation_and_device_put(rng):
     same = jax.jit(lambda tree: tree)(jax.device_put(grads))
     assert jax.tree.structure(same) == jax.tree.structure(grads)
     assert (same["table"].num_rows, same["table"].is_merged) == (5, True)
-    jax.tree.map(np.testing.assert_array_equal, same, grads)
+    np.testing.assert_array_equal(same["table"].rows, grads["table"].rows)
+    np.testing.assert_array_equal(same["table"].values, grads["table"].values)
     is_rows = lambda node: isinstance(node, RowGrads)  # noqa: E731
     twice = jax.jit(lambda a: jax.tree.map(lambda x: x + x, a, is_leaf=is_rows))(grads)
     assert_close(twice["table"].to_dense(), 2 * _dense(grads["table"]))
@@ -183,14 +182,187 @@ def test_a_tree_through_jit_grad_accumulation_and_device_put(rng):
     assert jax.tree.structure(other) != jax.tree.structure(grads["table"])
 
 
-def test_merged_values_give_the_dense_norm(rng):
+def test_global_norm_is_that_of_the_dense_gradients(rng):
     grads = {"table": _draw(rng, 9), "deep": [jnp.ones((2, 2)), _draw(rng, 4), _draw(rng, 0)]}
     is_rows = lambda node: isinstance(node, RowGrads)  # noqa: E731
     dense = jax.tree.map(lambda g: _dense(g) if is_rows(g) else g, grads, is_leaf=is_rows)
     want = np.sqrt(sum((np.asarray(leaf) ** 2).sum() for leaf in jax.tree.leaves(dense)))
-    values = qrhash.merged_values(grads)
-    assert values["table"].shape == (9, 3)
-    assert_close(optax.global_norm(values), want)
+    assert_close(qrhash.global_norm(grads), want)
+    assert_close(quick_jit(qrhash.global_norm)(grads), want)
+    assert qrhash.global_norm({}) == 0
+    many = _grads([3] * 300, jnp.ones((300, 1), jnp.bfloat16), 5)
+    assert qrhash.global_norm(many) == 300
+
+
+# What people write over a tree of gradients. Row numbers must not be added, scaled or counted.
+TREE_ARITHMETIC = {
+    "add": lambda g: jax.tree.map(jnp.add, g, g),
+    "operator": lambda g: jax.tree.map(lambda a, b: a + b, g, g),
+    "subtract": lambda g: jax.tree.map(jnp.subtract, g, g),
+    "twice": lambda g: jax.tree.map(lambda x: x * 2, g),
+    "half": lambda g: jax.tree.map(lambda x: x * 0.5, g),
+    "halves": lambda g: jax.tree.map(lambda x: x // 2, g),
+    "mean of two": lambda g: jax.tree.map(lambda a, b: (a + b) / 2, g, g),
+    "negative": lambda g: jax.tree.map(jnp.negative, g),
+    "sign": lambda g: jax.tree.map(jnp.sign, g),
+    "clip": lambda g: jax.tree.map(lambda x: jnp.clip(x, -1, 1), g),
+    "maximum": lambda g: jax.tree.map(lambda x: jnp.maximum(x, 0), g),
+    "square": lambda g: jax.tree.map(jnp.square, g),
+    "moving average": lambda g: jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, g, g),
+    "cast": lambda g: jax.tree.map(lambda x: x.astype(jnp.bfloat16), g),
+    "sum": lambda g: jax.tree.map(jnp.sum, g),
+    "optax.tree.add": lambda g: optax.tree.add(g, g),
+    "optax.tree.scale": lambda g: optax.tree.scale(2, g),
+    "optax.global_norm": optax.global_norm,
+    "optax.clip": lambda g: optax.clip(1.0).update(g, optax.EmptyState())[0],
+    "optax.clip_by_global_norm": lambda g: optax.clip_by_global_norm(1.0).update(g, None)[0],
+    "optax.sgd": lambda g: optax.sgd(0.1).update(g, optax.sgd(0.1).init(g))[0],
+    "scan carry": lambda g: jax.lax.scan(
+        lambda sums, _: (jax.tree.map(jnp.add, sums, g), None), g, None, length=2
+    )[0],
+    "zeros, and add": lambda g: jax.tree.map(jnp.add, jax.tree.map(jnp.zeros_like, g), g),
+    "psum": lambda g: jax.vmap(
+        lambda _: jax.lax.psum(g, "i"), axis_name="i", out_axes=None, axis_size=2
+    )(jnp.arange(2)),
+    "pmean": lambda g: jax.vmap(lambda g: jax.lax.pmean(g, "i"), axis_name="i")(
+        jax.tree.map(lambda x: jnp.stack([x, x]), g)
+    ),
+}
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", TREE_ARITHMETIC)
+def test_tree_arithmetic_on_row_numbers_is_loud(name, wrap, is_merged, rng):
+    grads = {"table": _draw(rng, 6, low=0), "bias": jnp.ones(2)}
+    grads["table"] = grads["table"].merge() if is_merged else grads["table"]
+    with pytest.raises((TypeError, NotImplementedError, AttributeError, ValueError)):
+        wrap(TREE_ARITHMETIC[name])(grads)
+
+
+def test_the_error_names_row_gradients_and_where_optimizers_go(rng):
+    for change in (lambda x: x * 2, jnp.negative, lambda x: x + x, lambda x: jnp.clip(x, 0, 1)):
+        with pytest.raises(TypeError, match=r"qrhash.RowGrads.*qrhash.touched_rows"):
+            jax.tree.map(change, _draw(rng, 3))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.sgd(0.1),
+        optax.adagrad(0.1),
+        optax.adam(0.1),
+        optax.chain(optax.clip(1.0), qrhash.touched_rows(optax.sgd(0.1))),
+        optax.chain(qrhash.touched_rows(optax.sgd(0.1)), optax.scale(0.5)),
+        optax.MultiSteps(qrhash.touched_rows(optax.sgd(0.1)), 2),
+    ],
+    ids=["sgd", "adagrad", "adam", "clipping outside", "scaling outside", "MultiSteps outside"],
+)
+def test_an_optimizer_outside_of_touched_rows_is_told_where_it_goes(tx, wrap, rng):
+    table = jnp.ones((5, 3))
+    with pytest.raises((TypeError, ValueError), match=r"inside (of )?qrhash.touched_rows"):
+        wrap(tx.update)(_draw(rng, 3, low=0), tx.init(table), table)
+
+
+def test_what_moves_gradients_and_does_not_change_them_goes_on(rng):
+    grads = _draw(rng, 6)
+    want = _dense(grads)
+    moved = {
+        "jit": jax.jit(lambda g: g)(grads),
+        "device_put": jax.device_put(grads, jax.devices()[1]),
+        "device_get": jax.device_get(grads),
+        "cond": jax.lax.cond(jnp.array(True), lambda g: g, lambda g: g, grads),
+        "scan": jax.lax.scan(lambda g, _: (g, None), grads, None, length=2)[0],
+        "stop_gradient": jax.tree.map(jax.lax.stop_gradient, grads),
+        "where": jax.tree.map(lambda a: jnp.where(True, a, a), grads),
+        "pickle": pickle.loads(pickle.dumps(grads)),
+        "deepcopy": copy.deepcopy(grads),
+        "eval_shape": jax.tree.map(lambda _, leaf: leaf, jax.eval_shape(lambda: grads), grads),
+    }
+    for name, each in moved.items():
+        assert isinstance(each, RowGrads), name
+        np.testing.assert_array_equal(each.rows, grads.rows, err_msg=name)
+        assert_close(each.to_dense(), want)
+
+
+def test_row_numbers_of_64_bits(rng):
+    with jax.enable_x64(True):
+        rows = jnp.array([2**40, 5, 2**40], jnp.int64)
+        grads = RowGrads(rows, jnp.ones((3, 1)), 2**41)
+        assert jax.jit(lambda g: g)(grads).rows.tolist() == rows.tolist()
+        assert sorted(grads.merge().rows.tolist()) == [5, 2**40, 2**41]
+        with pytest.raises(TypeError, match="touched_rows"):
+            jax.tree.map(jnp.add, grads, grads)
+
+
+def test_row_numbers_of_the_host_are_not_cut_to_32_bits():
+    grads = RowGrads(np.array([2**32 + 1, 1, -(2**32) + 2]), np.ones((3, 1), np.float32), 5)
+    assert grads.rows.tolist() == [5, 1, 5]
+    np.testing.assert_array_equal(grads.to_dense()[:, 0], [0, 1, 0, 0, 0])
+
+
+# --- microbatches ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_microbatches_add_up_to_the_whole_batch(is_sharded, rng):
+    """Exactly: in a loop, in a scan, and in one go."""
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=axes)
+    cfg = qrhash.EmbedConfig(
+        qrhash.QuotientRemainder(1000, 4),
+        4,
+        large_table_rows=10,
+        sharding=qrhash.Sharding(mesh=mesh) if is_sharded else None,
+    )
+    tables = qrhash.init(jax.random.key(0), cfg)
+    batches = jnp.asarray(rng.integers(0, 1000, (3, 8)), jnp.int32)
+    loss = lambda tables, ids: (qrhash.lookup(tables, ids, cfg) ** 2).sum()  # noqa: E731
+    step = qrhash.value_and_grad(loss, cfg.large_tables)
+    want = _whole(step(tables, batches.reshape(-1))[1])
+
+    by_loop = qrhash.add_grads(*(step(tables, ids)[1] for ids in batches))
+    _, stacked = quick_jit(
+        lambda tables: jax.lax.scan(lambda _, ids: (None, step(tables, ids)[1]), None, batches)
+    )(tables)
+    mapped = quick_jit(qrhash.sum_grads)(stacked)
+    for got in (by_loop, mapped):
+        jax.tree.map(assert_close, _whole(got), want)
+        assert_close(qrhash.global_norm(got), optax.global_norm(want))
+    halves = [0.5 * grad for grad in mapped]
+    both = [a + b for a, b in zip(halves, halves, strict=True)]
+    for got in (both, [sum(pair) for pair in zip(halves, halves, strict=True)]):
+        assert [type(grad) for grad in got] == [type(grad) for grad in mapped]
+        jax.tree.map(assert_close, _whole(got), want)
+
+
+def _whole(grads):
+    """Dense gradients, in the order of their rows."""
+
+    def whole(grad):
+        if isinstance(grad, qrhash.ShardedTable):
+            array = grad.array
+            dense = array.to_dense() if isinstance(array, RowGrads) else array
+            return grad.with_array(dense).to_array()
+        return grad.to_dense() if isinstance(grad, RowGrads) else grad
+
+    is_leaf = lambda node: isinstance(node, (RowGrads, qrhash.ShardedTable))  # noqa: E731
+    return [whole(grad) for grad in jax.tree.leaves(grads, is_leaf=is_leaf)]
+
+
+def test_sums_that_do_not_fit_are_refused_in_words(rng):
+    grads, dense = _draw(rng, 3), jnp.ones((5, 3))
+    with pytest.raises(ValueError, match="at least one"):
+        qrhash.add_grads()
+    with pytest.raises(ValueError, match="one structure"):
+        qrhash.add_grads({"a": grads}, {"b": grads})
+    with pytest.raises(TypeError, match="to_dense"):
+        qrhash.add_grads({"a": grads}, {"a": dense})
+    with pytest.raises(ValueError, match=r"leading axis.*\(3,\)"):
+        qrhash.sum_grads(grads)
+    with pytest.raises(ValueError, match="merged"):
+        qrhash.sum_grads(jax.lax.map(lambda _: grads.merge(), jnp.arange(2)))
 
 
 # --- take_rows ------------------------------------------------------------------------------------
@@ -224,358 +396,6 @@ def test_take_rows_refuses_what_gather_refuses():
         qrhash.take_rows((jnp.ones((2, 1)),), (jnp.array([0.0]),))
 
 
-# --- value_and_grad -------------------------------------------------------------------------------
-
-CONFIG = make_config("mixed radix", "project", large_table_rows=3)  # rows 2, 5, 3
-
-
-def _loss(params, ids, scale=1.0):
-    """A masked loss, of two look-ups in the same tables."""
-    tables, projection = params["embed"]
-    total = 0.0
-    for some in (ids, ids[:2].reshape(2, 1)):
-        vectors = qrhash.lookup(tables, some, CONFIG, projection)
-        good = (some >= 0) & (some < CONFIG.num_embeddings)
-        total += (jnp.sin(jnp.where(good[..., None], vectors @ params["dense"], 0)) ** 2).sum()
-    return scale * total
-
-
-def _params(rng):
-    dense = rng.standard_normal((FEATURES, 3)).astype(np.float32)
-    return {"embed": parameters(CONFIG, rng), "dense": jnp.asarray(dense)}
-
-
-BY_ROWS = {"embed": (CONFIG.large_tables, False), "dense": False}
-IDS = jnp.array([7, -1, 28, 7, 29, 0, 8], jnp.int32)
-
-
-def _to_dense(grads):
-    is_rows = lambda node: isinstance(node, RowGrads)  # noqa: E731
-    return jax.tree.map(lambda g: g.to_dense() if is_rows(g) else g, grads, is_leaf=is_rows)
-
-
-def _assert_equal_gradients(got, want):
-    (value, grads), (want_value, want_grads) = got, want
-    jax.tree.map(assert_close, value, want_value)
-    jax.tree.map(assert_close, _to_dense(grads), want_grads)
-
-
-@pytest.mark.parametrize("wrap", [lambda f: f, quick_jit], ids=["eager", "jit"])
-def test_value_and_gradients_equal_the_dense_ones(wrap, rng):
-    params = _params(rng)
-    want = quick_jit(jax.value_and_grad(_loss))(params, IDS, scale=2.0)
-    got = wrap(qrhash.value_and_grad(_loss, BY_ROWS))(params, IDS, scale=2.0)
-    _assert_equal_gradients(got, want)
-    small, *large = got[1]["embed"][0]
-    assert isinstance(small, jax.Array)
-    for grads, table in zip(large, params["embed"][0][1:], strict=True):
-        assert isinstance(grads, RowGrads)
-        assert (grads.shape, grads.dtype) == (table.shape, table.dtype)
-        assert grads.rows.shape == (len(IDS) + 2,)
-        assert grads.rows.dtype == jnp.int32
-        assert not grads.is_merged
-
-
-def test_has_aux_and_positional_and_keyword_arguments(rng):
-    def fun(params, ids, *, scale):
-        return _loss(params, ids, scale), {"ids": ids, "scale": scale}
-
-    params = _params(rng)
-    step = quick_jit(qrhash.value_and_grad(fun, BY_ROWS, has_aux=True))
-    (value, aux), grads = step(params, IDS, scale=jnp.float32(3))
-    _assert_equal_gradients((value, grads), jax.value_and_grad(_loss)(params, IDS, 3.0))
-    assert aux["scale"] == 3
-    assert (aux["ids"] == IDS).all()
-
-
-@pytest.mark.parametrize("by_rows", [True, {"a": True, "b": True}, {"a": [True, True], "b": True}])
-def test_a_prefix_of_bools_and_a_table_never_looked_up(by_rows, rng):
-    tables = {"a": [jnp.ones((4, 2)), jnp.ones((5, 3))], "b": {"c": jnp.ones((6, 2))}}
-    loss = lambda t, i: (qrhash.gather((t["a"][1],), (i,))[0] ** 2).sum()  # noqa: E731
-    value, grads = qrhash.value_and_grad(loss, by_rows)(tables, jnp.array([4, 4]))
-    assert value == 6
-    assert [g.rows.shape for g in (*grads["a"], grads["b"]["c"])] == [(0,), (2,), (0,)]
-    assert [g.shape for g in (*grads["a"], grads["b"]["c"])] == [(4, 2), (5, 3), (6, 2)]
-    _assert_equal_gradients((value, grads), jax.value_and_grad(loss)(tables, jnp.array([4, 4])))
-
-
-def test_no_table_by_rows_is_the_ordinary_gradient(rng):
-    params = _params(rng)
-    got = qrhash.value_and_grad(_loss, False)(params, IDS)
-    jax.tree.map(np.testing.assert_array_equal, got, jax.value_and_grad(_loss)(params, IDS))
-
-
-def test_by_rows_that_does_not_fit_is_refused(rng):
-    with pytest.raises(ValueError):  # noqa: PT011 in JAX's words
-        qrhash.value_and_grad(_loss, {"embed": True})(_params(rng), IDS)
-
-
-def test_ids_from_the_host_and_the_policy_that_raises():
-    """Ids stay NumPy inside the function, so that the host checks them."""
-    cfg = qrhash.EmbedConfig(
-        qrhash.MixedRadix.balanced(2**40, 4), 2, id_policy="raise", large_table_rows=1
-    )
-    tables = tuple(jnp.ones((rows, 2)) for rows in cfg.partition.num_rows)
-    loss = lambda tables, ids: qrhash.lookup(tables, ids, cfg).sum()  # noqa: E731
-    step = qrhash.value_and_grad(loss, cfg.large_tables)
-    ids = np.array([2**40 - 1, 2**32])
-    value, grads = step(tables, ids)
-    assert value == 4
-    want = cfg.partition.indices(ids)
-    assert [g.rows.tolist() for g in grads] == [w.tolist() for w in want]
-    with pytest.raises(ValueError, match=str(2**40)):
-        step(tables, np.array([2**40]))
-
-
-TABLE = jnp.arange(10.0).reshape(5, 2)
-
-
-def _gather(table, index):
-    return qrhash.gather((table,), (index,))[0]
-
-
-ARITHMETIC = {
-    "table + 1": lambda t: t + 1.0,
-    "1 - table": lambda t: 1.0 - t,
-    "array * table": lambda t: TABLE * t,
-    "array @ table": lambda t: TABLE.T @ t,
-    "-table": lambda t: -t,
-    "2 ** table": lambda t: 2.0**t,
-    "table // 2": lambda t: t // 2,
-    "abs": abs,
-    "table > 0": lambda t: t > 0,
-    "table == 0": lambda t: t == 0,
-    "table[0]": lambda t: t[0],
-    "table[:2]": lambda t: t[:2],
-    "iteration": lambda t: sum(row.sum() for row in t),
-}
-FUNCTIONS = {
-    "jnp.sum": jnp.sum,
-    "jnp.take": lambda t: jnp.take(t, jnp.array([0]), axis=0),
-    "jnp.square": jnp.square,
-    "jnp.einsum": lambda t: jnp.einsum("rf->f", t),
-    "jnp.asarray": jnp.asarray,
-    "jnp.concatenate": lambda t: jnp.concatenate([t, TABLE]),
-    "jax.nn.relu": jax.nn.relu,
-    "jax.lax.sin": jax.lax.sin,
-    "optax.l2_loss": optax.l2_loss,
-    "np.asarray": lambda t: np.asarray(t).shape[0],
-}
-
-
-@pytest.mark.parametrize("use", ARITHMETIC)
-def test_arithmetic_with_a_table_is_refused_in_words(use):
-    loss = lambda table: jnp.sum(ARITHMETIC[use](table))  # noqa: E731
-    with pytest.raises(TypeError, match=r"table of shape \(5, 2\).*can only be looked up"):
-        qrhash.value_and_grad(loss, True)(TABLE)
-
-
-@pytest.mark.parametrize("use", FUNCTIONS)
-def test_a_function_of_a_table_is_refused(use):
-    """Where the words are JAX's, they name the type."""
-    loss = lambda table: jnp.float32(jnp.sum(FUNCTIONS[use](table)))  # noqa: E731
-    with pytest.raises(TypeError, match=r"can only be looked up|LookedUp"):
-        qrhash.value_and_grad(loss, True)(TABLE)
-
-
-@pytest.mark.parametrize("use", [lambda t: t.sum(), lambda t: t.T, lambda t: t.at[0].get()])
-def test_the_methods_of_an_array_are_refused_in_words(use):
-    with pytest.raises((TypeError, AttributeError), match="can only be looked up"):
-        qrhash.value_and_grad(lambda table: jnp.sum(use(table)), True)(TABLE)
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_attend_is_refused_in_words_or_right(operation, rng):
-    """For add and concat it multiplies whole tables; otherwise it looks up every id."""
-    cfg = make_config("quotient-remainder", operation, large_table_rows=3)
-    tables, projection = parameters(cfg, rng)
-
-    def loss(tables):
-        return jnp.sin(qrhash.attend(tables, jnp.ones(FEATURES), cfg, projection)).sum()
-
-    step = qrhash.value_and_grad(loss, cfg.large_tables)
-    if operation in ("add", "concat"):
-        with pytest.raises(TypeError, match=r"can only be looked up.*large_table_rows"):
-            step(tables)
-    else:
-        _assert_equal_gradients(step(tables), jax.value_and_grad(loss)(tables))
-
-
-INSIDE = {
-    "vmap": lambda t: jax.vmap(lambda i: _gather(t, i))(jnp.array([[0, 1], [1, 1]])),
-    "scan": lambda t: jax.lax.scan(lambda c, i: (c, _gather(t, i)), 0, jnp.array([0, 1]))[1],
-    "jit": lambda t: jax.jit(lambda i: _gather(t, i))(jnp.array([0, 1])),
-    "checkpoint": lambda t: jax.checkpoint(lambda i: _gather(t, i))(jnp.array([0, 1])),
-    "grad": lambda t: jax.grad(lambda x: x * _gather(t, jnp.array([0])).sum())(1.0),
-    "cond": lambda t: jax.lax.cond(True, lambda: _gather(t, jnp.array([0])), lambda: TABLE[:1]),
-}
-
-
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("inside", INSIDE)
-def test_a_look_up_inside_another_transformation_is_refused_in_words(inside, wrap):
-    """Its offset could not leave the transformation: one clear error, and never a wrong number."""
-    loss = lambda table: jnp.sum(INSIDE[inside](table))  # noqa: E731
-    with pytest.raises(TypeError, match=r"inside another JAX transformation.*look up before"):
-        wrap(qrhash.value_and_grad(loss, True))(TABLE)
-
-
-@pytest.mark.parametrize("inside", ["vmap", "scan", "checkpoint"])
-def test_rows_taken_before_another_transformation_may_go_through_it(inside):
-    through = {
-        "vmap": lambda rows: jax.vmap(jnp.sin)(rows),
-        "scan": lambda rows: jax.lax.scan(lambda c, row: (c + row, jnp.sin(c)), rows[0], rows)[1],
-        "checkpoint": lambda rows: jax.checkpoint(jnp.sin)(rows),
-    }[inside]
-    loss = lambda t: through(_gather(t, jnp.array([1, 1, 4]))).sum()  # noqa: E731
-    got = quick_jit(qrhash.value_and_grad(loss, True))(TABLE)
-    _assert_equal_gradients(got, jax.value_and_grad(loss)(TABLE))
-
-
-def test_inside_vmap_and_scan():
-    """Gradients per example; and steps in a loop."""
-    loss = lambda table, index: jnp.nansum(jnp.sin(_gather(table, index)))  # noqa: E731
-    step, dense = qrhash.value_and_grad(loss, True), jax.value_and_grad(loss)
-    batches = jnp.array([[0, 1, 1], [4, 5, -1]])
-    got = quick_jit(jax.vmap(lambda index: _to_dense(step(TABLE, index))))(batches)
-    jax.tree.map(assert_close, got, jax.vmap(lambda index: dense(TABLE, index))(batches))
-
-    def descend(table, index):
-        value, grads = step(table, index)
-        return qrhash.apply_updates(table, -0.1 * grads), value
-
-    got, _ = quick_jit(lambda t: jax.lax.scan(descend, t, batches))(TABLE)
-    want = TABLE
-    for index in batches:
-        want = want - 0.1 * dense(want, index)[1]
-    assert_close(got, want)
-
-
-def test_the_function_runs_as_itself_again_afterwards():
-    """Nothing of one call is left in the next, also after an error."""
-    step = qrhash.value_and_grad(lambda t, bad: (t + 1.0 if bad else _gather(t, IDS)).sum(), True)
-    with pytest.raises(TypeError):
-        step(TABLE, True)
-    assert step(TABLE, False)[1].rows.shape == IDS.shape
-
-
-# --- small tables: dense gradients, by scatter-adds and by one-hot products -----------------------
-
-
-@pytest.fixture(params=[0, 8])
-def one_hot_rows(request, monkeypatch):
-    """Up to how many rows gradients are one-hot products: none on the CPU, many elsewhere."""
-    monkeypatch.setitem(qrhash.tables._ONE_HOT_ROWS, "cpu", request.param)
-    return request.param
-
-
-def test_one_hot_products_are_taken_where_they_are_asked_for(one_hot_rows):
-    gather = lambda table: _gather(table, jnp.zeros(5, jnp.int32)).sum()  # noqa: E731
-    text = str(jax.make_jaxpr(jax.grad(gather))(jnp.ones((4, 2))))
-    assert ("dot_general" in text) == (one_hot_rows > 0)
-    assert ("scatter" in text) == (one_hot_rows == 0)
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("rows", [1, 2, 8, 9])
-@pytest.mark.usefixtures("one_hot_rows")
-def test_gradients_of_small_tables_equal_the_oracle(rows, operation, rng):
-    """On both sides of where one-hot products end; many look-ups for each row."""
-    cfg = qrhash.EmbedConfig(qrhash.QuotientRemainder(11 * rows, rows), FEATURES, operation)
-    params = tables, projection = parameters(cfg, rng)
-    ids = rng.integers(-1, 11 * rows + 1, (40, 2)).astype(np.int32)
-    weights = rng.standard_normal((40, 2, FEATURES)).astype(np.float32)
-
-    def loss(params):
-        good = ((ids >= 0) & (ids < 11 * rows))[..., None]
-        vectors = qrhash.lookup(params[0], ids, cfg, params[1])
-        return (jnp.where(good, vectors, 0) * weights).sum()
-
-    got = quick_jit(jax.grad(loss))(params)
-    want_tables, want_projection = oracle.gradient(tables, [ids], [weights], cfg, projection)
-    jax.tree.map(assert_close, got[0], want_tables)
-    if projection is not None:
-        jax.tree.map(assert_close, tuple(got[1]), want_projection)
-
-
-@pytest.mark.parametrize("rows", [4, 20])
-@pytest.mark.usefixtures("one_hot_rows")
-def test_a_nan_cotangent_at_an_id_without_a_row_stays_there(rows, rng):
-    table = jnp.asarray(rng.standard_normal((rows, 2)), jnp.float32)
-    index = jnp.array([0, rows, 3, -1, 3], jnp.int32)
-    gather = lambda table: _gather(table, index)  # noqa: E731
-    cotangent = jnp.ones((5, 2)).at[jnp.array([1, 3])].set(jnp.nan)
-    (grad,) = jax.vjp(gather, table)[1](cotangent)
-    np.testing.assert_array_equal(grad[:, 0], np.bincount([0, 3, 3], minlength=rows))
-
-
-@pytest.mark.parametrize("rows", [4, 20])
-@pytest.mark.usefixtures("one_hot_rows")
-def test_small_tables_under_jvp_vmap_and_second_derivatives(rows, rng):
-    """Held against indexing, whose derivatives are JAX's own."""
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
-    tables, dots = draw(3, rows, 2), draw(3, rows, 2)
-    index = jnp.asarray(rng.integers(0, rows, (3, 4, 2)), jnp.int32)
-
-    def all_derivatives(take):
-        f = lambda table, index: jnp.sin(take(table, index)).sum()  # noqa: E731
-        jvp = lambda t, d, i: jax.jvp(lambda t: take(t, i), (t,), (d,))  # noqa: E731
-        return quick_jit(
-            lambda: (
-                jax.vmap(jvp)(tables, dots, index),
-                jax.vmap(jvp, in_axes=(None, None, 0))(tables[0], dots[0], index),
-                jax.vmap(jvp, in_axes=(0, 0, None))(tables, dots, index[0]),
-                jax.vmap(jax.grad(f))(tables, index),
-                jax.hessian(f)(tables[0], index[0]),
-                jax.linearize(lambda t: take(t, index[0]), tables[0])[1](dots[0]),
-            )
-        )()
-
-    got, want = all_derivatives(_gather), all_derivatives(lambda table, index: table[index])
-    jax.tree.map(assert_close, got, want)
-
-
-@pytest.mark.parametrize("marks", [*itertools.product([True, False], repeat=2)], ids=str)
-def test_small_tables_may_be_marked_too(marks, rng):
-    """Where the rows are gathered again in the backward pass, and where they are not."""
-    cfg = make_config("quotient-remainder", "mult")
-    assert not any(cfg.large_tables)
-    tables, _ = parameters(cfg, rng)
-    ids = rng.integers(0, cfg.num_embeddings, (6,)).astype(np.int32)
-    weights = rng.standard_normal((6, FEATURES)).astype(np.float32)
-    loss = functools.partial(_weighted, ids=ids, weights=weights, cfg=cfg)
-    _, grads = quick_jit(qrhash.value_and_grad(loss, marks))(tables)
-    want, _ = oracle.gradient(tables, [ids], [weights], cfg)
-    dense = tuple(g.to_dense() if mark else g for g, mark in zip(grads, marks, strict=True))
-    jax.tree.map(assert_close, dense, want)
-
-
-def test_a_look_up_in_small_tables_keeps_no_rows_for_its_derivative():
-    cfg = make_config("quotient-remainder", "mult")
-    tables = tuple(jnp.ones(shape) for shape in cfg.table_shapes)
-    ids = jnp.arange(5)
-    _, backward = jax.vjp(lambda tables: qrhash.lookup(tables, ids, cfg), tables)
-    kept = [leaf.shape for leaf in jax.tree.leaves(backward)]
-    assert (5, FEATURES) not in kept
-    assert set(cfg.table_shapes) <= set(kept)
-
-
-def test_the_gradient_without_row_gradients_is_dense_and_right(rng):
-    """For who does nothing special."""
-    for family in FAMILIES:
-        cfg = make_config(family, "mult", large_table_rows=3)
-        tables, _ = parameters(cfg, rng)
-        ids = rng.integers(0, cfg.num_embeddings, (6,)).astype(np.int32)
-        weights = rng.standard_normal((6, FEATURES)).astype(np.float32)
-        loss = functools.partial(_weighted, ids=ids, weights=weights, cfg=cfg)
-        want, _ = oracle.gradient(tables, [ids], [weights], cfg)
-        jax.tree.map(assert_close, jax.grad(loss)(tables), want)
-
-
-def _weighted(tables, ids, weights, cfg):
-    return (qrhash.lookup(tables, ids, cfg) * weights).sum()
-
-
 @pytest.mark.parametrize(
     ("rows", "values", "word"),
     [
@@ -602,41 +422,3 @@ def test_an_array_plus_row_gradients_is_their_update(rng):
         _ = jnp.ones((6, 3)) + grads
     assert_close(sum([grads, grads]).to_dense(), 2 * np.asarray(grads.to_dense()))
     assert_close((grads - grads).to_dense(), np.zeros((5, 3)))
-
-
-def test_the_derivative_of_a_derivative():
-    table = jnp.arange(10.0).reshape(5, 2) / 10
-    rows = (jnp.array([1, 3, 1]),)
-    loss = lambda table: jnp.sum(jnp.sin(qrhash.gather((table,), rows)[0]) ** 2)  # noqa: E731
-    by_rows = qrhash.value_and_grad(loss, True)
-    assert_close(jax.grad(lambda t: by_rows(t)[0])(table), jax.grad(loss)(table))
-    penalty = lambda table: jnp.sum(by_rows(table)[1].to_dense() ** 2)  # noqa: E731
-    assert_close(
-        jax.grad(penalty)(table), jax.grad(lambda t: jnp.sum(jax.grad(loss)(t) ** 2))(table)
-    )
-
-
-def test_a_checkpointed_look_up_is_refused_in_words():
-    loss = jax.checkpoint(lambda table: qrhash.gather((table,), (jnp.array([1]),))[0].sum())
-    with pytest.raises(TypeError, match="look up before"):
-        qrhash.value_and_grad(loss, True)(jnp.ones((5, 2)))
-
-
-@pytest.mark.parametrize(
-    ("by_rows", "word"),
-    [
-        (("table_0", "x"), "bools.*table_0"),
-        ((True, False, True), "prefix"),
-        ({"a": True}, "prefix"),
-    ],
-)
-def test_a_by_rows_that_does_not_fit_is_refused(by_rows, word):
-    tables = (jnp.ones((5, 2)), jnp.ones((4, 2)))
-    with pytest.raises(ValueError, match=f"by_rows must .*{word}"):
-        qrhash.value_and_grad(lambda tables: 0.0, by_rows)(tables)
-
-
-def test_a_jitted_loss_is_refused_in_words():
-    loss = jax.jit(lambda table: qrhash.gather((table,), (jnp.array([1]),))[0].sum())
-    with pytest.raises(TypeError, match="look up before"):
-        qrhash.value_and_grad(loss, True)(jnp.ones((5, 2)))

@@ -376,6 +376,9 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
         updates = lambda g: tx.update(table.with_array(g), tx.init(table), table)[0].array  # noqa: E731
         pairs = [
             *[(g + h, a + b), (h + g, a + b), (g + g, 2 * a), (sum([g, h, h]), a + 2 * b)],
+            *[((table.with_array(g) + table.with_array(h)).array, a + b)],
+            *[((0.5 * table.with_array(g)).array, a / 2)],
+            *[(sum([table.with_array(g), -table.with_array(h) / 2]).array, a - b / 2)],
             *[(g - h, a - b), (-g, -a), (2 * g, 2 * a), (g * 0.5, a / 2), (h / 2, b / 2)],
             *[(g.merge(), a), (g.merge().merge(), a), (2 * (g + h).merge("sort"), 2 * (a + b))],
             *[
@@ -385,8 +388,7 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
             ],
         ]
         got, want = ([*each] for each in zip(*pairs, strict=True))
-        trees = qrhash.merged_values((table.with_array(g), a)), (a, a)
-        norms = [optax.global_norm(tree) for tree in trees]
+        norms = [qrhash.global_norm((table.with_array(g), a)), optax.global_norm((a, a))]
         return ([_dense(table.with_array(each)) for each in got], want), norms
 
     for got, want in algebra(ShardedTable.from_array(table, LAYOUTS[name]), *index):
@@ -627,7 +629,7 @@ def _updates_of_an_overflow(tx, rng):
         loss = lambda table: (gather((table,), (with_none,))[0] ** 2).sum()  # noqa: E731
         _, grads = qrhash.value_and_grad(loss, True)(table)
         updates, _ = tx.update(grads, tx.init(table), table)
-        return optax.global_norm(qrhash.merged_values(updates)), _dense(updates)
+        return qrhash.global_norm(updates), _dense(updates)
 
     want = np.zeros(table.shape, np.float32)
     want[index] = 2 * np.asarray(table)[index]
