@@ -20,7 +20,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from qrhash.rows import (
-    across,
     add_rows,
     as_one,
     gather_rows,
@@ -140,9 +139,7 @@ class LocalReader(Reader):
         values = cotangents[0]
         if len(cotangents) > 1:
             values = jnp.concatenate([each.reshape(-1, *width) for each in cotangents])
-        # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
-        found = (index >= 0) & (index < table.shape[0])
-        values = jnp.where(across(found, values), values, 0).astype(wide_dtype(values.dtype))
+        values = values.astype(wide_dtype(values.dtype))
         if len(width) != 1 or not any(map(_is_for_one_hot, self.segments)):
             return self._added(table, index, values)
         return self._with_one_hot(table, index.reshape(-1), values.reshape(-1, *width))
@@ -163,6 +160,9 @@ class LocalReader(Reader):
 
     def _with_one_hot(self, table: Any, index: jax.Array, values: jax.Array) -> jax.Array:
         """By products where the part of the table is small, by one scatter-add for the others."""
+        # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
+        found = (index >= 0) & (index < table.shape[0])
+        values = jnp.where(found[:, None], values, 0)
         sizes = [segment.lookups for segment in self.segments]
         pieces = zip(
             self.segments, jax.lax.split(index, sizes), jax.lax.split(values, sizes), strict=True
