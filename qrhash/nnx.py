@@ -519,7 +519,8 @@ class Optimizer(nnx.Optimizer):
 
 def as_table(variable: nnx.Variable) -> Any:
     """What a variable holds: a table on a mesh, or state in its layout, as a `ShardedTable`."""
-    value, layout = variable.get_value(), getattr(variable, "layout", None)
+    # Of the metadata alone: an attribute of this name is also one of JAX's arrays.
+    value, layout = variable.get_value(), variable.get_metadata().get("layout")
     if layout is None:
         return value
     of_table = (layout.num_shards, layout.rows_per_shard(variable.num_rows))
