@@ -44,14 +44,18 @@ def write_gzip(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def write_parquet(path: Path, rows: list[Row], *, integer_keys: bool = False) -> Path:
+def write_parquet(path: Path, rows: list[Row], *, integer_keys: pa.DataType | None = None) -> Path:
     """Numbers as int64 with nulls; categories as strings, or as the integers they say."""
 
     def column(name: str, cells: tuple[str, ...]) -> pa.Array:
-        if name in CATEGORIES and not integer_keys:
+        if name not in CATEGORIES:
+            return pa.array([int(cell) if cell else None for cell in cells], pa.int64())
+        if integer_keys is None:
             return pa.array([cell or None for cell in cells], pa.string())
-        base = 16 if name in CATEGORIES else 10
-        return pa.array([int(cell, base) if cell else None for cell in cells], pa.int64())
+        keys = [int(cell, 16) if cell else None for cell in cells]
+        if integer_keys == pa.int64():
+            keys = [key if key is None or key < 2**63 else key - 2**64 for key in keys]
+        return pa.array(keys, integer_keys)
 
     cells = zip(COLUMNS, zip(*rows, strict=True), strict=True)
     table = pa.table({name: column(name, values) for name, values in cells})

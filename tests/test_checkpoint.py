@@ -1,5 +1,6 @@
 """Checkpoints: exact on any mesh, strict about the model, safe from damage and from kills."""
 
+import enum
 import functools
 import gc
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -27,6 +29,7 @@ from qrhash.nnx import EmbedCollection, Optimizer, Table, as_table
 from qrhash.sharding import is_sharded_table
 
 BOTH = ("data", "model")
+IN, OF = "in the checkpoint", "in the model"
 
 
 def _layout(shape, names, kind=AxisType.Auto, **options):
@@ -283,6 +286,7 @@ EXTRAS = [
     "é",
     [],
     {"epoch": 1, "position": {"blocks": [3, None, True, "x", 1e-300]}, "clicks": 1 / 3},
+    [2**53 + 1, -(2**70), 10**30, 5e-324, float("inf")],
 ]
 
 
@@ -297,10 +301,20 @@ CIRCULAR = []
 CIRCULAR.append(CIRCULAR)
 
 
-@pytest.mark.parametrize("extra", [{1, 2}, {"a": np.int64(1)}, {("a", "b"): 1}, CIRCULAR])
+NOT_JSON = [
+    {1, 2},
+    {"a": np.int64(1)},
+    {("a", "b"): 1},
+    CIRCULAR,
+    {1: "a", "1": "b"},
+    [{"a": {2: 3}}],
+]
+
+
+@pytest.mark.parametrize("extra", NOT_JSON)
 def test_what_json_cannot_hold_is_refused(extra, tmp_path):
     with Checkpoints(tmp_path, ONE) as checkpoints:
-        with pytest.raises(ValueError, match="extra must be what JSON can hold: "):
+        with pytest.raises(ValueError, match="extra must be what JSON can hold"):
             checkpoints.save(1, _numbers(1), extra)
         checkpoints.wait()
         assert (checkpoints.steps, list(tmp_path.iterdir())) == ([], [])
@@ -337,6 +351,305 @@ def test_leaves_of_one_name_are_refused(tmp_path):
         checkpoints.save(1, state)
 
 
+# --- numbers that JAX has no room for -------------------------------------------------------------
+
+
+class Level(enum.IntEnum):
+    HIGH = 2**40 + 1
+
+
+HOST_NUMBERS = [
+    3_000_000_000,
+    -(2**63),
+    2**64 - 1,
+    True,
+    1 / 3,
+    1j / 3,
+    Level.HIGH,
+    np.int64(2**53 + 1),
+    np.uint64(2**63 + 5),
+    np.float64(1e300),
+    np.complex128(1 / 3 + 1e-300j),
+    np.bool_(True),
+    np.float32(0.1),
+    np.array(-(2**62) - 1),
+    np.array([[2**63 - 1, -(2**63)]]),
+    np.array([2**64 - 1, 2**63], np.uint64),
+    np.array([1 / 3, -0.0, 5e-324, -np.inf]),
+    np.full(3, -0.0),
+    np.array([1j / 3]),
+    np.array([True, False]),
+    np.arange(20)[::-3],
+    np.asfortranarray(np.arange(2**40, 2**40 + 6).reshape(2, 3)),
+    np.array([3, -3]).astype(jnp.int4),
+    np.array([0.3, -3]).astype(jnp.bfloat16),
+    np.array([0.3, -3]).astype(jnp.float8_e4m3fn),
+    np.zeros((0, 3)),
+    np.zeros(0, np.uint64),
+]
+
+
+def _assert_same_number(got, want):
+    assert type(got) is type(want)
+    assert np.asarray(got).dtype == np.asarray(want).dtype
+    assert np.shape(got) == np.shape(want)
+    assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+def test_numbers_of_numpy_and_python_come_back_as_they_were(tmp_path):
+    state = {"all": HOST_NUMBERS, "none": None, "jax": jnp.arange(3)}
+    state["variables"] = [nnx.Variable(number) for number in HOST_NUMBERS]
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, state)
+        restored = checkpoints.restore(state | {"all": _ones_like(HOST_NUMBERS)}).state
+    for got, variable, want in zip(
+        restored["all"], restored["variables"], HOST_NUMBERS, strict=True
+    ):
+        _assert_same_number(got, want)
+        _assert_same_number(variable.get_value(), want)
+    assert restored["none"] is None
+    assert isinstance(restored["jax"], jax.Array)
+
+
+def _ones_like(numbers):
+    """Other numbers of the same types and shapes."""
+    return [
+        np.ones_like(number)
+        if isinstance(number, np.ndarray)
+        else number
+        if isinstance(number, Level)
+        else type(number)(1)
+        for number in numbers
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "float64", "complex128"])
+def test_what_is_wider_than_jax_has_comes_back_in_numpy(dtype, tmp_path):
+    wide = np.array([2**40 + 1, 3]).astype(dtype)
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, wide)
+        got = checkpoints.restore(jax.ShapeDtypeStruct(wide.shape, dtype)).state
+    _assert_same_number(got, wide)
+
+
+def test_what_jax_has_in_64_bits_is_kept(tmp_path):
+    """Saved with jax_enable_x64, restored with it as JAX has it, without it in NumPy."""
+    with jax.enable_x64(True):
+        wide = {"ints": jnp.array([2**40 + 1]), "floats": jnp.array(1 / 3), "count": 2**40}
+        with Checkpoints(tmp_path, ONE) as checkpoints:
+            checkpoints.save(1, wide)
+            got = checkpoints.restore(jax.tree.map(lambda leaf: leaf * 0, wide)).state
+        for name, leaf in wide.items():
+            _assert_same_number(got[name], leaf)
+    like = {name: np.zeros_like(leaf) for name, leaf in wide.items()}
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        got = checkpoints.restore(like).state
+    for name, leaf in wide.items():
+        _assert_same_number(got[name], np.asarray(leaf))
+
+
+def test_keys_and_narrow_numbers_stay_on_devices(tmp_path):
+    state = {
+        "keys": jax.random.split(jax.random.key(3), 2),
+        "int4": jnp.array([3, -3], jnp.int4),
+        "bfloat16": jnp.array([0.3], jnp.bfloat16),
+        "empty": jnp.zeros((0, 2)),
+    }
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, state)
+        got = checkpoints.restore(state).state
+    keys, wanted = got.pop("keys"), state.pop("keys")
+    assert (jax.random.key_data(keys) == jax.random.key_data(wanted)).all()
+    jax.tree.map(_assert_same_number, got, state)
+
+
+def test_arrays_without_elements_alone(tmp_path):
+    state = {"a": np.zeros((2, 0)), "b": jnp.zeros(0)}
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        checkpoints.save(1, state)
+        jax.tree.map(_assert_same_number, checkpoints.restore(state).state, state)
+        with pytest.raises(MismatchError, match=rf"'a' is \[2, 0\] {IN}, \[3, 0\] {OF}"):
+            checkpoints.restore(state | {"a": np.zeros((3, 0))})
+
+
+def _deleted():
+    array = jnp.ones(3)
+    array.delete()
+    return array
+
+
+NO_NUMBERS = {
+    "text": ("adagrad", "leaf 'a' must be an array or a number .* got str .* goes into extra"),
+    "bytes": (b"x", "leaf 'a' must be an array or a number"),
+    "texts": (np.array(["x"]), "leaf 'a' must be an array or a number"),
+    "dates": (np.array(["2020-01-01"], "datetime64[D]"), "got ndarray of dtype datetime64"),
+    "function": (len, "leaf 'a' must be an array or a number"),
+    "objects": (np.array([1, None]), "got ndarray of dtype object"),
+    "masked": (np.ma.masked_array([1, 2], [True, False]), "got MaskedArray"),
+    "too wide": (np.zeros(1, np.longdouble), "got ndarray of dtype float128"),
+    "uint4": (jnp.zeros(1, jnp.uint4), "of dtype uint4"),
+    "65 bits": (2**64, "number 'a' must have at most 64 bits, got 18446744073709551616"),
+    "-65 bits": (-(2**63) - 1, "number 'a' must have at most 64 bits, got -9223372036854775809"),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+def test_what_is_no_number_is_refused_before_and_not_called_damage(name, tmp_path):
+    if name == "too wide" and np.dtype(np.longdouble).itemsize == 8:
+        pytest.skip("no wider floats here")
+    leaf, message = NO_NUMBERS[name]
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        for leaf_of in (lambda leaf: leaf, nnx.Variable):
+            with pytest.raises(ValueError, match=message):
+                checkpoints.save(1, {"a": leaf_of(leaf), "b": 1})
+        assert list(tmp_path.iterdir()) == []
+        checkpoints.save(1, {"a": 1, "b": 1})
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore({"a": leaf, "b": 1})
+        assert checkpoints.restore({"a": 0, "b": 0}).damaged == ()
+
+
+WITHOUT_NUMBERS = {
+    "donated": (_deleted, "array 'a' was donated or deleted"),
+    "a shape": (lambda: jax.ShapeDtypeStruct((2,), "float32"), "array 'a' is the shape of one"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_NUMBERS)
+def test_an_array_without_numbers_is_not_saved(name, tmp_path):
+    make, message = WITHOUT_NUMBERS[name]
+    with Checkpoints(tmp_path, ONE) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.save(1, {"a": make()})
+
+
+def test_nothing_is_saved_under_jit(tmp_path):
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        traced = jax.jit(lambda x: checkpoints.save(1, {"a": x}))
+        with pytest.raises(ValueError, match=r"array 'a' is being traced: .* outside jax.jit"):
+            traced(jnp.ones(1))
+
+
+# --- saves that fail, and programs that end -------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [{}, [], None, {"a": None}, ({}, [])])
+def test_a_tree_of_nothing_is_refused(state, tmp_path):
+    threads = threading.active_count()
+    with Checkpoints(tmp_path, ONE) as checkpoints:
+        with pytest.raises(ValueError, match="state must hold arrays or numbers, got"):
+            checkpoints.save(1, state)
+        assert checkpoints.steps == []
+        checkpoints.save(1, _numbers(1))
+    assert threading.active_count() == threads
+
+
+def test_a_directory_that_cannot_be_is_said_at_once(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"{path} cannot be written: (File exists|Not a dir)"):
+            Checkpoints(path, ONE)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_save_that_fails_says_so_and_the_next_one_can_do(tmp_path):
+    threads = threading.active_count()
+    with Checkpoints(tmp_path / "run", ONE) as checkpoints:
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run").write_text("in the way")
+        with pytest.raises(OSError, match=f"{tmp_path / 'run'} cannot be written: "):
+            checkpoints.save(1, _numbers(1))
+        (tmp_path / "run").unlink()
+        (tmp_path / "run").mkdir()
+        checkpoints.save(1, _numbers(1))
+        assert checkpoints.restore(_numbers(0)).step == 1
+    assert threading.active_count() == threads
+
+
+def test_what_is_closed_stays_closed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, ONE)
+    checkpoints.save(1, _numbers(1))
+    checkpoints.close()
+    checkpoints.close()
+    for call in (
+        lambda: checkpoints.save(2, _numbers(2)),
+        lambda: checkpoints.restore(_numbers(0)),
+    ):
+        with pytest.raises(ValueError, match=f"Checkpoints of {tmp_path} are closed"):
+            call()
+
+
+PROGRAM = """
+import sys
+import numpy as np
+import qrhash
+from qrhash.checkpoint import Checkpoints
+
+state = {"a": np.random.default_rng(0).random((300, 300))}
+config = qrhash.EmbedConfig(qrhash.FullTable(64), 16)
+checkpoints = Checkpoints(sys.argv[1], config)
+"""
+ENDINGS = {
+    "no close": ("checkpoints.save(1, state)", 0),
+    "garbage": ("checkpoints.save(1, state); del checkpoints; import gc; gc.collect()", 0),
+    "an error": ("checkpoints.save(1, state); 1 / 0", 1),
+    "sys.exit": ("checkpoints.save(1, state); sys.exit(3)", 3),
+    "two directories": (
+        "Checkpoints(sys.argv[1] + '/other', config).save(1, state); checkpoints.save(1, state)",
+        0,
+    ),
+    "a failed save first": (
+        "try: checkpoints.save(1, {})\nexcept ValueError: checkpoints.save(1, state)",
+        0,
+    ),
+}
+
+
+def _run_program(ending, directory):
+    command = [sys.executable, "-c", PROGRAM + ending, str(directory)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_program_ends_when_its_checkpoints_are_written(name, tmp_path):
+    ending, code = ENDINGS[name]
+    done = _run_program(ending, tmp_path)
+    assert done.returncode == code, done.stderr
+    wanted = np.random.default_rng(0).random((300, 300))
+    for directory in [tmp_path, *tmp_path.glob("other")]:
+        assert not _half_written(directory)
+        with Checkpoints(directory, EmbedConfig(qrhash.FullTable(64), 16)) as checkpoints:
+            restored = checkpoints.restore({"a": wanted * 0})
+        assert (restored.step, restored.damaged) == (1, ())
+        np.testing.assert_array_equal(restored.state["a"], wanted)
+
+
+FAILING = {
+    "a file in the way": """
+import pathlib, shutil
+shutil.rmtree(sys.argv[1])
+pathlib.Path(sys.argv[1]).write_text("in the way")
+checkpoints.save(1, state)
+""",
+    "no space": """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, -1))
+checkpoints.save(1, state)
+""",
+    "an empty tree": "checkpoints.save(1, {})",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes")
+@pytest.mark.parametrize("name", FAILING)
+def test_a_program_whose_checkpoints_are_not_written_fails_soon(name, tmp_path):
+    done = _run_program(FAILING[name], tmp_path / "run")
+    assert done.returncode == 1
+    words = (
+        "state must hold" if name == "an empty tree" else f"{tmp_path / 'run'} cannot be written"
+    )
+    assert words in done.stderr
+
+
 # --- another model --------------------------------------------------------------------------------
 
 
@@ -345,7 +658,6 @@ def _feature(collisions=3, features=8, operation="mult", **options):
     return EmbedConfig(partition, features, operation, **options)
 
 
-IN, OF = "in the checkpoint", "in the model"
 SAVED = {"a": _feature(), "b": "a"}
 OTHERS = {
     "partition": ({"a": _feature(4), "b": "a"}, rf"'a' is .*1003.*3.* {IN}, .*1003.*4.* {OF}"),

@@ -21,7 +21,8 @@ class _Uneven:
         first = 0
         for rows in (3, 0, 5, 1, 0):
             numbers = np.tile(np.arange(first, first + rows)[:, None], 13).astype(np.float32)
-            yield Block(np.ones(rows, np.float32), numbers, np.zeros((rows, 26), np.int64))
+            keys = np.zeros((rows, 26), np.uint64)
+            yield Block(np.ones(rows, np.float32), numbers, keys, keys > 0)
             first += rows
 
 
@@ -40,8 +41,8 @@ def test_no_row_is_lost_or_met_twice(batch_size):
 
 def test_encoding_of_a_row():
     numbers = np.array([[np.nan, -3, 0, 1] + [np.e - 1] * 9], np.float32)
-    keys = np.arange(26, dtype=np.int64)[None] + 100
-    batch = encode(Block(np.ones(1, np.float32), numbers, keys), IDS)
+    keys = np.arange(26, dtype=np.uint64)[None] + 100
+    batch = encode(Block(np.ones(1, np.float32), numbers, keys, keys > 200), IDS)
     np.testing.assert_allclose(batch.numbers[0, :5], [0, 0, 0, np.log(2), 1], rtol=1e-6)
     assert batch.ids.tolist() == [[1 + 101 % 6, 1 + 125 % 99]]
     assert (batch.numbers.dtype, batch.ids.dtype) == (np.float32, np.int32)

@@ -3,13 +3,16 @@
 import gzip
 
 import ctr_files
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from qrhash.ctr import sources
-from qrhash.ctr.block import COLUMNS, MISSING_KEY, Block
+from qrhash.ctr.block import CATEGORIES, COLUMNS, Block
+from qrhash.ctr.cells import decode
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.sources import BadLines, open_source
 
@@ -17,7 +20,9 @@ FORMATS = {
     "text": ctr_files.write_text,
     "gzip": ctr_files.write_gzip,
     "parquet": ctr_files.write_parquet,
-    "parquet_integers": lambda path, rows: ctr_files.write_parquet(path, rows, integer_keys=True),
+    "parquet_integers": lambda path, rows: ctr_files.write_parquet(
+        path, rows, integer_keys=pa.int64()
+    ),
 }
 
 
@@ -29,14 +34,15 @@ def _open(path, limit=100):
 
 def _read(source, start=0, stop=None):
     blocks = list(source.blocks(start, source.num_lines if stop is None else stop))
-    return Block(*(np.concatenate([block[i] for block in blocks]) for i in range(3)))
+    return Block(*(np.concatenate([block[i] for block in blocks]) for i in range(4)))
 
 
 def _oracle(rows):
     labels = [float(row[0]) for row in rows]
     numbers = [[float(cell) if cell else np.nan for cell in row[1:14]] for row in rows]
-    keys = [[int(cell, 16) if cell else MISSING_KEY for cell in row[14:]] for row in rows]
-    return np.array(labels), np.array(numbers), np.array(keys)
+    keys = [[int(cell or "0", 16) for cell in row[14:]] for row in rows]
+    missing = [[not cell for cell in row[14:]] for row in rows]
+    return np.array(labels), np.array(numbers), np.array(keys, np.uint64), np.array(missing)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -50,16 +56,72 @@ def test_rows_of_any_span_equal_the_oracle(name, span, tmp_path, monkeypatch):
     block = _read(source, *span)
     for got, wanted in zip(block, _oracle(rows[slice(*span)]), strict=False):
         np.testing.assert_array_equal(got, wanted)
-    assert block.keys.dtype == np.int64
+    assert (block.keys.dtype, block.missing.dtype) == (np.uint64, np.bool_)
     assert len(bad_lines) == 0
 
 
-def test_keys_of_one_to_fifteen_digits_and_both_cases(tmp_path):
-    digits = ["0", "f", "F", "00000000", "68fd1e64", "68FD1E64", "f" * 15, "000000000000001", ""]
-    rows = [ctr_files.make_row(category=cell) for cell in digits]
-    source, _, _ = _open(ctr_files.write_text(tmp_path / "f", rows))
-    wanted = [int(cell, 16) if cell else MISSING_KEY for cell in digits]
-    np.testing.assert_array_equal(_read(source).keys[:, 7], wanted)
+DIGITS = ["0", "f", "F", "00000000", "68fd1e64", "68FD1E64", "f" * 15, "000000000000001", ""]
+DIGITS += ["f" * 16, "8000000000000000", "7fffffffffffffff", "0123456789abcdef", "-1", "-7F"]
+DIGITS += ["-8000000000000000", "-0"]
+
+
+def test_keys_of_one_to_sixteen_digits_and_both_cases(tmp_path):
+    rows = [ctr_files.make_row(category=cell) for cell in DIGITS]
+    block = _read(_open(ctr_files.write_text(tmp_path / "f", rows))[0])
+    wanted = np.array([int(cell or "0", 16) % 2**64 for cell in DIGITS], np.uint64)
+    np.testing.assert_array_equal(block.keys[:, 7], wanted)
+    assert block.missing[:, 7].tolist() == [not cell for cell in DIGITS]
+
+
+def _categories(column):
+    """Keys, None for a missing one, and the rows refused, of a column of categories."""
+    rows = len(column)
+    columns = dict.fromkeys(COLUMNS, pa.array(np.zeros(rows, np.int64)))
+    block, reasons = decode(pa.table(columns | dict.fromkeys(CATEGORIES, column)))
+    missing = block.missing[:, 3].tolist()
+    keys = [
+        None if none else key for key, none in zip(block.keys[:, 3].tolist(), missing, strict=True)
+    ]
+    return keys, reasons
+
+
+@hypothesis.given(st.lists(st.none() | st.integers(-(2**63), 2**64 - 1)))
+def test_cells_are_keys_one_to_one_whatever_holds_them(cells):
+    """An integer, signed or not, and its hex digits are one key; a missing cell is none of all."""
+    wanted = [None if cell is None else cell % 2**64 for cell in cells]
+    signed = [key if key is None or key < 2**63 else key - 2**64 for key in wanted]
+    texts = [None if cell is None else f"{cell:x}" for cell in cells]
+    padded = [None if key is None else f"{key:016X}" for key in wanted]
+    for column in (
+        pa.array(wanted, pa.uint64()),
+        pa.array(signed, pa.int64()),
+        pa.array(texts, pa.string()),
+        pa.array(padded, pa.large_string()).dictionary_encode(),
+    ):
+        assert _categories(column) == (wanted, {})
+    for kind, bits in ((pa.int32(), 31), (pa.int8(), 7)):
+        small = [cell for cell in cells if cell is None or -(2**bits) <= cell < 2**bits]
+        keys = [None if cell is None else cell % 2**64 for cell in small]
+        assert _categories(pa.array(small, kind)) == (keys, {})
+
+
+@hypothesis.given(st.lists(st.text("0123456789abcdefABCDEF-gx ", max_size=18), min_size=1))
+def test_text_is_a_key_or_refused(cells):
+    def key(cell):
+        try:
+            assert set(cell.removeprefix("-")) <= set("0123456789abcdefABCDEF")
+            assert len(cell.removeprefix("-")) <= 16
+            number = int(cell, 16)
+            assert number >= -(2**63)
+        except (AssertionError, ValueError):
+            return "refused"
+        return number % 2**64
+
+    wanted = [None if cell == "" else key(cell) for cell in cells]
+    keys, reasons = _categories(pa.array(cells, pa.string()))
+    assert keys == [each for each in wanted if each != "refused"]
+    assert list(reasons) == [row for row, each in enumerate(wanted) if each == "refused"]
+    assert all("C1 is not a category of up to 16 hex digits: " in each for each in reasons.values())
 
 
 def test_line_ends_and_an_unfinished_last_line(tmp_path):
@@ -89,14 +151,20 @@ MALFORMED = {
     "0x": (_spoil("I3", "0x1F"), "I3 is not an integer: '0x1F'"),
     "not hex": (
         _spoil("C7", "68fd1g64"),
-        "C7 is not a category of up to 15 hex digits: '68fd1g64'",
+        "C7 is not a category of up to 16 hex digits: '68fd1g64'",
     ),
     "too long": (
-        _spoil("C7", "1" * 16),
-        f"C7 is not a category of up to 15 hex digits: '{'1' * 16}'",
+        _spoil("C7", "1" * 17),
+        f"C7 is not a category of up to 16 hex digits: '{'1' * 17}'",
     ),
-    "quote": (_spoil("C1", '"1f"'), "C1 is not a category of up to 15 hex digits: '\"1f\"'"),
-    "return": (_spoil("C1", "1\rf"), "C1 is not a category of up to 15 hex digits: '1 f'"),
+    "quote": (_spoil("C1", '"1f"'), "C1 is not a category of up to 16 hex digits: '\"1f\"'"),
+    "return": (_spoil("C1", "1\rf"), "C1 is not a category of up to 16 hex digits: '1 f'"),
+    "minus": (_spoil("C1", "-"), "C1 is not a category of up to 16 hex digits: '-'"),
+    "0x key": (_spoil("C1", "0x1f"), "C1 is not a category of up to 16 hex digits: '0x1f'"),
+    "below": (
+        _spoil("C1", "-8000000000000001"),
+        "C1 is not a category of up to 16 hex digits: '-8000000000000001'",
+    ),
     "bytes": (_spoil("C1", "1f").replace(b"\t1f", b"\t\xff\xfe", 1), "C1 is not a category"),
 }
 
@@ -146,7 +214,7 @@ def test_malformed_parquet_rows(tmp_path):
     source, _, messages = _open(path)
     assert len(_read(source, 30, 50).labels) == 19
     assert messages == [
-        f"skipped {path}, line 41: C2 is not a category of up to 15 hex digits: 'no'"
+        f"skipped {path}, line 41: C2 is not a category of up to 16 hex digits: 'no'"
     ]
 
 
@@ -186,5 +254,6 @@ def test_parquet_columns_of_a_wrong_type(tmp_path):
     for name, values in {"C2": [0.5] * 3, "I1": [[1]] * 3}.items():
         changed = table.set_column(COLUMNS.index(name), name, pa.array(values))
         pyarrow.parquet.write_table(changed, path)
-        with pytest.raises(UserError, match=f"Column {name} has type"):
+        with pytest.raises(UserError, match=f"Column {name} has type") as error:
             _read(_open(path)[0])
+        assert (name == "C2") == ("Int64 in pandas" in str(error.value))

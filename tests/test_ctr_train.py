@@ -5,6 +5,7 @@ import json
 
 import ctr_files
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
@@ -13,9 +14,12 @@ from qrhash.ctr.display import Display
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.learner import Learner
 from qrhash.ctr.metrics import Scores, constant_logit, log_loss
+from qrhash.ctr.pipeline import batches
 from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, draw, final_table
 from qrhash.ctr.settings import Settings
+from qrhash.ctr.sources import BadLines, open_source
 from qrhash.ctr.train import Keeper, Summary, fit, split_line
+from qrhash.ctr.vocabulary import build_ids
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 
@@ -61,6 +65,37 @@ class Kept(Keeper):
 @pytest.fixture(scope="module")
 def rows():
     return ctr_files.random_rows(3000)
+
+
+def test_keys_of_64_bits_train_alike_whatever_holds_them(tmp_path):
+    """Hex digits, unsigned and signed integers: the same batches, and a run that takes them."""
+    rows = ctr_files.random_rows(300)
+    for row in rows:
+        row[14:] = [
+            cell and f"{2**64 - 1 - int(cell, 16) * 0x123456789AB % 2**64:x}" for cell in row[14:]
+        ]
+    assert {len(cell) for row in rows for cell in row[14:]} >= {0, 16}
+    files = [ctr_files.write_text(tmp_path / "text", rows)]
+    for name, kind in (("unsigned", pa.uint64()), ("signed", pa.int64())):
+        files.append(ctr_files.write_parquet(tmp_path / name, rows, integer_keys=kind))
+    columns = COLUMNS | {"C2": {"hash_size": 50}}
+    settings = Settings(**SMALL | {"columns": columns})
+    found = []
+    for path in files:
+        source = open_source(path, BadLines(path, 0, print))
+        ids = build_ids(settings, source.blocks(0, 300))
+        with batches(source, 0, 300, ids, 300) as stream:
+            (batch,) = stream
+        found.append(batch.ids)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    cells = [cell for row in rows for cell in row[14:16]]
+    for j, number in enumerate(found[0][:, :2].ravel().tolist()):
+        if j % 2 == 1:  # C2
+            assert number == (1 + int(cells[j], 16) % 49 if cells[j] else 0)
+    assert len(set(found[0][:, 0].tolist())) == len({row[14] for row in rows})
+    summary, _ = _fit(data=str(files[2]), columns=columns, max_bad_lines=0)
+    assert (summary.train_rows, summary.test.rows) == (240, 60)
 
 
 @pytest.mark.parametrize("model", ["dlrm", "dcn"])

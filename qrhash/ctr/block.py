@@ -2,7 +2,8 @@
 
 A row is a click (0 or 1), 13 integers and 26 categories; any integer or category may be
 missing. A category is a number here too, its 64-bit *key*: what the hex digits in the file
-say. Keys become ids in `vocabulary`.
+say, or the 64 bits of an integer. All 2**64 keys can occur, so a missing cell is told by a mask.
+Keys become ids in `vocabulary`.
 """
 
 from collections.abc import Iterator
@@ -15,8 +16,6 @@ INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 COLUMNS = (LABEL, *INTEGERS, *CATEGORIES)
 
-MISSING_KEY = -1
-
 
 class Block(NamedTuple):
     """Some consecutive rows.
@@ -24,7 +23,8 @@ class Block(NamedTuple):
     Attributes:
       labels: [rows] float32, 0 or 1.
       numbers: [rows, 13] float32, nan where the cell is missing.
-      keys: [rows, 26] int64, `MISSING_KEY` where the cell is missing.
+      keys: [rows, 26] uint64, 0 where the cell is missing.
+      missing: [rows, 26] bool, where there is no category.
       truth: [rows] float64, the logit of the probability each label was drawn with; None for
         real data.
     """
@@ -32,6 +32,7 @@ class Block(NamedTuple):
     labels: np.ndarray
     numbers: np.ndarray
     keys: np.ndarray
+    missing: np.ndarray
     truth: np.ndarray | None = None
 
     def rows(self, start: int, stop: int) -> "Block":

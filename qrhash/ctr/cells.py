@@ -3,6 +3,8 @@
 Every column is decoded as a whole, with a mask of the cells that cannot be read; only for
 those few is a reason put into words. Categories of hex digits are padded to one width, so
 that a column is a matrix of characters and its keys are one product with the powers of 16.
+A negative integer has the key of its 64 bits in two's complement, as hashes have that were
+written into a signed column; so has its text, a minus sign and hex digits.
 """
 
 from typing import Any
@@ -11,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qrhash.ctr.block import CATEGORIES, INTEGERS, LABEL, MISSING_KEY, Block
+from qrhash.ctr.block import CATEGORIES, INTEGERS, LABEL, Block
 from qrhash.ctr.errors import UserError
 
 _INTEGER = "^-?[0-9]{1,18}$"
-_MAX_DIGITS = 15  # 60 bits: a key stays positive in int64
+_MAX_DIGITS = 16  # 64 bits
 _NOT_HEX = 16
 _DIGIT = np.full(256, _NOT_HEX, np.uint8)
 for _value, _character in enumerate("0123456789abcdef"):
@@ -33,7 +35,7 @@ def decode(table: pa.Table) -> tuple[Block, dict[int, str]]:
     """
     reasons: dict[int, str] = {}
 
-    def read(name: str, decoder: Any, rule: str) -> np.ndarray:
+    def read(name: str, decoder: Any, rule: str) -> Any:
         column = table[name].combine_chunks()
         values, bad = decoder(name, column)
         for row in np.flatnonzero(bad).tolist():
@@ -43,10 +45,11 @@ def decode(table: pa.Table) -> tuple[Block, dict[int, str]]:
     labels = read(LABEL, _labels, "0 or 1")
     numbers = np.stack([read(name, _numbers, "an integer") for name in INTEGERS], axis=1)
     rule = f"a category of up to {_MAX_DIGITS} hex digits"
-    keys = np.stack([read(name, _keys, rule) for name in CATEGORIES], axis=1)
+    cells = [read(name, _keys, rule) for name in CATEGORIES]
+    keys, missing = (np.stack(columns, axis=1) for columns in zip(*cells, strict=True))
     good = np.ones(table.num_rows, bool)
     good[list(reasons)] = False
-    return Block(labels[good], numbers[good], keys[good]), reasons
+    return Block(labels[good], numbers[good], keys[good], missing[good]), reasons
 
 
 def _labels(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -68,32 +71,40 @@ def _numbers(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return values, bad | np.isinf(values)
 
 
-def _keys(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """-> keys [rows] int64, unreadable [rows] bool."""
+def _keys(name: str, column: pa.Array) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """-> (keys [rows] uint64, missing [rows] bool), unreadable [rows] bool."""
     column = _plain(column)
     if pa.types.is_string(column.type):
         return _hex_keys(column)
     if not _is(column, "integer", "null"):
+        hint = ""
+        if _is(column, "floating"):
+            hint = ": write integers with missing cells as nullable ones (Int64 in pandas)"
         raise UserError(
-            f"Column {name} has type {column.type}; it must hold hex strings or integers."
+            f"Column {name} has type {column.type}; it must hold hex strings or integers{hint}."
         )
-    # Unsigned 64-bit hashes beyond int64 wrap to negative numbers here and are refused below.
-    keys = column.cast(pa.int64(), safe=False)
-    bad = _mask(pc.less(keys, 0))
-    return keys.fill_null(MISSING_KEY).to_numpy(zero_copy_only=False), bad
+    missing = column.is_null().to_numpy(zero_copy_only=False)
+    kind = pa.int64() if _is(column, "signed_integer") else pa.uint64()
+    keys = column.cast(kind).fill_null(0).to_numpy(zero_copy_only=False).view(np.uint64)
+    return (keys, missing), np.zeros(len(column), bool)
 
 
-def _hex_keys(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    lengths = pc.binary_length(column).fill_null(0).to_numpy(zero_copy_only=False)
-    too_long = lengths > _MAX_DIGITS
-    width = max(1, int(lengths[~too_long].max(initial=0)))
-    text = pc.if_else(pa.array(too_long), "", column).fill_null("")
-    padded = pc.ascii_lpad(text, width, padding="0")
+def _hex_keys(column: pa.Array) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    text = column.fill_null("")
+    missing = _mask(pc.equal(text, ""))
+    signed = pc.starts_with(text, "-")
+    text = pc.if_else(signed, pc.utf8_slice_codeunits(text, 1), text)
+    lengths = pc.binary_length(text).to_numpy(zero_copy_only=False)
+    bad = (lengths > _MAX_DIGITS) | ((lengths == 0) & ~missing)
+    width = max(1, int(lengths[~bad].max(initial=0)))
+    padded = pc.ascii_lpad(pc.if_else(pa.array(bad), "", text), width, padding="0")
     characters = np.frombuffer(padded.buffers()[2], np.uint8, count=len(column) * width)
     digits = _DIGIT[characters].reshape(len(column), width)
-    keys = digits.astype(np.int64) @ (16 ** np.arange(width - 1, -1, -1, dtype=np.int64))
-    keys[lengths == 0] = MISSING_KEY
-    return keys, too_long | (digits == _NOT_HEX).any(axis=1)
+    powers = np.uint64(16) ** np.arange(width - 1, -1, -1, dtype=np.uint64)
+    keys = digits.astype(np.uint64) @ powers
+    negative = _mask(signed)
+    bad |= (digits == _NOT_HEX).any(axis=1) | (negative & (keys > 2**63))
+    return (np.where(negative, ~keys + np.uint64(1), keys), missing), bad
 
 
 def _plain(column: pa.Array) -> pa.Array:

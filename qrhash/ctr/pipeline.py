@@ -37,7 +37,11 @@ class Batch(NamedTuple):
 def encode(block: Block, ids: Mapping[str, Ids]) -> Batch:
     """Rows as a model takes them; `ids` names the columns of the model, in order."""
     numbers = np.log1p(np.maximum(np.nan_to_num(block.numbers), 0))
-    columns = [of_keys(block.keys[:, CATEGORIES.index(name)]) for name, of_keys in ids.items()]
+    places = {name: CATEGORIES.index(name) for name in ids}
+    columns = [
+        of_keys(block.keys[:, places[name]], block.missing[:, places[name]])
+        for name, of_keys in ids.items()
+    ]
     rows = len(block.labels)
     return Batch(
         labels=block.labels,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from qrhash.arithmetic import ceil_div
-from qrhash.ctr.block import CATEGORIES, INTEGERS, MISSING_KEY, Block
+from qrhash.ctr.block import CATEGORIES, INTEGERS, Block
 
 _BLOCK_ROWS = 8192
 
@@ -69,9 +69,12 @@ class SyntheticSource:
         for pair_effects, (i, j) in zip(self._pair_effects, _PAIRS, strict=True):
             logits += pair_effects[ranks[i], ranks[j]]
         labels = random.random(_BLOCK_ROWS) < 1 / (1 + np.exp(-logits))
+        # In every third column the second most frequent category is the missing cell.
+        missing = np.stack([(rank == 1) & (j % 3 == 0) for j, rank in enumerate(ranks)], axis=1)
         keys = np.stack([_keys(j, rank) for j, rank in enumerate(ranks)], axis=1)
+        keys[missing] = 0
         numbers[absent] = np.nan
-        return Block(labels.astype(np.float32), numbers.astype(np.float32), keys, logits)
+        return Block(labels.astype(np.float32), numbers.astype(np.float32), keys, missing, logits)
 
 
 def _zipf_cumulative(size: int) -> np.ndarray:
@@ -80,9 +83,5 @@ def _zipf_cumulative(size: int) -> np.ndarray:
 
 
 def _keys(column: int, ranks: np.ndarray) -> np.ndarray:
-    """Ranks as 32-bit keys that look hashed; an odd factor keeps them apart.
-
-    In every third column the second most frequent category is the missing cell.
-    """
-    keys = ((ranks + 1) * 2_654_435_761 + column * 40_503) % 2**32
-    return np.where((column % 3 == 0) & (ranks == 1), MISSING_KEY, keys)
+    """Ranks as 32-bit keys that look hashed; an odd factor keeps them apart."""
+    return (((ranks + 1) * 2_654_435_761 + column * 40_503) % 2**32).astype(np.uint64)
