@@ -6,10 +6,15 @@ looks ids up. What it returns is a Flax NNX module, so it trains like any other.
 DeepRec's strategy "Q-R" computes id // rows_q and id % rows_r. That gives every id rows of its
 own only if rows_q <= rows_r, and only ids below rows_q**2 have a quotient row. Here such sizes
 are refused with the ids that collide, unless `allow_collisions=True` asks for them.
+
+DeepRec's ids have 64 bits, JAX's have 32 unless jax_enable_x64 is set. Then the default vocabulary
+ends at 2**31; ids beyond it need a `num_embeddings` that says so, and NumPy's integers.
 """
 
 import dataclasses
 import functools
+import math
+import numbers
 import operator
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +23,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -32,6 +38,7 @@ NONE = "VariableAggregation.NONE"
 
 _OPERATIONS = {"add": "add", "mult": "mult", "mul": "mult", "concat": "concat"}
 _STRATEGIES = ("Q-R", "quotient-remainder")
+_MOST_OF_32_BITS = 2**31  # ids from 0 on that an int32 can hold
 
 # Arguments of DeepRec's that mean nothing in JAX: the value that says nothing, and the reason.
 _NO_MEANING: dict[str, tuple[Any, str]] = {
@@ -78,6 +85,21 @@ class MultiHashVariable(MultiHashEmbed):
                 table = getattr(self, variable)
                 setattr(self, variable, FrozenTable(table.get_value(), **table.get_metadata()))
 
+    def __call__(self, inputs: chex.Array, *options: Any, **named: Any) -> jax.Array:
+        """Looks up the vectors of ids; see `qrhash.nnx.MultiHashEmbed`.
+
+        Raises:
+          ValueError: JAX ids of 32 bits for a vocabulary that needs more; or as there.
+        """
+        n = self.config.num_embeddings
+        if isinstance(inputs, jax.Array) and inputs.dtype.itemsize <= 4 and n > _MOST_OF_32_BITS:
+            raise ValueError(
+                f"ids are {inputs.dtype} JAX integers, but num_embeddings={n} needs 64 bits: give "
+                f"get_multihash_variable num_embeddings={_MOST_OF_32_BITS} or less, and dims to "
+                "match, pass NumPy ids, or set jax_enable_x64."
+            )
+        return super().__call__(inputs, *options, **named)
+
     def regularization_loss(self) -> jax.Array:
         """The regularizer summed over the tables, a scalar to add to the loss; 0 without one."""
         if self.regularizer is None:
@@ -90,7 +112,7 @@ class MultiHashVariable(MultiHashEmbed):
             return
         for variable in self._table_names:
             table = getattr(self, variable)
-            table[...] = self.constraint(table[...])
+            table[...] = _checked_shape("constraint", self.constraint(table[...]), table.shape)
 
 
 def get_multihash_variable(
@@ -146,7 +168,8 @@ def get_multihash_variable(
       synchronization: no meaning in JAX; refused.
       aggregation: no meaning in JAX; refused.
       num_embeddings: size of the vocabulary. Default: all ids with rows of their own: rows_q**2,
-        or rows_q * rows_r for "quotient-remainder".
+        but at most 2**31 unless jax_enable_x64 is set, for JAX's ids end there; or
+        rows_q * rows_r for "quotient-remainder".
       allow_collisions: accepts sizes with which ids collide or have no row.
       id_policy: what other ids give, see `qrhash.EmbedConfig`.
       rngs: random number generators. Default: seeded with the name.
@@ -210,27 +233,54 @@ def embedding_lookup(
     Args:
       params: a multi-hash variable.
       ids: integers [*shape].
-      max_norm: vectors with a larger Euclidean norm are scaled down to it.
+      max_norm: vectors with a larger Euclidean norm are scaled down to it; None or infinite: none.
 
     Returns:
       Vectors [*shape, features].
 
     Raises:
-      ValueError: `params` is no multi-hash variable, `max_norm` is not positive, or an id breaks
-        the variable's policy.
+      ValueError: `params` is no multi-hash variable, `max_norm` is no positive number, JAX ids
+        have too few bits for the vocabulary, or an id breaks the variable's policy.
     """
     if not isinstance(params, MultiHashVariable):
         raise ValueError(
             f"params must be what get_multihash_variable returns, got {type(params).__name__}."
         )
+    limit = math.inf if max_norm is None else _positive("max_norm", max_norm)
     vectors = params(ids)
-    if max_norm is None:
-        return vectors
-    if max_norm <= 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}.")
+    return vectors if limit == math.inf else _scaled_down(vectors, limit)
+
+
+def _positive(name: str, value: Any) -> float:
+    """A number above zero, infinity included, as a Python float."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    if not is_number and isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0:
+        is_number = not isinstance(value, jax.core.Tracer) and value.dtype.kind in "iuf"
+    if not is_number or not float(value) > 0:
+        raise ValueError(f"{name} must be a positive number or None, got {value!r}.")
+    return float(value)
+
+
+def _scaled_down(vectors: jax.Array, max_norm: float) -> jax.Array:
+    """Vectors [*shape, features], of a norm of at most `max_norm`."""
+    # In units of the largest entry no square leaves the range of floats.
+    wide = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    unit = jnp.max(jnp.abs(jax.lax.stop_gradient(wide)), axis=-1, keepdims=True)
+    unit = jnp.where(unit > 0, unit, 1)
+    squared = jnp.sum((wide / unit) ** 2, axis=-1, keepdims=True)
+    limit = max_norm / unit
+    is_longer = squared > limit**2
     # The square root is taken of norms above max_norm alone: its gradient at zero is infinite.
-    squared = jnp.sum(vectors**2, axis=-1, keepdims=True)
-    return vectors * max_norm * jax.lax.rsqrt(jnp.maximum(squared, max_norm**2))
+    factor = limit * jax.lax.rsqrt(jnp.where(is_longer, squared, 1))
+    return jnp.where(is_longer, wide * factor, wide).astype(vectors.dtype)
+
+
+def _checked_shape(name: str, array: Any, shape: tuple[int, ...]) -> Any:
+    if jnp.shape(array) != tuple(shape):
+        raise ValueError(
+            f"{name} must return a table of shape {tuple(shape)}, got {jnp.shape(array)}."
+        )
+    return array
 
 
 def _checked_dims(
@@ -271,7 +321,10 @@ def _partition(
                 f"remainder table of {remainders}, got {n}."
             )
         return QuotientRemainder(n, remainders)
-    n = quotients**2 if num_embeddings is None else as_size("num_embeddings", num_embeddings)
+    if num_embeddings is None:
+        limit = math.inf if jax.config.jax_enable_x64 else _MOST_OF_32_BITS
+        num_embeddings = min(quotients**2, limit)
+    n = as_size("num_embeddings", num_embeddings)
     partition = DeepRecQuotientRemainder(n, quotients, remainders)
     if not partition.is_complementary and not allow_collisions:
         raise ValueError(
@@ -329,8 +382,7 @@ def _through_getter(
                 initializer=initializer,
                 trainable=trainable,
             )
-            chex.assert_shape(array, shape)
-            return jnp.asarray(array, dtype)
+            return jnp.asarray(_checked_shape("custom_getter", array, shape), dtype)
 
         return init
 

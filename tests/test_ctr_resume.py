@@ -1,6 +1,7 @@
 """`--resume`: a run that was stopped goes on as if it had not been."""
 
 import gc
+import gzip
 import json
 import shutil
 import signal
@@ -286,20 +287,67 @@ def test_there_is_no_run_to_go_on_with(tmp_path, monkeypatch):
     _assert_refused("does not begin with the settings", "--output-dir", "empty")
 
 
-def test_other_data_are_of_another_model(taken_up, tmp_path):
+@pytest.fixture(scope="module")
+def hashed(tmp_path_factory):
+    """A run on text with hashed ids, which make the tables of all data alike: directory, data."""
+    directory = tmp_path_factory.mktemp("hashed")
+    config, data = small_run(directory, rows=ctr_files.random_rows(1000))
+    output = directory / "run"
+    _stop(config, data, "--hash-size=50", "--checkpoint-every=3", "--output-dir", output, step=5)
+    return output, directory / "clicks"
+
+
+def _others(rows):
+    """Rows that are not those."""
+    spoilt = [row.copy() for row in rows]
+    spoilt[997][3] += "1"
+    swapped = [rows[1], rows[0], *rows[2:]]
+    return {
+        "more": (ctr_files.random_rows(1100), "they had 1,000 lines, {} has 1,100"),
+        "fewer": (rows[:-1], "they had 1,000 lines, {} has 999"),
+        "one cell": (spoilt, "{} has as many lines, 1,000, but its contents are others"),
+        "another order": (swapped, "{} has as many lines, 1,000, but its contents are others"),
+    }
+
+
+@pytest.mark.parametrize("name", ["more", "fewer", "one cell", "another order"])
+@pytest.mark.parametrize("form", ["text", "parquet", "vocabulary"])
+def test_data_that_changed_are_said_to_have(form, name, hashed, taken_up, tmp_path):
+    """Before models are compared, which the vocabularies of other data make others."""
+    output, _ = hashed
+    if form == "text":
+        output = shutil.copytree(output, tmp_path / "run")
+    else:
+        output = taken_up
+    rows, sentence = _others(ctr_files.random_rows(1000))[name]
+    write = ctr_files.write_text if form == "text" else ctr_files.write_parquet
+    if form == "vocabulary":
+        rows = [[*row[:14], *[cell and f"{cell}7" for cell in row[14:]]] for row in rows]
+    other = write(tmp_path / "other", rows)
+    before = (output / "metrics.jsonl").read_text()
+    sentence = "resumed with the data that it began with: " + sentence.format(other)
+    _assert_refused(sentence, "--output-dir", output, f"--data={other}")
+    assert (output / "metrics.jsonl").read_text() == before
+
+
+def test_the_same_text_goes_on_elsewhere_and_compressed(hashed, tmp_path):
+    output, data = hashed
+    moved = tmp_path / "moved.gz"
+    moved.write_bytes(gzip.compress(data.read_bytes()))
+    output = shutil.copytree(output, tmp_path / "run")
+    assert "resuming after" in _train("--resume", "--output-dir", output, f"--data={moved}").stderr
+
+
+def test_a_run_of_an_earlier_version_says_what_may_have_changed(taken_up, tmp_path):
+    """Its records do not know their data."""
+    metrics = taken_up / "metrics.jsonl"
+    settings, *others = metrics.read_text().splitlines()
+    old = {name: value for name, value in json.loads(settings).items() if name != "source"}
+    metrics.write_text("".join(f"{line}\n" for line in [json.dumps(old), *others]))
     rows = ctr_files.random_rows(1000, categories=30)
     *_, data = small_run(tmp_path, name="other", rows=rows)
-    _assert_refused("is of another model: ", "--output-dir", taken_up, data)
-
-
-def test_data_of_another_number_of_lines(tmp_path):
-    """Hashed ids make the tables of both alike."""
-    config, data = small_run(tmp_path)
-    output = tmp_path / "run"
-    _stop(config, data, "--hash-size=50", "--checkpoint-every=3", "--output-dir", output, step=5)
-    *_, other = small_run(tmp_path, name="other", rows=ctr_files.random_rows(1100))
-    sentence = f"they had 1,000 lines, {tmp_path / 'other'} has 1,100"
-    _assert_refused(sentence, "--output-dir", output, other)
+    sentence = "A run is resumed with the data that it began with, and with this version"
+    _assert_refused(sentence, "--output-dir", taken_up, data)
 
 
 @damaging

@@ -46,10 +46,12 @@ class Source(Protocol):
     Attributes:
       name: what to call it in a message.
       num_lines: lines in all, malformed ones included: the time axis of the split.
+      checksum: by it other rows, or the same ones in other blocks, are told.
     """
 
     name: str
     num_lines: int
+    checksum: int
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Yields the well-formed rows of lines [start, stop), counted from 0, in order."""

@@ -82,7 +82,13 @@ class RunDirectory(Keeper):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the run began with."""
-        return {name: value for name, value in self._records[0].items() if name != "kind"}
+        others = ("kind", "source")
+        return {name: value for name, value in self._records[0].items() if name not in others}
+
+    @property
+    def source(self) -> dict[str, int] | None:
+        """What was recorded of the data that the run began with."""
+        return self._records[0].get("source")
 
     @property
     def checkpoints(self) -> Path | None:

@@ -7,6 +7,7 @@ is, its first bytes say, not its name.
 
 import contextlib
 import gzip
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,7 +69,10 @@ class TextSource:
         self.name = str(path)
         self._path, self._bad_lines = path, bad_lines
         self._open: Callable[[Path, str], Any] = gzip.open if compressed else open
-        self.num_lines = sum(len(lines) for _, lines in self._chunks())
+        self.num_lines = self.checksum = 0
+        for _, lines in self._chunks():
+            self.num_lines += len(lines)
+            self.checksum = zlib.crc32(b"\n".join([*lines, b""]), self.checksum)
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Yields the rows of lines [start, stop); see `Source`."""
@@ -120,6 +124,12 @@ class ParquetSource:
         with self._file() as file:
             names = file.schema_arrow.names
             self.num_lines = file.metadata.num_rows
+        # The last part says how many bytes each column has in each group of rows, and their range.
+        with _file_errors(path), path.open("rb") as stream:
+            stream.seek(-8, os.SEEK_END)
+            size = int.from_bytes(stream.read(4), "little")
+            stream.seek(-8 - size, os.SEEK_END)
+            self.checksum = zlib.crc32(stream.read(size))
         for many, fault in ((0, "no column"), (2, "more than one column")):
             faulty = [name for name in COLUMNS if min(names.count(name), 2) == many]
             if faulty:

@@ -38,6 +38,7 @@ class SyntheticSource:
     """
 
     name = "synthetic click stream"
+    checksum = 0  # the settings say it all
 
     def __init__(self, num_lines: int, seed: int) -> None:
         self.num_lines = num_lines

@@ -83,6 +83,11 @@ class Keeper:
         """Drops all after so many points of the learning curve: the run goes on from there."""
 
     @property
+    def source(self) -> Mapping[str, int] | None:
+        """What was recorded of the data, if the run is one that is resumed."""
+        return None
+
+    @property
     def checkpoints(self) -> Path | None:
         """Their directory, once the settings are recorded; None: no checkpoints."""
         return None
@@ -101,6 +106,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     """
     sharding = make_sharding(settings)  # a mesh that cannot be is told before the data are read
     source, bad_lines = _open(settings, display)
+    if settings.resume:
+        _check_source(source, keeper.source)
     split = split_line(settings, source.num_lines)
     ids = build_ids(settings, _shown(source.blocks(0, split), display, "vocabulary", split))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
@@ -116,7 +123,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     )
 
     if not settings.resume:
-        keeper.record({"kind": "settings", **settings.as_dict()})
+        of_data = {"lines": source.num_lines, "checksum": source.checksum}
+        keeper.record({"kind": "settings", **settings.as_dict(), "source": of_data})
     with _checkpoints(settings, configs, keeper) as checkpoints:
         progress = _train(settings, data, learner, display, keeper, checkpoints)
     rows_per_second = progress.rows_per_second
@@ -173,6 +181,22 @@ def _open(settings: Settings, display: Display) -> tuple[Source, Sized]:
     return open_source(path, bad_lines), bad_lines
 
 
+def _check_source(source: Source, begun: Mapping[str, int] | None) -> None:
+    """Raises UserError unless these are the data that a run began with."""
+    if begun is None:  # It began with an earlier version
+        return
+    rule = "A run is resumed with the data that it began with"
+    if begun["lines"] != source.num_lines:
+        raise UserError(
+            f"{rule}: they had {begun['lines']:,} lines, {source.name} has {source.num_lines:,}."
+        )
+    if begun["checksum"] != source.checksum:
+        raise UserError(
+            f"{rule}: {source.name} has as many lines, {source.num_lines:,}, but its contents are "
+            "others."
+        )
+
+
 def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> Iterator[_Rows]:
     """The same blocks or batches, with `display` told of them."""
     display.phase(phase, total)
@@ -209,7 +233,7 @@ def _train(
     progress = Progress(keeper.record, settings.batch_size)
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
-        first_epoch, position = _resume(data.source, learner, checkpoints, progress, display)
+        first_epoch, position = _resume(learner, checkpoints, progress, display)
         keeper.rewind(progress.points)
         points = [point for point in points if point > progress.rows]
     display.phase("training", total)
@@ -222,8 +246,7 @@ def _train(
             def save(epoch: int = epoch, stream: Any = stream) -> None:
                 if checkpoints is not None:
                     where = {"epoch": epoch, "position": stream.get_state()}
-                    of_run = {"lines": data.source.num_lines, "progress": progress.as_dict()}
-                    learner.save(checkpoints, where | of_run)
+                    learner.save(checkpoints, where | {"progress": progress.as_dict()})
 
             for batch in stream:
                 # What comes of a position at the end of the data: nothing but padding.
@@ -253,7 +276,6 @@ def _train(
 
 
 def _resume(
-    source: Source,
     learner: Learner,
     checkpoints: Checkpoints,
     progress: Progress,
@@ -265,14 +287,13 @@ def _resume(
         return 0, None
     try:
         restored = learner.restore(checkpoints)
-    except (MismatchError, OSError) as error:
-        raise UserError(str(error)) from error
-    lines = restored.extra.get("lines", source.num_lines)
-    if lines != source.num_lines:
+    except MismatchError as error:
         raise UserError(
-            f"A run is resumed with the data that it began with: they had {lines:,} lines, "
-            f"{source.name} has {source.num_lines:,}."
-        )
+            f"{error} A run is resumed with the data that it began with, and with this version of "
+            "qrhash: has one of them changed?"
+        ) from error
+    except OSError as error:
+        raise UserError(str(error)) from error
     for sentence in restored.damaged:
         display.line(f"Warning: {sentence}")
     progress.take_over(restored.extra["progress"])
