@@ -261,3 +261,67 @@ def test_the_correct_form_in_its_place():
     assert var.config.partition == qrhash.QuotientRemainder(15, 3)
     vectors = quick_jit(lambda t, i: qrhash.lookup(t, i, var.config))(var.tables, np.arange(15))
     assert len(np.unique(vectors[:, 0])) == 15
+
+
+# --- vocabularies of more than 32 bits, and limits of norms ---------------------------------------
+
+
+@pytest.mark.parametrize("rows", [46_340, 46_341, 46_342, 70_000])
+def test_the_default_vocabulary_can_be_looked_up_by_jax_ids(rows):
+    """rows**2 leaves int32 from 46,341 rows on."""
+    var = qrhash.deeprec.get_multihash_variable("big", [[rows, 2], [rows, 2]], operation="mult")
+    last = min(rows**2, 2**31) - 1
+    assert var.num_embeddings == last + 1
+    ids = np.array([0, 1, rows, last])
+    want = np.asarray(var.table_0[...])[ids // rows] * np.asarray(var.table_1[...])[ids % rows]
+    for given in (ids, jnp.asarray(ids, jnp.int32)):
+        np.testing.assert_allclose(qrhash.deeprec.embedding_lookup(var, given), want, rtol=1e-6)
+    if rows**2 > 2**31:
+        beyond = qrhash.deeprec.embedding_lookup(var, np.array([2**31]))
+        assert np.isnan(beyond).all()
+
+
+@pytest.mark.parametrize("strategy", ["Q-R", "quotient-remainder"])
+def test_a_vocabulary_asked_for_beyond_32_bits_takes_ids_of_the_host(strategy):
+    n = 70_000**2
+    var = qrhash.deeprec.get_multihash_variable(
+        "big", [[70_000, 2]] * 2, 2, strategy, operation="add", num_embeddings=n
+    )
+    vectors = qrhash.deeprec.embedding_lookup(var, np.array([n - 1, 2**31]))
+    assert np.isfinite(vectors).all()
+    with pytest.raises(ValueError, match=rf"num_embeddings={n}.*NumPy ids.*jax_enable_x64"):
+        qrhash.deeprec.embedding_lookup(var, jnp.array([1, 2]))
+
+
+@pytest.mark.parametrize("max_norm", [np.inf, float("inf"), None, 1e30, np.float32(np.inf)])
+def test_a_limit_that_none_exceeds_changes_nothing(max_norm):
+    var = qrhash.deeprec.get_multihash_variable("item", [[10, 4]] * 2, operation="add")
+    ids = jnp.arange(5)
+    loss = lambda var: qrhash.deeprec.embedding_lookup(var, ids, max_norm).sum()  # noqa: E731
+    np.testing.assert_array_equal(
+        qrhash.deeprec.embedding_lookup(var, ids, max_norm),
+        qrhash.deeprec.embedding_lookup(var, ids),
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.grad(loss)(var)))
+
+
+def test_norms_of_very_large_and_of_zero_vectors():
+    var = qrhash.deeprec.get_multihash_variable(
+        "item",
+        [[2, 3]] * 2,
+        operation="add",
+        initializer=lambda key, shape, dtype: jnp.zeros(shape),
+    )
+    var.table_0[...] = jnp.array([[0.0, 0, 0], [3e20, 0, 4e20]])
+    loss = lambda var: qrhash.deeprec.embedding_lookup(var, ids, 1.0).sum()  # noqa: E731
+    ids = jnp.array([0, 2])
+    got = qrhash.deeprec.embedding_lookup(var, ids, 1.0)
+    np.testing.assert_allclose(got, [[0, 0, 0], [0.6, 0, 0.8]], rtol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.grad(loss)(var)))
+
+
+@pytest.mark.parametrize("max_norm", [0, -1.0, np.nan, True, "1", jnp.ones(2)])
+def test_a_limit_that_is_none_is_refused(max_norm):
+    var = qrhash.deeprec.get_multihash_variable("item", [[10, 4]] * 2, operation="add")
+    with pytest.raises(ValueError, match="max_norm must be a positive number"):
+        qrhash.deeprec.embedding_lookup(var, jnp.arange(5), max_norm)
