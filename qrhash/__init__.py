@@ -20,6 +20,8 @@ from qrhash.partitions import (
 from qrhash.rowgrads import RowGrads, merged_values, take_rows, value_and_grad
 from qrhash.sharding import ShardedTable, Sharding
 from qrhash.tables import (
+    all_vectors,
+    as_tables,
     attend,
     gather,
     init,
@@ -30,6 +32,8 @@ from qrhash.tables import (
 )
 
 __version__ = "0.1.0"
+
+# Without the rooms whose names are Flax's, linen and nnx: `from qrhash import *` hides neither.
 
 __all__ = [
     "ChineseRemainder",
@@ -46,7 +50,9 @@ __all__ = [
     "ShardedTable",
     "Sharding",
     "adagrad",
+    "all_vectors",
     "apply_updates",
+    "as_tables",
     "attend",
     "checkpoint",
     "collection",
@@ -55,10 +61,8 @@ __all__ = [
     "gather",
     "init",
     "init_projection",
-    "linen",
     "lookup",
     "merged_values",
-    "nnx",
     "row_numbers",
     "rowwise_adagrad",
     "take_rows",

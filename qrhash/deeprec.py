@@ -299,7 +299,7 @@ def _faults(partition: DeepRecQuotientRemainder) -> str:
 
 def _axes(
     partitioner: PartitionSpec | tuple[str | None, str | None] | None,
-) -> tuple[str | None, str | None]:
+) -> tuple[str | None, str | None] | None:
     if partitioner is None:
         return EmbedConfig.logical_axes
     if not isinstance(partitioner, (PartitionSpec, tuple, list)) or len(partitioner) > 2:
@@ -329,7 +329,11 @@ def _through_getter(
                 initializer=initializer,
                 trainable=trainable,
             )
-            chex.assert_shape(array, shape)
+            if jnp.shape(array) != tuple(shape):
+                raise ValueError(
+                    f"custom_getter must return an array of the shape it was asked for, {shape}, "
+                    f"for {name}/table_{table}, got {jnp.shape(array)}."
+                )
             return jnp.asarray(array, dtype)
 
         return init
