@@ -21,6 +21,8 @@ from qrhash.partitions import (
 from qrhash.rowgrads import RowGrads, add_grads, global_norm, sum_grads, take_rows
 from qrhash.sharding import ShardedTable, Sharding
 from qrhash.tables import (
+    all_vectors,
+    as_tables,
     attend,
     gather,
     init,
@@ -31,6 +33,8 @@ from qrhash.tables import (
 )
 
 __version__ = "0.1.0"
+
+# Without the rooms whose names are Flax's, linen and nnx: `from qrhash import *` hides neither.
 
 __all__ = [
     "ChineseRemainder",
@@ -48,7 +52,9 @@ __all__ = [
     "Sharding",
     "adagrad",
     "add_grads",
+    "all_vectors",
     "apply_updates",
+    "as_tables",
     "attend",
     "checkpoint",
     "collection",
@@ -58,9 +64,7 @@ __all__ = [
     "global_norm",
     "init",
     "init_projection",
-    "linen",
     "lookup",
-    "nnx",
     "row_numbers",
     "rowwise_adagrad",
     "sum_grads",

@@ -1,8 +1,10 @@
 """Integer arithmetic on ids and table sizes: exact, on NumPy and JAX integers alike."""
 
+import dataclasses
 import itertools
 import math
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,16 +27,49 @@ def as_ids(ids: Array) -> Array:
 
     Raises:
       TypeError: the ids are not integers.
+      ValueError: integers of more than 64 bits, or lists that are no array.
     """
     if isinstance(ids, np.generic) or not hasattr(ids, "__array_namespace__"):
-        empty = isinstance(ids, (list, tuple)) and np.size(ids) == 0
-        ids = np.asarray(ids, dtype=np.int64 if empty else None)
+        ids = _as_numpy(ids)
+    if ids.dtype == object:
+        ids = _integers_of(ids)
     xp = ids.__array_namespace__()
-    if ids.dtype == object or not xp.isdtype(ids.dtype, "integral"):
-        raise TypeError(f"ids must be integers, got an array of {ids.dtype}.")
+    if not xp.isdtype(ids.dtype, "integral"):
+        raise TypeError(
+            f"ids must be integers, got an array of {ids.dtype}: number other keys first."
+        )
     if isinstance(ids, np.ndarray):
         return ids if ids.dtype == np.uint64 else ids.astype(np.int64)
     return ids if ids.dtype.itemsize >= 4 else ids.astype(xp.int32)
+
+
+def _as_numpy(values: Any) -> Array:
+    """Python integers, or lists of them, as NumPy's; those it takes for floats stay objects."""
+    try:
+        array = np.asarray(values)
+        if array.size == 0 and isinstance(values, (list, tuple)):
+            return array.astype(np.int64)
+        # Of integers that no integer type has room for together, NumPy makes floats.
+        lists = isinstance(values, (list, tuple)) and array.dtype == np.float64
+        return np.asarray(values, dtype=object) if lists else array
+    except ValueError as error:
+        raise ValueError(
+            f"ids must be an array, or lists of equal lengths, got {values!r}."
+        ) from error
+
+
+def _integers_of(objects: np.ndarray) -> np.ndarray:
+    """An array of Python objects as one of 64 bits, if they are integers that fit."""
+    for value in objects.flat:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"ids must be integers, got {value!r} of {type(value).__name__}.")
+    numbers = [int(value) for value in objects.flat]
+    dtype = np.dtype(np.uint64 if min(numbers) >= 0 else np.int64)
+    if misfit := [x for x in numbers if not np.iinfo(dtype).min <= x <= np.iinfo(dtype).max]:
+        raise ValueError(
+            f"ids must fit {dtype}, got {misfit[0]}: no vocabulary has ids of 2**63 or more."
+        )
+    return np.array(numbers, dtype).reshape(objects.shape)
 
 
 def digit(ids: Array, place: int, radix: int, num_embeddings: int) -> Array:
@@ -144,3 +179,22 @@ def as_size(name: str, value: Any, minimum: int = 1) -> int:
     if size < minimum:
         raise ValueError(f"{name} must be {rule}, got {value!r}.")
     return size
+
+
+def as_fields(name: str, values: Any) -> dict[str, Any]:
+    """What `to_dict` made of an object, as a dictionary of its own; or a ValueError."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a mapping, as to_dict gives it, got {values!r}.")
+    return dict(values)
+
+
+def build(kind: Callable[..., Any], values: Mapping[str, Any]) -> Any:
+    """A dataclass of these values, or a ValueError that names those it has not or lacks."""
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    if unknown := [name for name in values if name not in fields]:
+        raise ValueError(f"{kind.__name__} has {', '.join(fields)}, got {unknown[0]!r}.")
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING
+        if name not in values and not has_default:
+            raise ValueError(f"{kind.__name__} needs {name!r}, got {', '.join(values) or 'none'}.")
+    return kind(**values)

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import chex
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qrhash import tables as core
+from qrhash.arithmetic import as_fields
 from qrhash.combine import Projection
 from qrhash.config import EmbedConfig
 from qrhash.rows import INT32_MAX
@@ -52,7 +53,7 @@ class Stack:
       is_large: whether it is trained by rows: what `qrhash.value_and_grad` asks for.
       width: width of its rows.
       dtype: of its entries.
-      axes: axis names of its array, see `EmbedConfig.table_axes`.
+      axes: axis names of its array, or None, see `EmbedConfig.table_axes`.
       places: the tables in it, from the first row on.
       sharding: how the batch is split over a mesh and, if it is large, the stack.
     """
@@ -61,7 +62,7 @@ class Stack:
     is_large: bool
     width: int
     dtype: np.dtype
-    axes: tuple[Any, ...]
+    axes: tuple[Any, ...] | None
     places: tuple[Place, ...]
     sharding: Sharding | None = None
 
@@ -145,6 +146,27 @@ class CollectionConfig:
         """Parameters in all, tables and projections."""
         return sum(config.num_params for config in self.owned.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON has it; see `EmbedConfig.to_dict`."""
+        return {
+            name: value if isinstance(value, str) else value.to_dict()
+            for name, value in self.features
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, devices: Sequence[Any] | None = None) -> Self:
+        """The config of which `to_dict` made these values; see `EmbedConfig.from_dict`."""
+        features = {
+            name: value if isinstance(value, str) else EmbedConfig.from_dict(value, devices=devices)
+            for name, value in as_fields("config", values).items()
+        }
+        return cls(features)
+
+
+def as_collection_config(config: Any) -> CollectionConfig:
+    """A config of many features, also from a mapping."""
+    return config if isinstance(config, CollectionConfig) else CollectionConfig(config)
+
 
 def init(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Any]:
     """Creates the stacked tables: those that `qrhash.init` gives for each feature, stacked.
@@ -156,18 +178,31 @@ def init(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Any]:
     Returns:
       {stack name: array [rows, width]}; with `sharding`, large ones are `ShardedTable`s.
     """
-    return {stack.name: init_stack(key, config, stack) for stack in config.stacks}
+    keys = _table_keys(key, config)
+    return {stack.name: _init_stack(keys, config, stack) for stack in config.stacks}
 
 
 def init_stack(key: chex.PRNGKey, config: CollectionConfig, stack: Stack) -> Any:
-    """Creates one stack; part by part into its place, so that the parts never exist twice."""
-    owned, keys = config.owned, _feature_keys(key, config)
+    """Creates one stack."""
+    return _init_stack(_table_keys(key, config), config, stack)
+
+
+def _table_keys(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, Any]:
+    """For each feature the keys of its tables, each used once."""
+    keys = _feature_keys(key, config)
+    return {
+        name: jax.random.split(keys[name], owned.num_tables) for name, owned in config.owned.items()
+    }
+
+
+def _init_stack(keys: Mapping[str, Any], config: CollectionConfig, stack: Stack) -> Any:
+    """Creates one stack part by part into its place, so that the parts never exist twice."""
+    owned = config.owned
 
     def part(place: Place) -> core.Part:
-        of_feature = owned[place.feature]
-        table_keys = jax.random.split(keys[place.feature], of_feature.num_tables)
-        initializer = core.table_initializers(of_feature)[place.table]
-        return core.Part(table_keys[place.table], initializer, place.offset, place.rows)
+        initializer = core.table_initializers(owned[place.feature])[place.table]
+        key = keys[place.feature][place.table]
+        return core.Part(key, initializer, place.offset, place.rows)
 
     parts = [part(place) for place in stack.places]
     return core.init_parts(parts, stack.shape, stack.dtype, stack.sharding, is_large=stack.is_large)
@@ -183,7 +218,8 @@ def init_projections(key: chex.PRNGKey, config: CollectionConfig) -> dict[str, P
     Returns:
       {feature name: Projection}, of the features that have tables of their own.
     """
-    keys = _feature_keys(key, config)
+    # Tables are drawn of the same keys: split and folded in, these do not meet.
+    keys = _feature_keys(jax.random.clone(key), config)
     projections = {
         name: core.init_projection(keys[name], owned) for name, owned in config.owned.items()
     }
@@ -209,10 +245,10 @@ def lookup(
       feature's own tables.
 
     Raises:
-      ValueError: ids of a feature that is not in the collection; a stack or projection is missing.
+      ValueError: ids of a feature that is not in the collection; a stack or projection is missing,
+        or has another shape than the config's.
       TypeError: ids that are not a mapping.
       ValueError, TypeError: as `qrhash.lookup`.
-      AssertionError: stacks of other shapes than the config's.
 
     >>> from qrhash.partitions import QuotientRemainder
     >>> config = CollectionConfig({"item": EmbedConfig(QuotientRemainder(1000, 4), 8)})
@@ -237,9 +273,13 @@ def lookup(
     if missing:
         raise ValueError(f"stacks and projections must be as from init, {missing[0]} is missing.")
     for stack in config.stacks:
-        chex.assert_shape(
-            stacks[stack.name], stack.shape, custom_message=f"Stack {stack.name!r} does not fit."
-        )
+        got = getattr(stacks[stack.name], "shape", None)
+        if got != stack.shape:
+            raise ValueError(
+                f"stacks[{stack.name!r}] must be of shape {stack.shape}, as from init, got {got}."
+            )
+    for name in dict.fromkeys(owners[name] for name in ids):
+        configs[name].check_projection((projections or {}).get(name))
     indices = {name: core.row_numbers(of_name, configs[name]) for name, of_name in ids.items()}
     places = {
         (place.feature, place.table): (stack.name, place)
@@ -264,11 +304,13 @@ def lookup(
     vectors: dict[str, jax.Array] = {}
     for names in groups.values():
         first = configs[names[0]]
+        fills = [core.fill_value(indices[name][0], configs[name]) for name in names]
         combined = core.combine_found(
             [rows[names[0], table] for table in range(first.num_tables)],
             found[names[0]],
             first,
             (projections or {}).get(owners[names[0]]),
+            fills[0] if isinstance(fills[0], float) else jnp.stack(fills),
         )
         # The transpose of a split is one concatenation; that of slices, a padded array for each.
         parts = jax.lax.split(combined, [1] * len(names))
@@ -312,8 +354,11 @@ def stack(tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig
       {stack name: array [rows, ...]}.
 
     Raises:
-      ValueError: a feature is missing or unknown, or a table has another number of rows.
+      ValueError: a feature is missing or unknown, a table has another number of rows, or tables of
+        one stack differ in width or dtype.
     """
+    if not isinstance(tables, Mapping):
+        raise ValueError(f"tables must be a mapping of features to tables, got {type(tables)}.")
     unknown = [name for name in tables if name not in config.owned]
     if unknown:
         raise ValueError(
@@ -321,17 +366,73 @@ def stack(tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig
             f"{unknown[0]!r}."
         )
     for name, owned in config.owned.items():
-        got = tuple(table.shape[0] for table in tables.get(name, ()))
+        of_feature = tables.get(name, ())
+        if hasattr(of_feature, "shape"):
+            raise ValueError(
+                f"tables[{name!r}] must be a tuple of {owned.num_tables} arrays, got one array of "
+                f"shape {of_feature.shape}."
+            )
+        got = tuple(table.shape[0] for table in of_feature)
         if got != owned.partition.num_rows:
             raise ValueError(
                 f"tables[{name!r}] must have {owned.partition.num_rows} rows, got {got}."
             )
     stacks: dict[str, Any] = {}
     for each in config.stacks:
-        table = jnp.concatenate([tables[place.feature][place.table] for place in each.places])
+        parts = [whole_table(tables[place.feature][place.table]) for place in each.places]
+        _check_alike(each, parts)
+        # On the host where the parts are: from there every device gets its own rows alone.
+        xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+        table = xp.concatenate(parts)
         sharding = each.sharding if each.is_large else None
-        stacks[each.name] = table if sharding is None else ShardedTable.from_array(table, sharding)
+        if sharding is not None:
+            stacks[each.name] = ShardedTable.from_array(table, sharding)
+        else:
+            stacks[each.name] = jnp.asarray(table)
     return stacks
+
+
+def as_stacks(
+    tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig
+) -> dict[str, Any]:
+    """The stacks made of given tables, such as pre-trained ones, in place of `init`.
+
+    Args:
+      tables: {feature name: k arrays [rows_j, width_j] of `param_dtype`}, as `qrhash.as_tables`
+        takes them, of all features that have tables of their own.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {stack name: array [rows, width]}, as from `init`.
+
+    Raises:
+      ValueError: a feature is missing or unknown, or a table has another shape or dtype.
+    """
+    stacks = stack(tables, config)
+    for each in config.stacks:
+        made = stacks[each.name]
+        dtype = jax.dtypes.canonicalize_dtype(made.dtype)
+        if (made.shape, dtype) != (each.shape, each.dtype):
+            raise ValueError(
+                f"tables must stack up to {each.dtype} {each.shape} in {each.name!r}, got "
+                f"{dtype} {made.shape}."
+            )
+        if each.sharding is not None and not each.is_large:
+            stacks[each.name] = each.sharding.replicate(made)
+    return stacks
+
+
+def _check_alike(stack: Stack, parts: Sequence[Any]) -> None:
+    """Raises a ValueError unless the tables of a stack are alike but for their rows."""
+    kinds = [(part.shape[1:], jax.dtypes.canonicalize_dtype(part.dtype)) for part in parts]
+    for place, (shape, dtype) in zip(stack.places, kinds, strict=True):
+        if (shape, dtype) != kinds[0]:
+            first = stack.places[0]
+            raise ValueError(
+                f"tables[{place.feature!r}][{place.table}] must be of width and dtype of the other "
+                f"tables in stack {stack.name!r}, {kinds[0][1]} {kinds[0][0]} of "
+                f"tables[{first.feature!r}][{first.table}], got {dtype} {shape}."
+            )
 
 
 class _Read(NamedTuple):
@@ -357,9 +458,16 @@ def _group_of(
         tuple(places[owner, table][0] for table in range(config.num_tables)),
         config.operation,
         config.vector_dtype,
-        config.id_policy == "zero",
+        _fill_kind(config),
         owner if config.operation == "project" else None,
     )
+
+
+def _fill_kind(config: EmbedConfig) -> str:
+    """Which of its values `fill_value` gives."""
+    if config.id_policy == "nan" and config.padding_id is not None:
+        return "both"
+    return str(core.fill_value(np.zeros(0, np.int32), config))
 
 
 def _take(

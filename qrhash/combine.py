@@ -14,7 +14,7 @@ matrix, shared by all ids of a feature, widen them to the vector.
 import functools
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax.numpy as jnp
@@ -52,8 +52,8 @@ def combine(
       widths, for "project" the kernel's.
 
     Raises:
-      ValueError: unknown operation, no rows, or a projection missing or out of place.
-      AssertionError: shapes that do not fit together.
+      ValueError: unknown operation, no rows, a projection missing or out of place, or shapes
+        that do not fit together.
 
     Source: Shi et al. 2020, section 4.1 (operation-based compositional embeddings).
 
@@ -65,28 +65,71 @@ def combine(
         raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}.")
     if not rows:
         raise ValueError("rows must hold the rows of at least one table, got none.")
-    if (operation == "project") != (projection is not None):
-        raise ValueError(
-            f"projection goes with operation 'project' alone, got operation {operation!r} "
-            f"{'without' if projection is None else 'with'} a projection."
-        )
+    check_projection(projection, operation)
+    _check_rows(rows, operation)
     if operation == "concat":
-        chex.assert_equal_shape_prefix(list(rows), rows[0].ndim - 1)
         return jnp.concatenate(rows, axis=-1)
-    chex.assert_equal_shape(list(rows))
     if operation == "add":
         return functools.reduce(operator.add, rows)
     product = functools.reduce(operator.mul, rows)
     if operation == "mult":
         return product
-    assert projection is not None
-    kernel, bias = as_projection(projection)
     inputs = jnp.concatenate((*rows, product), axis=-1) if len(rows) > 1 else product
-    chex.assert_shape(kernel, (inputs.shape[-1], None))
+    check_projection(projection, operation, num_inputs=inputs.shape[-1])
+    kernel, bias = as_projection(projection)
     vectors = inputs @ kernel
-    return vectors if bias is None else vectors + bias
+    return vectors if bias is None else vectors + jnp.expand_dims(bias, range(vectors.ndim - 1))
 
 
-def as_projection(projection: Projection | chex.Array) -> Projection:
+def as_projection(projection: Any) -> Projection:
     """A projection, also from just its kernel."""
     return projection if isinstance(projection, Projection) else Projection(projection)
+
+
+def check_projection(
+    projection: Any,
+    operation: str,
+    *,
+    num_inputs: int | None = None,
+    features: int | None = None,
+) -> None:
+    """Raises a ValueError unless the projection is there for "project", and of that shape."""
+    if operation != "project":
+        if projection is not None:
+            raise ValueError(
+                f"projection goes with operation 'project' alone, got one with {operation!r}."
+            )
+        return
+    if projection is None:
+        raise ValueError(
+            "projection is missing: operation 'project' widens rows by its `Projection`, as from "
+            "qrhash.init_projection, and was called without one."
+        )
+    kernel, bias = as_projection(projection)
+    got = getattr(kernel, "shape", None)
+    wanted = f"[{num_inputs or 'num_inputs'}, {features or 'features'}]"
+    if (
+        got is None
+        or len(got) != 2
+        or any(
+            want not in (None, size) for want, size in zip((num_inputs, features), got, strict=True)
+        )
+    ):
+        raise ValueError(f"projection must have a kernel of shape {wanted}, got {got or kernel!r}.")
+    if bias is not None and getattr(bias, "shape", None) != got[1:]:
+        raise ValueError(
+            f"projection must have a bias of shape {got[1:]} beside a kernel of shape {got}, got "
+            f"{getattr(bias, 'shape', bias)}."
+        )
+
+
+def _check_rows(rows: Sequence[chex.Array], operation: str) -> None:
+    """Raises a ValueError unless the rows go together: nothing is broadcast."""
+    shapes = [tuple(row.shape) for row in rows]
+    if operation == "concat":
+        if any(not shape or shape[:-1] != shapes[0][:-1] for shape in shapes):
+            raise ValueError(f"rows must have shapes [*shape, width_j], got {shapes}.")
+    elif any(not shape or shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"rows must have one shape [*shape, width] for {operation!r}, got {shapes}."
+        )

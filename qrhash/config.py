@@ -5,15 +5,16 @@ and a field of a Flax module; what follows from it (shapes, counts) is a propert
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qrhash.arithmetic import as_size
-from qrhash.combine import OPERATIONS, Projection
+from qrhash.arithmetic import as_fields, as_size, build
+from qrhash.combine import OPERATIONS, Projection, check_projection
 from qrhash.partitions import Partition
 from qrhash.sharding import Sharding
 
@@ -38,8 +39,10 @@ class EmbedConfig:
         "nan": a vector of NaN, which no loss overlooks;
         "raise": a ValueError for concrete ids, checked on the host; inside `jax.jit` an error
         through `jax.experimental.checkify`, whose transformation is then required;
-        "zero": a vector of zeros and no gradient at all: the choice for padding ids;
+        "zero": a vector of zeros and no gradient at all;
         "clip": the nearest id's vector; "wrap": the vector of id mod num_embeddings.
+      padding_id: an id of the vocabulary, 0 or any other, whose vector is zeros and which gets no
+        gradient, whatever the `id_policy`; `torch.nn.Embedding` calls it padding_idx.
       dtype: dtype of the maths and the vectors. Default: `param_dtype`.
       param_dtype: dtype of the tables and the projection.
       embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
@@ -51,8 +54,9 @@ class EmbedConfig:
         initializer, which is symmetric around zero. Default: features**-0.5, that of
         `flax.linen.Embed`.
       use_bias: whether "project" adds a bias.
-      logical_axes: names of a table's two axes, rows and features, in the partition metadata of
-        the Flax modules: logical names to be mapped to a mesh, or mesh axes, or None.
+      logical_axes: names of a table's two axes, for instance ("rows", "features"), in the partition
+        metadata of the Flax modules: logical names, to be mapped to a mesh by rules. Default: no
+        metadata, as `nn.Embed` has none. With a `sharding` the tables go where that says instead.
       large_table_rows: a table of at least this many rows is large: its gradients name the rows
         they touch (`qrhash.RowGrads`), and it is split by rows over devices. Smaller tables are
         ordinary dense parameters, and replicated. The default is about a batch's number of
@@ -74,12 +78,13 @@ class EmbedConfig:
     _: dataclasses.KW_ONLY
     widths: tuple[int, ...] | None = None
     id_policy: str = "nan"
+    padding_id: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     embedding_init: Initializer | tuple[Initializer, ...] | None = None
     init_stddev: float | None = None
     use_bias: bool = True
-    logical_axes: tuple[str | None, str | None] = ("rows", "features")
+    logical_axes: tuple[str | None, str | None] | None = None
     large_table_rows: int = 16384
     sharding: Sharding | None = None
 
@@ -101,10 +106,8 @@ class EmbedConfig:
             for (rows, width), is_large in zip(self.table_shapes, self.large_tables, strict=True):
                 if is_large:
                     self.sharding.array_shape(rows, width)
-        axes = tuple(self.logical_axes)
-        if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
-            raise ValueError(f"logical_axes must be two names or None, got {self.logical_axes!r}.")
-        self._set("logical_axes", axes)
+        self._set("padding_id", self._checked_padding_id())
+        self._set("logical_axes", _as_axes(self.logical_axes))
 
     @property
     def num_embeddings(self) -> int:
@@ -168,24 +171,80 @@ class EmbedConfig:
     @property
     def table_specs(self) -> tuple[PartitionSpec, ...]:
         """For each table, the `PartitionSpec` of its array: on a mesh a `ShardedTable`'s."""
-        return tuple(PartitionSpec(*self.table_axes(j)) for j in range(self.num_tables))
+        axes = (self.table_axes(j) or (None, None) for j in range(self.num_tables))
+        return tuple(PartitionSpec(*each) for each in axes)
 
-    def table_axes(self, table: int) -> tuple[Any, ...]:
+    def table_axes(self, table: int) -> tuple[Any, ...] | None:
         """Axis names of a table's array, given its number; small ones are not split by rows.
 
-        Logical names; or, with a `sharding`, axes of its mesh.
+        Logical names, or None where there are none; or, with a `sharding`, axes of its mesh.
         """
         if self.sharding is not None:
             sharding = self.table_sharding(table)
-            return (None, None) if sharding is None else tuple(sharding.table_spec())
+            return None if sharding is None else tuple(sharding.table_spec())
+        if self.logical_axes is None:
+            return None
         row_axis, feature_axis = self.logical_axes
         return (row_axis if self.large_tables[table] else None, feature_axis)
 
     @property
     def projection_axes(self) -> Projection:
-        """Logical axis names of the parameters of "project"."""
-        feature_axis = self.logical_axes[1] if self.sharding is None else None
+        """Logical axis names of the parameters of "project", or None for each."""
+        if self.sharding is not None or self.logical_axes is None:
+            return Projection(kernel=None, bias=None)
+        feature_axis = self.logical_axes[1]
         return Projection(kernel=(None, feature_axis), bias=(feature_axis,))
+
+    def check_projection(self, projection: Any) -> None:
+        """Raises a ValueError unless the projection is there for "project", and of its shape."""
+        num_inputs, features = self.projection_shape or (None, None)
+        check_projection(projection, self.operation, num_inputs=num_inputs, features=features)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON has it; a mesh goes as its axes, shape and devices' numbers.
+
+        Raises:
+          ValueError: there is an `embedding_init`, which is a function.
+
+        >>> from qrhash.partitions import FullTable
+        >>> config = EmbedConfig(FullTable(100), 8)
+        >>> EmbedConfig.from_dict(config.to_dict()) == config
+        True
+        """
+        if self.embedding_init is not None:
+            raise ValueError(
+                "embedding_init must be None in JSON, which holds no functions, got "
+                f"{self.embedding_init!r}: leave it out with dataclasses.replace, and give it to "
+                "from_dict."
+            )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["embedding_init"]
+        return {name: _plain(value) for name, value in values.items()}
+
+    @classmethod
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        *,
+        embedding_init: Initializer | tuple[Initializer, ...] | None = None,
+        devices: Sequence[Any] | None = None,
+    ) -> Self:
+        """The config of which `to_dict` made these values.
+
+        Args:
+          values: a mapping, also one that was JSON in between.
+          embedding_init: as in `EmbedConfig`.
+          devices: those of the mesh, where there is one; see `Sharding.from_dict`.
+
+        Raises:
+          ValueError: values that make no config.
+        """
+        values = as_fields("config", values)
+        if values.get("partition") is not None:
+            values["partition"] = Partition.from_dict(values["partition"])
+        if values.get("sharding") is not None:
+            values["sharding"] = Sharding.from_dict(values["sharding"], devices)
+        return build(cls, values | {"embedding_init": embedding_init})
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -226,6 +285,20 @@ class EmbedConfig:
             raise ValueError(f"widths must be equal for 'project', got {widths}.")
         return widths
 
+    def _checked_padding_id(self) -> int | None:
+        if self.padding_id is None:
+            return None
+        try:
+            padding_id = operator.index(self.padding_id)
+        except TypeError:
+            padding_id = -1
+        if isinstance(self.padding_id, bool) or not 0 <= padding_id < self.num_embeddings:
+            raise ValueError(
+                f"padding_id must be an id in [0, {self.num_embeddings}), or None, got "
+                f"{self.padding_id!r}."
+            )
+        return padding_id
+
     def _check_init(self) -> None:
         if isinstance(self.embedding_init, list):
             self._set("embedding_init", tuple(self.embedding_init))
@@ -245,6 +318,32 @@ class EmbedConfig:
                 "init_stddev scales the default initializer and has no meaning beside "
                 f"embedding_init, got {self.init_stddev} and {inits!r}."
             )
+
+
+def check_config(config: Any) -> None:
+    """Raises a ValueError unless it is an `EmbedConfig`."""
+    if not isinstance(config, EmbedConfig):
+        raise ValueError(
+            f"config must be a qrhash.EmbedConfig, such as EmbedConfig(partition, features=16), "
+            f"got {config!r}."
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Partition, Sharding)):
+        return value.to_dict()
+    if isinstance(value, np.dtype):
+        return value.name
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_axes(given: Any) -> tuple[str | None, str | None] | None:
+    if given is None:
+        return None
+    axes = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
+        raise ValueError(f"logical_axes must be two names or None, got {given!r}.")
+    return axes
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

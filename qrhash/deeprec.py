@@ -322,8 +322,9 @@ def _partition(
             )
         return QuotientRemainder(n, remainders)
     if num_embeddings is None:
-        limit = math.inf if jax.config.jax_enable_x64 else _MOST_OF_32_BITS
-        num_embeddings = min(quotients**2, limit)
+        has_64_bits = jnp.asarray(0).dtype.itemsize == 8
+        most = quotients**2 if has_64_bits else _MOST_OF_32_BITS
+        num_embeddings = min(quotients**2, most)
     n = as_size("num_embeddings", num_embeddings)
     partition = DeepRecQuotientRemainder(n, quotients, remainders)
     if not partition.is_complementary and not allow_collisions:
@@ -352,7 +353,7 @@ def _faults(partition: DeepRecQuotientRemainder) -> str:
 
 def _axes(
     partitioner: PartitionSpec | tuple[str | None, str | None] | None,
-) -> tuple[str | None, str | None]:
+) -> tuple[str | None, str | None] | None:
     if partitioner is None:
         return EmbedConfig.logical_axes
     if not isinstance(partitioner, (PartitionSpec, tuple, list)) or len(partitioner) > 2:

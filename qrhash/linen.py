@@ -13,29 +13,96 @@ For training whose cost goes by the batch and not by the tables, `large_tables` 
     loss, grads = qrhash.value_and_grad(loss_fn, by_rows)(nn.unbox(variables["params"]), batch)
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
 import jax
 from flax import linen as nn
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from qrhash import collection
 from qrhash import tables as core
-from qrhash.collection import CollectionConfig
-from qrhash.combine import Projection
-from qrhash.config import EmbedConfig
+from qrhash.collection import CollectionConfig, as_collection_config
+from qrhash.combine import Projection, as_projection
+from qrhash.config import EmbedConfig, check_config
+from qrhash.sharding import is_sharded_table, mesh_axes
 
 
 class Table(nn.LogicallyPartitioned):
-    """A table as `init` returns it: with its logical axis names, until `nn.unbox` takes it out.
+    """A large table, or one with axis names, as `init` returns it, until `nn.unbox` takes it out.
 
     Attributes:
+      names: logical axis names, which rules map to a mesh; or axes of a mesh, each in a tuple; or
+        None, and then nothing asks for rules, nor for the name of an axis that `nn.vmap` adds.
       is_large: whether it is trained by rows.
     """
 
+    names: Any = struct.field(pytree_node=False)
     is_large: bool = struct.field(default=False, pytree_node=False)
+
+    @property
+    def _is_logical(self) -> bool:
+        return any(isinstance(name, str) for name in self.names or ())
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        """The table; where the names are logical and there are rules, with their constraint."""
+        return super().unbox(apply_constraint) if self._is_logical else self.value
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        """With the name of an axis that a transformation adds, where there are logical names."""
+        return super().add_axis(index, params) if self._is_logical else self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
+        """The inverse of `add_axis`."""
+        return super().remove_axis(index, params) if self._is_logical else self
+
+    def get_partition_spec(self) -> PartitionSpec:
+        """The names as a spec: what `nn.get_partition_spec` collects."""
+        if self.names is None or self._is_logical:
+            return PartitionSpec(*self.names or ())
+        return _spec_of_mesh_axes(self.names)
+
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """Value and metadata as `nnx.bridge` makes an `nnx.Variable` of them."""
+        metadata = {"value": self.value, "is_large": self.is_large}
+        if self.names is None:
+            return metadata
+        of_names = {"out_sharding": self.names, "sharding_rules": self.rules or ()}
+        return metadata | of_names | {"eager_sharding": False}
+
+    @classmethod
+    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Table":
+        """The inverse of `to_nnx_metadata`."""
+        return cls(
+            metadata["value"],
+            metadata.get("out_sharding"),
+            rules=metadata.get("sharding_rules") or None,
+            is_large=metadata.get("is_large", False),
+        )
+
+
+def _spec_of_mesh_axes(names: Sequence[Any]) -> PartitionSpec:
+    """A spec that `nn.logical_to_mesh_sharding` leaves as it is.
+
+    To that function a string is a logical name, and one without a rule is no axis at all; a tuple
+    is axes of the mesh. But `PartitionSpec(("model",))` is made `PartitionSpec("model")`, unless it
+    is made as here. Should that way close, tables come out replicated, and a test fails.
+    """
+    create = getattr(PartitionSpec, "_create", None)
+    if create is None:
+        return PartitionSpec(*names)
+    return create(tuple(names), frozenset(), frozenset())
+
+
+def _boxed(value: Any, axes: Any, *, is_large: bool) -> Any:
+    """A table with its metadata, or alone if there are none."""
+    if axes is None and not is_large:
+        return value
+    axes = mesh_axes(axes) if is_sharded_table(value) else axes
+    return Table(value, axes, is_large=is_large)
 
 
 def large_tables(variables: Any) -> Any:
@@ -49,10 +116,14 @@ def large_tables(variables: Any) -> Any:
       A tree of bools, of the structure that `nn.unbox` gives.
 
     Raises:
-      ValueError: there is no table of qrhash in them.
+      ValueError: there is no table of qrhash in them, or only such as were large, but are unboxed.
     """
     is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
-    if not any(isinstance(leaf, Table) for leaf in jax.tree.leaves(variables, is_leaf=is_box)):
+    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_box)
+    boxed = any(isinstance(leaf, Table) for _, leaf in leaves)
+    small = any(map(_is_small_table, *zip(*leaves, strict=True))) if leaves else False
+    unboxed = any(map(_was_large_table, *zip(*leaves, strict=True))) if leaves else False
+    if not boxed and (unboxed or not small):
         raise ValueError(
             "variables hold no table of qrhash: pass them as model.init returns them, before "
             "nn.unbox, unless the model has none."
@@ -62,11 +133,71 @@ def large_tables(variables: Any) -> Any:
     )
 
 
+def params_from_tables(
+    tables: Any, config: EmbedConfig | CollectionConfig, projections: Any = None
+) -> dict[str, Any]:
+    """The parameters of a module made of given arrays, such as pre-trained tables.
+
+    Args:
+      tables: for an `EmbedConfig` as in `qrhash.as_tables`; for a `CollectionConfig` {feature name:
+        such tables}, of all features that have their own.
+      config: the module's config.
+      projections: for "project" the `Projection`; of a collection {feature name: Projection}.
+
+    Returns:
+      {name: array}, as in `nn.unbox(model.init(...))["params"]`.
+
+    Raises:
+      ValueError: as `qrhash.as_tables`; or a projection is missing, or has another shape.
+
+    >>> from qrhash import FullTable
+    >>> config = EmbedConfig(FullTable(10), features=2)
+    >>> params = params_from_tables([jax.numpy.ones((10, 2))], config)
+    >>> MultiHashEmbed(config).apply({"params": params}, jax.numpy.array([9])).tolist()
+    [[1.0, 1.0]]
+    """
+    if isinstance(config, EmbedConfig):
+        config.check_projection(projections)
+        made = {f"table_{j}": each for j, each in enumerate(core.as_tables(tables, config))}
+        return made | _named(projections, config)
+    config = as_collection_config(config)
+    made = dict(collection.as_stacks(tables, config))
+    for name, owned in config.owned.items():
+        projection = (projections or {}).get(name)
+        owned.check_projection(projection)
+        made |= _named(projection, owned, f"{name}_")
+    return made
+
+
+def _named(projection: Any, config: EmbedConfig, prefix: str = "") -> dict[str, Any]:
+    fields = config.projection_fields
+    return {prefix + field: getattr(as_projection(projection), field) for field in fields}
+
+
+def _is_small_table(path: Any, leaf: Any) -> bool:
+    return re.fullmatch(r"table_\d+|small_\d+_\w+", _last_name(path)) is not None
+
+
+def _was_large_table(path: Any, leaf: Any) -> bool:
+    """Whether a leaf without a box has the name, and the rows, of a table that had one."""
+    is_long = getattr(leaf, "shape", (0,))[:1] >= (EmbedConfig.large_table_rows,)
+    name = _last_name(path)
+    return re.fullmatch(r"large_\d+_\w+", name) is not None or (
+        is_long and _is_small_table(path, leaf)
+    )
+
+
+def _last_name(path: Any) -> str:
+    return str(getattr(path[-1], "key", "")) if path else ""
+
+
 class MultiHashEmbed(nn.Module):
     """A vector for every id from a few small tables; stands where `flax.linen.Embed` does.
 
-    The tables carry logical axis names (`config.logical_axes`; small tables are not split by
-    rows), which `nn.get_partition_spec` reads and `nn.logical_to_mesh_sharding` maps to a mesh.
+    Its parameters are plain arrays, as those of `nn.Embed`, but for a box around large tables, by
+    which `large_tables` finds them. Given `config.logical_axes`, all carry axis names (small tables
+    are not split by rows), which `nn.get_partition_spec` reads and `nn.logical_to_mesh_sharding`
+    maps to a mesh; large tables with a `config.sharding` come out of both where that says.
 
     Attributes:
       config: the feature's `EmbedConfig`.
@@ -79,6 +210,10 @@ class MultiHashEmbed(nn.Module):
     """
 
     config: EmbedConfig
+
+    def __post_init__(self) -> None:
+        check_config(self.config)
+        super().__post_init__()
 
     @property
     def num_embeddings(self) -> int:
@@ -104,34 +239,45 @@ class MultiHashEmbed(nn.Module):
         """Declares the tables and, for "project", the dense parameters."""
         config = self.config
 
-        def table(key: chex.PRNGKey, j: int) -> Table:
+        def table(key: chex.PRNGKey, j: int) -> Any:
             value = core.init_table(key, config, j)
-            return Table(value, config.table_axes(j), is_large=config.large_tables[j])
+            return _boxed(value, config.table_axes(j), is_large=config.large_tables[j])
 
         self.tables = tuple(self.param(f"table_{j}", table, j) for j in range(config.num_tables))
         self.projection = _projection(self, config)
 
-    def __call__(self, inputs: chex.Array) -> jax.Array:
+    @property
+    def embedding(self) -> jax.Array:
+        """The vectors of all ids, [num_embeddings, features], computed anew; of a bound module."""
+        return core.all_vectors(self.tables, self.config, self.projection)
+
+    def __call__(self, inputs: chex.Array, out_sharding: Any = None) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.lookup`.
 
         Args:
           inputs: integer ids [*shape].
+          out_sharding: where the vectors are to be, on a mesh.
 
         Returns:
           Vectors [*shape, features].
         """
-        return core.lookup(self.tables, inputs, self.config, self.projection)
+        return core.lookup(
+            self.tables, inputs, self.config, self.projection, out_sharding=out_sharding
+        )
 
-    def attend(self, query: chex.Array) -> jax.Array:
+    def attend(self, query: chex.Array, out_sharding: Any = None) -> jax.Array:
         """Inner products of queries with the vectors of all ids; see `qrhash.attend`.
 
         Args:
           query: [*shape, features].
+          out_sharding: where the logits are to be, on a mesh.
 
         Returns:
           Logits [*shape, num_embeddings].
         """
-        return core.attend(self.tables, query, self.config, self.projection)
+        return core.attend(
+            self.tables, query, self.config, self.projection, out_sharding=out_sharding
+        )
 
 
 class EmbedCollection(nn.Module):
@@ -154,14 +300,18 @@ class EmbedCollection(nn.Module):
 
     config: CollectionConfig | Mapping[str, EmbedConfig | str]
 
+    def __post_init__(self) -> None:
+        # A module is hashed by its attributes, and a mapping has no hash.
+        object.__setattr__(self, "config", as_collection_config(self.config))
+        super().__post_init__()
+
     def setup(self) -> None:
         """Declares the stacks and, for "project", the dense parameters."""
-        given = self.config
-        config = given if isinstance(given, CollectionConfig) else CollectionConfig(given)
+        config = as_collection_config(self.config)
 
-        def table(key: chex.PRNGKey, stack: collection.Stack) -> Table:
+        def table(key: chex.PRNGKey, stack: collection.Stack) -> Any:
             value = collection.init_stack(key, config, stack)
-            return Table(value, stack.axes, is_large=stack.is_large)
+            return _boxed(value, stack.axes, is_large=stack.is_large)
 
         self.collection = config
         self.stacks = {stack.name: self.param(stack.name, table, stack) for stack in config.stacks}
@@ -183,9 +333,10 @@ class EmbedCollection(nn.Module):
 def _projection(module: nn.Module, config: EmbedConfig, prefix: str = "") -> Projection | None:
     """Declares the dense parameters of "project", if that is the operation."""
 
-    def init(key: chex.PRNGKey, field: str) -> nn.LogicallyPartitioned:
+    def init(key: chex.PRNGKey, field: str) -> Any:
         value = getattr(core.init_projection(key, config), field)
-        return nn.LogicallyPartitioned(value, getattr(config.projection_axes, field))
+        axes = getattr(config.projection_axes, field)
+        return value if axes is None else nn.LogicallyPartitioned(value, axes)
 
     fields = config.projection_fields
     params = (module.param(prefix + field, init, field) for field in fields)

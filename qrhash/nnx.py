@@ -21,11 +21,11 @@ from flax import nnx
 from qrhash import collection
 from qrhash import tables as core
 from qrhash.autodiff import Named, Program
-from qrhash.collection import CollectionConfig
-from qrhash.combine import Projection
-from qrhash.config import EmbedConfig
+from qrhash.collection import CollectionConfig, as_collection_config
+from qrhash.combine import Projection, as_projection
+from qrhash.config import EmbedConfig, check_config
 from qrhash.optim import touched_rows
-from qrhash.sharding import ShardedTable, Sharding, is_sharded_table
+from qrhash.sharding import ShardedTable, Sharding, is_sharded_table, mesh_axes
 
 
 class Table(nnx.Param):
@@ -35,14 +35,20 @@ class Table(nnx.Param):
     the array of a `qrhash.ShardedTable`, and the metadata hold its `num_rows` and its `layout`.
     """
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        table = as_table(self)
+        if is_sharded_table(table):
+            self.set_value(table.in_place().array)
+
 
 class MultiHashEmbed(nnx.Module):
     """A vector for every id from a few small tables; stands where `flax.nnx.Embed` does.
 
-    The tables, attributes `table_0`, `table_1`, ..., are of type `Table` and carry logical axis
-    names (`config.logical_axes`; small tables are not split by rows), which
-    `nnx.get_named_sharding` maps to a mesh under `nnx.logical_axis_rules`. For operation
-    "project", `kernel` and `bias` are ordinary parameters.
+    The tables, attributes `table_0`, `table_1`, ..., are of type `Table`; for operation "project",
+    `kernel` and `bias` are ordinary parameters. Given `config.logical_axes`, they carry axis names
+    (small tables are not split by rows), which `nnx.get_named_sharding` maps to a mesh under
+    `nnx.logical_axis_rules`; large tables with a `config.sharding` come out where that says.
 
     Args:
       config: the feature's `EmbedConfig`.
@@ -55,6 +61,7 @@ class MultiHashEmbed(nnx.Module):
     """
 
     def __init__(self, config: EmbedConfig, *, rngs: nnx.Rngs) -> None:
+        check_config(config)
         self.config = config
         key = rngs.params()
         for j, table in enumerate(core.init(key, config)):
@@ -103,27 +110,58 @@ class MultiHashEmbed(nnx.Module):
         fields = self.config.projection_fields
         return Projection(*(getattr(self, field)[...] for field in fields)) if fields else None
 
-    def __call__(self, inputs: chex.Array) -> jax.Array:
+    @property
+    def embedding(self) -> jax.Array:
+        """The vectors of all ids, [num_embeddings, features], computed anew."""
+        return core.all_vectors(self.tables, self.config, self.projection)
+
+    def set_tables(self, tables: Sequence[chex.Array], projection: Any = None) -> None:
+        """Takes over tables [rows_j, width_j], for instance pre-trained ones.
+
+        Args:
+          tables: as in `qrhash.as_tables`.
+          projection: for "project" its `Projection`, or None: it stays as it is.
+
+        Raises:
+          ValueError: as `qrhash.as_tables`; or a projection of another shape.
+        """
+        made = core.as_tables(tables, self.config)
+        if projection is not None:
+            self.config.check_projection(projection)
+            given = as_projection(projection)
+            for field in self.config.projection_fields:
+                core.check_dtype(field, getattr(given, field), self.param_dtype)
+                getattr(self, field).set_value(jax.numpy.asarray(getattr(given, field)))
+        for name, table in zip(self._table_names, made, strict=True):
+            getattr(self, name).set_value(_array_of(table))
+
+    def __call__(self, inputs: chex.Array, out_sharding: Any = None) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.lookup`.
 
         Args:
           inputs: integer ids [*shape].
+          out_sharding: where the vectors are to be, on a mesh.
 
         Returns:
           Vectors [*shape, features].
         """
-        return core.lookup(self.tables, inputs, self.config, self.projection)
+        return core.lookup(
+            self.tables, inputs, self.config, self.projection, out_sharding=out_sharding
+        )
 
-    def attend(self, query: chex.Array) -> jax.Array:
+    def attend(self, query: chex.Array, out_sharding: Any = None) -> jax.Array:
         """Inner products of queries with the vectors of all ids; see `qrhash.attend`.
 
         Args:
           query: [*shape, features].
+          out_sharding: where the logits are to be, on a mesh.
 
         Returns:
           Logits [*shape, num_embeddings].
         """
-        return core.attend(self.tables, query, self.config, self.projection)
+        return core.attend(
+            self.tables, query, self.config, self.projection, out_sharding=out_sharding
+        )
 
 
 class EmbedCollection(nnx.Module):
@@ -148,11 +186,12 @@ class EmbedCollection(nnx.Module):
     def __init__(
         self, config: CollectionConfig | Mapping[str, EmbedConfig | str], *, rngs: nnx.Rngs
     ) -> None:
-        self.config = config if isinstance(config, CollectionConfig) else CollectionConfig(config)
+        self.config = as_collection_config(config)
         key = rngs.params()
+        stacks = collection.init(key, self.config)
         for stack in self.config.stacks:
-            table = collection.init_stack(key, self.config, stack)
-            setattr(self, stack.name, _table(table, stack.axes, stack.is_large))
+            table = _table(stacks.pop(stack.name), stack.axes, stack.is_large)
+            setattr(self, stack.name, table)
         configs = self.config.configs
         for name, projection in collection.init_projections(key, self.config).items():
             axes = configs[name].projection_axes
@@ -191,13 +230,7 @@ class EmbedCollection(nnx.Module):
         Raises:
           ValueError: a feature is missing or unknown, or a table has another shape or dtype.
         """
-        for name, table in collection.stack(tables, self.config).items():
-            old = as_table(self._stack(name))
-            if (table.shape, table.dtype) != (old.shape, old.dtype):
-                raise ValueError(
-                    f"tables must stack up to {old.dtype} {old.shape} in {name!r}, got "
-                    f"{table.dtype} {table.shape}."
-                )
+        for name, table in collection.as_stacks(tables, self.config).items():
             self._stack(name).set_value(_array_of(table))
 
     def _stack(self, name: str) -> Table:
@@ -514,6 +547,9 @@ class Optimizer(nnx.Optimizer):
     def __init__(
         self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param
     ) -> None:
+        for path, node in nnx.iter_graph(model):
+            if _is_large(path, node) and is_sharded_table(table := as_table(node)):
+                table.warn_if_elsewhere()
         super().__init__(model, touched_rows(tx), wrt=wrt)
 
 
@@ -549,9 +585,11 @@ def _table(value: Any, axes: Any, is_large: bool) -> Table:
     if not is_sharded_table(value):
         return _annotated(Table, value, axes, is_large=is_large)
     metadata = {"num_rows": value.num_rows, "layout": value.sharding}
-    return _annotated(Table, value.array, axes, is_large=is_large, **metadata)
+    return _annotated(Table, value.array, mesh_axes(axes), is_large=is_large, **metadata)
 
 
 def _annotated(variable: type[nnx.Param], value: chex.Array, axes: Any, **metadata: Any) -> Any:
+    if axes is None:
+        return variable(value, **metadata)
     # Logical names need no mesh until they are mapped to one: hence not placed here and now.
     return variable(value, out_sharding=axes, eager_sharding=False, **metadata)

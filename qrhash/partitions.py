@@ -17,15 +17,18 @@ import functools
 import itertools
 import math
 import operator
-from typing import Self
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
 import numpy as np
 
 from qrhash.arithmetic import (
     Array,
+    as_fields,
     as_ids,
     as_size,
     balanced_radices,
+    build,
     ceil_div,
     ceil_root,
     coprime_moduli,
@@ -88,7 +91,8 @@ class Partition(abc.ABC):
 
         Raises:
           TypeError: the ids are not integers.
-          ValueError: JAX ids of 32 bits or fewer for a vocabulary or a table that needs more.
+          ValueError: JAX ids of 32 bits or fewer for a vocabulary or a table that needs more; or
+            Python integers of more than 64 bits.
 
         >>> QuotientRemainder(10, 4).indices(np.array([0, 5, 9]))
         (array([0, 1, 2], dtype=int32), array([0, 1, 1], dtype=int32))
@@ -140,6 +144,32 @@ class Partition(abc.ABC):
         matches = (index.astype(row.dtype) == row for index, row in found)
         in_range = (ids >= 0) & (ids <= self.num_embeddings - 1)
         return xp.where(functools.reduce(operator.and_, matches, in_range), ids, -1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The partition as JSON has it: its type, and its numbers.
+
+        >>> QuotientRemainder(10, 4).to_dict()
+        {'type': 'QuotientRemainder', 'num_embeddings': 10, 'num_collisions': 4}
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {"type": type(self).__name__, **lists}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "Partition":
+        """The partition of which `to_dict` made these values.
+
+        Raises:
+          ValueError: an unknown type, or values that do not make a partition of that type.
+
+        >>> Partition.from_dict({"type": "FullTable", "num_embeddings": 10})
+        FullTable(num_embeddings=10)
+        """
+        values = as_fields("partition", values)
+        types = {each.__name__: each for each in _subclasses(Partition)}
+        if values.get("type") not in types:
+            raise ValueError(f"type must be one of {', '.join(types)}, got {values.get('type')!r}.")
+        return build(types[values.pop("type")], values)
 
     @abc.abstractmethod
     def _digits(self, ids: Array) -> tuple[Array, ...]:
@@ -461,6 +491,12 @@ class DeepRecQuotientRemainder(Partition):
     def _compose(self, rows: tuple[Array, ...]) -> Array:
         start = rows[0] * self.num_quotients
         return start + (rows[1] - start) % self.num_remainders
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)
 
 
 def _vocabulary_size(value: int) -> int:

@@ -20,7 +20,8 @@ Gradients take the same ways in the other direction.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qrhash.arithmetic import as_size, ceil_div
+from qrhash.arithmetic import as_fields, as_size, build, ceil_div
 from qrhash.rows import (
     add_rows,
     device_index,
@@ -63,7 +64,8 @@ class Sharding:
         rows spread at random, and six standard deviations.
 
     Raises:
-      ValueError: no mesh; an axis that it has not, or that is named twice; an unknown exchange.
+      ValueError: no mesh, or one whose axes are not all `AxisType.Auto` or all `Explicit`; an axis
+        that it has not, or that is named twice; an unknown exchange.
 
     >>> Sharding(mesh=jax.make_mesh((1, 1), ("data", "model"))).rows
     ('model',)
@@ -79,6 +81,14 @@ class Sharding:
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh):
             raise ValueError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r}.")
+        types = dict.fromkeys(self.mesh.axis_types)
+        if len(types) > 1 or AxisType.Manual in types:
+            raise ValueError(
+                "mesh must have axes of one type, AxisType.Auto or AxisType.Explicit, got "
+                f"{', '.join(str(each) for each in self.mesh.axis_types)}: make it with "
+                "jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * "
+                f"{len(self.mesh.axis_types)})."
+            )
         names = self.mesh.axis_names
         default = {
             "rows": ("model",) if "model" in names else names,
@@ -108,6 +118,62 @@ class Sharding:
             )
         if self.capacity is not None:
             object.__setattr__(self, "capacity", as_size("capacity", self.capacity))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sharding as JSON has it: of the mesh its axes, its shape and its devices' numbers."""
+        mesh = {
+            "axis_names": list(self.mesh.axis_names),
+            "shape": list(self.mesh.devices.shape),
+            "axis_types": [each.name for each in self.mesh.axis_types],
+            "devices": [device.id for device in self.mesh.devices.flat],
+        }
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return lists | {"mesh": mesh}
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], devices: Sequence[Any] | None = None
+    ) -> "Sharding":
+        """The sharding of which `to_dict` made these values.
+
+        Args:
+          values: a mapping, also one that was JSON in between.
+          devices: those of the mesh, in order. Default: those with the same numbers; where they are
+            not here, the first ones of `jax.devices()`.
+
+        Raises:
+          ValueError: too few devices, or values that make no sharding.
+        """
+        values = as_fields("sharding", values)
+        mesh = as_fields("mesh", values.get("mesh"))
+        missing = {"axis_names", "shape", "axis_types"} - set(mesh)
+        if missing:
+            raise ValueError(f"mesh needs {min(missing)!r}, got {', '.join(mesh) or 'none'}.")
+        shape = tuple(mesh["shape"])
+        size = math.prod(shape)
+        if devices is None:
+            here = {device.id: device for device in jax.devices()}
+            numbers = mesh.get("devices", [])
+            known = len(numbers) == size and all(number in here for number in numbers)
+            devices = [here[number] for number in numbers] if known else jax.devices()
+        if len(devices) < size:
+            raise ValueError(
+                f"devices must be at least {size}, for a mesh of shape {shape}, got {len(devices)}."
+            )
+        of_mesh = np.array(devices[:size], dtype=object).reshape(shape)
+        if not set(mesh["axis_types"]) <= set(AxisType.__members__):
+            raise ValueError(f"axis_types must be Auto or Explicit, got {mesh['axis_types']}.")
+        kinds = tuple(AxisType[name] for name in mesh["axis_types"])
+        values["mesh"] = Mesh(of_mesh, tuple(mesh["axis_names"]), axis_types=kinds)
+        return build(cls, values)
+
+    def __reduce__(self) -> Any:
+        # Devices do not pickle.
+        return Sharding.from_dict, (self.to_dict(),)
+
+    def __deepcopy__(self, _: Any) -> "Sharding":
+        return self
 
     @property
     def num_shards(self) -> int:
@@ -158,8 +224,13 @@ class Sharding:
         return jax.tree.map(of, tree, is_leaf=is_sharded_table)
 
     def replicate(self, tree: Any) -> Any:
-        """Arrays on every device of the mesh."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """Arrays on every device of the mesh.
+
+        Raises:
+          ValueError: integers that JAX would cut to 32 bits.
+        """
+        exact = jax.tree_util.tree_map_with_path(as_device_has_it, tree)
+        return jax.device_put(exact, NamedSharding(self.mesh, PartitionSpec()))
 
     def constrain(self, array: jax.Array) -> jax.Array:
         """A table's array where it belongs, as `jax.lax.with_sharding_constraint` does it."""
@@ -170,28 +241,32 @@ class Sharding:
         """A batch on the devices, of which this process gives the rows `process_rows(size)`.
 
         Args:
-          batch: a tree of NumPy arrays [rows of this process, ...].
+          batch: a tree of NumPy arrays [rows of this process, ...]. JAX's types have 32 bits unless
+            jax_enable_x64 is set: 64-bit integers that fit go on, those that do not are refused, as
+            the `id_policy` that would have its say is not known here; floats are rounded.
           size: rows of the whole batch.
 
         Returns:
           The tree of global arrays [size, ...].
 
         Raises:
-          ValueError: the size does not divide by the devices; an array of another number of rows.
+          ValueError: the size does not divide by the devices; an array of another number of rows;
+            integers that JAX would cut to 32 bits; what is no array of numbers.
         """
         mine = self.process_rows(size)
 
-        def put(part: np.ndarray) -> jax.Array:
+        def put(path: Any, part: np.ndarray) -> jax.Array:
             if np.shape(part)[:1] != (mine.stop - mine.start,):
                 raise ValueError(
                     f"batch must be a tree of arrays of {mine.stop - mine.start} rows, those from "
                     f"{mine.start} to {mine.stop} of {size} that this process gives, got shape "
                     f"{np.shape(part)}."
                 )
+            part = as_device_has_it(path, part)
             to = NamedSharding(self.mesh, self.batch_spec(part.ndim))
             return jax.make_array_from_process_local_data(to, part, (size, *part.shape[1:]))
 
-        return jax.tree.map(put, batch)
+        return jax.tree_util.tree_map_with_path(put, batch)
 
     def process_rows(self, size: int) -> slice:
         """The rows of a batch of that size that this process is to give."""
@@ -374,9 +449,39 @@ class ShardedTable:
         indices, layout = self._on_mesh(indices, batch_axis)
         return _read((layout, self.num_rows, batch_axis), self.array, indices)
 
+    def __reduce__(self) -> Any:
+        return _unpickled, (self.array, self.num_rows, self.sharding)
+
+    def in_place(self) -> "ShardedTable":
+        """The table with its array where its sharding says, as pickle does not keep it."""
+        is_concrete = isinstance(self.array, jax.Array) and not isinstance(
+            self.array, jax.core.Tracer
+        )
+        return jax.device_put(self, self.sharding.place(self)) if is_concrete else self
+
+    def warn_if_elsewhere(self) -> None:
+        """Warns of an array that is not where its sharding says; of a traced one nothing is known.
+
+        The numbers are right nonetheless, but every look-up moves the table, or every device holds
+        all of it.
+        """
+        array, layout = self.array, self.sharding
+        if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+            return
+        to = NamedSharding(layout.mesh, layout.table_spec(array.ndim))
+        if not array.sharding.is_equivalent_to(to, array.ndim):
+            warnings.warn(
+                f"a table of shape {self.shape} is not where its sharding says, {to.spec} of "
+                f"{layout.num_shards} shards, but at {array.sharding}: it takes up to "
+                f"{layout.num_shards} times the memory, and is moved in every look-up. Put it "
+                "there with jax.device_put(tables, sharding.place(tables)).",
+                stacklevel=3,
+            )
+
     def _on_mesh(
         self, indices: Sequence[chex.Array], batch_axis: int
     ) -> tuple[list[jax.Array], Sharding]:
+        self.warn_if_elsewhere()
         n = self.num_rows
         checked = [rows_or_end(device_index(index, n), n) for index in indices]
         return checked, self.sharding.for_batch(checked, batch_axis)
@@ -413,15 +518,52 @@ class ShardedTable:
         """A table [num_rows, width] split over a mesh."""
         num_rows, width = table.shape
         shards, rows, _ = sharding.array_shape(num_rows, width)
-        padded = jnp.pad(table, [(0, shards * rows - num_rows), (0, 0)])
-        array = jnp.swapaxes(padded.reshape(rows, shards, width), 0, 1)
+        # From the host every device gets its own part alone.
+        xp = np if isinstance(table, np.ndarray) else jnp
+        padded = xp.pad(table, [(0, shards * rows - num_rows), (0, 0)])
+        array = xp.swapaxes(padded.reshape(rows, shards, width), 0, 1)
         to = NamedSharding(sharding.mesh, sharding.table_spec())
         return cls(jax.device_put(array, to), num_rows, sharding)
+
+
+def as_device_has_it(path: Any, leaf: Any) -> Any:
+    """A leaf of a tree in the type that it has on a device; integers change no value.
+
+    Raises:
+      ValueError: an integer does not fit, or the leaf is no array of numbers.
+    """
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array, name = np.asarray(leaf), jax.tree_util.keystr(path)
+    where = f"batch{name}" if name else "batch"
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise ValueError(f"{where} must hold numbers, got an array of {array.dtype}.")
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and dtype != array.dtype:
+        limits = np.iinfo(dtype)
+        misfits = array[(array < limits.min) | (array > limits.max)]
+        if misfits.size:
+            raise ValueError(
+                f"{where} must hold integers that fit {dtype}, JAX's type for {array.dtype}, got "
+                f"{misfits[0]}, which would turn into {misfits[:1].astype(dtype)[0]}: compute row "
+                "numbers on the host, with partition.indices(ids), and give these; or set "
+                "jax_enable_x64."
+            )
+    return array.astype(dtype, copy=False)
+
+
+def mesh_axes(spec: Any) -> tuple[Any, ...]:
+    """Axes of a mesh, each in a tuple: to Flax's rules a string would be a logical name."""
+    return tuple((axes,) if isinstance(axes, str) else axes for axes in spec)
 
 
 def is_sharded_table(node: Any) -> bool:
     """Whether a node of a tree is a `ShardedTable`."""
     return isinstance(node, ShardedTable)
+
+
+def _unpickled(array: Any, num_rows: int, sharding: Sharding) -> ShardedTable:
+    return ShardedTable(array, num_rows, sharding).in_place()
 
 
 def whole_table(table: Any) -> Any:
@@ -681,7 +823,8 @@ def _slots(layout: Sharding, num_rows: int, distinct: jax.Array) -> tuple[jax.Ar
     shards, capacity = layout.num_shards, layout._capacity_of(distinct.size)
     named = distinct < num_rows
     owner = jnp.where(named, distinct % shards, shards).astype(jnp.int32)
-    is_for = (owner[:, None] == jnp.arange(shards, dtype=jnp.int32)).astype(jnp.int32)
+    every = jnp.arange(shards, dtype=jnp.int32)[None]
+    is_for = (owner[:, None] == every).astype(jnp.int32)
     rank = jnp.sum(jnp.cumsum(is_for, axis=0) * is_for, axis=1) - 1
     fits = named & (rank < capacity)
     slots = jnp.where(fits, owner * capacity + rank, shards * capacity)

@@ -17,16 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qrhash.arithmetic import as_ids, ceil_div
 from qrhash.combine import Projection, as_projection, combine
-from qrhash.config import EmbedConfig, Initializer
+from qrhash.config import EmbedConfig, Initializer, check_config
 from qrhash.rows import INT32_MAX, across, device_index, wide_dtype
-from qrhash.sharding import ReplicatedReader, ShardedTable, Sharding
+from qrhash.sharding import (
+    ReplicatedReader,
+    ShardedTable,
+    Sharding,
+    is_sharded_table,
+    whole_table,
+)
 from qrhash.take import LocalReader, Segment, take
 
 _DRAWN_AT_ONCE = 2**22  # random numbers
+
+_PADDING = -1  # row number of the padding id, in every table
 
 
 def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[Any, ...]:
@@ -45,6 +53,7 @@ def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[Any, ...]:
       k arrays [rows_j, width_j] of `config.param_dtype`; with `config.sharding`, large tables are
       `ShardedTable`s of these shapes, each shard created on its device.
     """
+    check_config(config)
     keys = jax.random.split(key, config.num_tables)
     return tuple(init_table(keys[j], config, j) for j in range(config.num_tables))
 
@@ -96,7 +105,9 @@ def init_parts(
         array = jnp.empty(shape, dtype)
     for part in parts:
         fill = _fill_by_rows if isinstance(part.initializer, ByRows) else _fill_at_once
-        array = fill(array, *part, sharding)
+        # Inside a transformation the array is not ours to donate: jax.vmap makes many of it.
+        in_place = not isinstance(part.key, jax.core.Tracer)
+        array = _jitted(fill, in_place=in_place)(array, *part, sharding)
     return array if sharding is None else ShardedTable(array, num_rows, sharding)
 
 
@@ -134,6 +145,7 @@ def init_projection(key: chex.PRNGKey, config: EmbedConfig) -> Projection | None
       A `Projection` of a kernel [num_inputs, features], and a bias [features] of zeros if
       `config.use_bias`, both of `config.param_dtype`.
     """
+    check_config(config)
     if config.projection_shape is None:
         return None
     key = jax.random.fold_in(key, config.num_tables)
@@ -175,6 +187,8 @@ def lookup(
     ids: chex.Array,
     config: EmbedConfig,
     projection: Projection | chex.Array | None = None,
+    *,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Looks up the vectors of ids.
 
@@ -185,15 +199,16 @@ def lookup(
         function is no longer NumPy inside it, and was cut to 32 bits on the way in.)
       config: the feature's `EmbedConfig`; ids outside the vocabulary follow its `id_policy`.
       projection: for operation "project", as from `init_projection`.
+      out_sharding: where the vectors are to be, on a mesh: a `NamedSharding`, or a `PartitionSpec`
+        for the mesh of `jax.set_mesh`.
 
     Returns:
       Vectors [*shape, features] of `config.vector_dtype`.
 
     Raises:
       ValueError: policy "raise" met a concrete id outside the vocabulary; or the ids are too
-        narrow for it.
+        narrow for it; or the tables or the projection have other shapes than the config's.
       TypeError: the ids are not integers.
-      AssertionError: tables of other shapes than the config's.
 
     Source: Shi et al. 2020, algorithm 2, for any complementary partitions.
 
@@ -202,7 +217,7 @@ def lookup(
     >>> lookup(init(jax.random.key(0), config), jnp.array([[1, 2, 3]]), config).shape
     (1, 3, 8)
     """
-    return _lookup(tables, ids, config, projection)
+    return _lookup(tables, ids, config, projection, out_sharding=out_sharding)
 
 
 def _lookup(
@@ -211,15 +226,16 @@ def _lookup(
     config: EmbedConfig,
     projection: Projection | chex.Array | None,
     *,
+    out_sharding: Any = None,
     is_whole: bool = False,
 ) -> jax.Array:
-    chex.assert_shape(
-        list(tables), list(config.table_shapes), custom_message=f"The tables do not fit {config}."
-    )
+    _check_parameters(tables, config, projection)
     indices = row_numbers(ids, config)
 
     def from_tables(
-        tables: Sequence[chex.Array], projection: Projection | chex.Array | None
+        tables: Sequence[chex.Array],
+        projection: Projection | chex.Array | None,
+        indices: Sequence[chex.Array],
     ) -> jax.Array:
         rows = [
             _take(table, index, 0.0, is_whole=is_whole)
@@ -227,9 +243,13 @@ def _lookup(
         ]
         return vectors(rows, indices, config, projection)
 
+    if out_sharding is not None:
+        num_rows = config.partition.num_rows
+        on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
+        return _placed(from_tables, out_sharding, tables, projection, on_device)
     if _is_gathered_again(tables, config):
         from_tables = jax.checkpoint(from_tables)
-    return from_tables(tables, projection)
+    return from_tables(tables, projection, indices)
 
 
 def _is_gathered_again(tables: Sequence[chex.Array], config: EmbedConfig) -> bool:
@@ -251,16 +271,23 @@ def row_numbers(ids: chex.Array, config: EmbedConfig) -> tuple[chex.Array, ...]:
 
     Returns:
       k integer arrays [*shape]. An id that has no row, under the policies "nan" and "zero", has the
-      row number `num_rows[j]`, one past the end, in every table.
+      row number `num_rows[j]`, one past the end, in every table; the `padding_id` has -1.
 
     Raises:
       ValueError, TypeError: as `lookup`.
     """
+    check_config(config)
     ids = _within_vocabulary(as_ids(ids), config)
+    is_padding = _is_padding(ids, config)
+    xp = ids.__array_namespace__()
+    if is_padding is not None:
+        ids = xp.where(is_padding, 0, ids)
     indices = config.partition.indices(ids)
     if config.id_policy == "raise":
         _check_ids(ids, indices[0] < config.partition.num_rows[0], config)
-    return indices
+    if is_padding is None:
+        return indices
+    return tuple(xp.where(is_padding, _PADDING, index) for index in indices)
 
 
 def vectors(
@@ -273,21 +300,25 @@ def vectors(
 
     Args:
       rows: k arrays [*shape, width_j], gathered from the feature's tables.
-      indices: the k arrays [*shape] of row numbers they were gathered by.
+      indices: the k arrays [*shape] of row numbers they were gathered by; those of `row_numbers`
+        tell the `padding_id` from ids without rows under policy "nan".
       config: the feature's `EmbedConfig`.
       projection: for operation "project", as from `init_projection`.
 
     Returns:
       Vectors [*shape, features] of `config.vector_dtype`.
     """
-    return combine_found(rows, indices[0] < config.partition.num_rows[0], config, projection)
+    first = indices[0]
+    found = (first >= 0) & (first < config.partition.num_rows[0])
+    return combine_found(rows, found, config, projection, fill_value(first, config))
 
 
 def combine_found(
     rows: Sequence[chex.Array],
     found: chex.Array,
     config: EmbedConfig,
-    projection: Projection | chex.Array | None = None,
+    projection: Projection | chex.Array | None,
+    fill: chex.Numeric,
 ) -> jax.Array:
     """Combines rows [*shape, width_j] where `found` [*shape], and fills in the rest."""
     found = found[..., None]
@@ -299,7 +330,105 @@ def combine_found(
     combined = combine(
         [row.astype(dtype) for row in rows], config.operation, _cast(projection, dtype)
     )
-    return jnp.where(found, combined, _fill_value(config))
+    return jnp.where(found, combined, fill)
+
+
+def fill_value(first: chex.Array, config: EmbedConfig) -> chex.Numeric:
+    """What the vectors of ids without rows hold, given their first row numbers [*shape].
+
+    A number; or [*shape, 1], where some are zeros, of the padding id, and others NaN.
+    """
+    if config.id_policy == "zero":
+        return 0.0
+    if config.padding_id is None:
+        return jnp.nan
+    # Under the other policies nothing else has no row.
+    if config.id_policy != "nan":
+        return 0.0
+    fill = jnp.where(first == _PADDING, 0.0, jnp.nan)
+    return fill.astype(config.vector_dtype)[..., None]
+
+
+def all_vectors(
+    tables: Sequence[chex.Array],
+    config: EmbedConfig,
+    projection: Projection | chex.Array | None = None,
+) -> jax.Array:
+    """The vectors of all ids, [num_embeddings, features]: what a full table would hold.
+
+    Args:
+      tables: the feature's tables, as from `init`.
+      config: the feature's `EmbedConfig`.
+      projection: for operation "project", as from `init_projection`.
+
+    Raises:
+      ValueError: more ids than fit 32 bits; or as `lookup`.
+
+    >>> from qrhash.partitions import QuotientRemainder
+    >>> config = EmbedConfig(QuotientRemainder(10, 4), features=8)
+    >>> all_vectors(init(jax.random.key(0), config), config).shape
+    (10, 8)
+    """
+    return _lookup(tables, *_all_ids(config), projection, is_whole=True)
+
+
+def as_tables(arrays: Sequence[chex.Array], config: EmbedConfig) -> tuple[Any, ...]:
+    """A feature's tables made of given arrays, such as pre-trained ones, in place of `init`.
+
+    Args:
+      arrays: k arrays [rows_j, width_j] of `config.param_dtype`, NumPy or JAX; NumPy's float64
+        counts as what JAX makes of it. For a `FullTable`, the one array [num_embeddings, features].
+      config: the feature's `EmbedConfig`.
+
+    Returns:
+      k arrays, as from `init`: with `config.sharding` in their places on the mesh.
+
+    Raises:
+      ValueError: another number of arrays, or another shape or dtype than the config's.
+
+    >>> from qrhash.partitions import FullTable
+    >>> config = EmbedConfig(FullTable(10), features=2)
+    >>> (table,) = as_tables([np.ones((10, 2))], config)
+    >>> lookup((table,), jnp.array([9]), config).tolist()
+    [[1.0, 1.0]]
+    """
+    check_config(config)
+    _check_shapes(arrays, config)
+    return tuple(_as_table(array, config, j) for j, array in enumerate(arrays))
+
+
+def _as_table(array: Any, config: EmbedConfig, table: int) -> Any:
+    check_dtype(f"tables[{table}]", array, config.param_dtype)
+    array = whole_table(array)
+    sharding = config.table_sharding(table)
+    if sharding is not None:
+        host = isinstance(array, np.ndarray)
+        array = array.astype(config.param_dtype, copy=False) if host else array
+        return ShardedTable.from_array(array, sharding)
+    array = jnp.asarray(array, config.param_dtype)
+    return array if config.sharding is None else config.sharding.replicate(array)
+
+
+def check_dtype(name: str, array: Any, dtype: np.dtype) -> None:
+    """Raises a ValueError unless an array has the dtype, as JAX counts it."""
+    got = getattr(array, "dtype", None)
+    if got is None or jax.dtypes.canonicalize_dtype(got) != dtype:
+        raise ValueError(
+            f"{name} must be of {dtype}, as param_dtype says, got {got}: cast it first."
+        )
+
+
+def _all_ids(config: EmbedConfig) -> tuple[jax.Array, EmbedConfig]:
+    """All ids [num_embeddings], and a config that need not check them."""
+    check_config(config)
+    if config.num_embeddings - 1 > INT32_MAX:
+        raise ValueError(
+            f"num_embeddings must be at most 2**31 where the vectors of all ids are formed, got "
+            f"{config.num_embeddings}: look up the ids that are needed."
+        )
+    if config.id_policy == "raise":
+        config = dataclasses.replace(config, id_policy="nan")  # All ids here are in range.
+    return jnp.arange(config.num_embeddings, dtype=jnp.int32), config
 
 
 def attend(
@@ -307,6 +436,8 @@ def attend(
     query: chex.Array,
     config: EmbedConfig,
     projection: Projection | chex.Array | None = None,
+    *,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Inner products of queries with the vectors of all ids, as `flax.linen.Embed.attend`.
 
@@ -318,38 +449,57 @@ def attend(
       query: [*shape, features].
       config: the feature's `EmbedConfig`.
       projection: for operation "project", as from `init_projection`.
+      out_sharding: where the logits are to be, as in `lookup`.
 
     Returns:
       Logits [*shape, num_embeddings] of `config.dtype`, by default of the type to which the query
-      and the tables promote.
+      and the tables promote. That of the `padding_id`, whose vector is zeros, is zero.
+
+    Raises:
+      ValueError: a query of another width; or as `all_vectors`.
     """
-    chex.assert_axis_dimension(query, -1, config.features)
-    _check_attended(config)
+    _check_parameters(tables, config, projection)
+    query = jnp.asarray(query)
+    if query.shape[-1:] != (config.features,):
+        raise ValueError(
+            f"query must have shape [*shape, features], features={config.features}, got "
+            f"{query.shape}."
+        )
+    ids, config = _all_ids(config)
+
+    def from_tables(tables: Any, projection: Any, query: jax.Array, ids: jax.Array) -> jax.Array:
+        return _logits(tables, query, ids, config, projection)
+
+    if out_sharding is not None:
+        return _placed(from_tables, out_sharding, tables, projection, query, ids)
+    return from_tables(tables, projection, query, ids)
+
+
+def _logits(
+    tables: Sequence[chex.Array],
+    query: jax.Array,
+    ids: jax.Array,
+    config: EmbedConfig,
+    projection: Projection | chex.Array | None,
+) -> jax.Array:
     dtype = config.dtype or jnp.result_type(query, config.param_dtype)
     query = query.astype(dtype)
-    ids = jnp.arange(config.num_embeddings)
-    if config.id_policy == "raise":
-        config = dataclasses.replace(config, id_policy="nan")  # All ids here are in range.
     if config.operation not in ("add", "concat"):
         return query @ _lookup(tables, ids, config, projection, is_whole=True).astype(dtype).T
     queries = [query] * config.num_tables
     if config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
-    indices = config.partition.indices(ids)
-    logits = (
-        _take(_products(table, part), index, _fill_value(config), is_whole=True)
+    indices = row_numbers(ids, config)
+    fill = 0.0 if config.id_policy == "zero" else jnp.nan
+    products = (
+        _take(_products(table, part), index, fill, is_whole=True)
         for table, part, index in zip(tables, queries, indices, strict=True)
     )
-    return jnp.moveaxis(functools.reduce(operator.add, logits), 0, -1)
-
-
-def _check_attended(config: EmbedConfig) -> None:
-    if config.num_embeddings - 1 > INT32_MAX and jnp.asarray(0).dtype.itemsize < 8:
-        raise ValueError(
-            f"attend computes a logit for every id, but num_embeddings={config.num_embeddings} "
-            "ids need 64 bits: attend over candidates of your own, looked up with qrhash.lookup."
-        )
+    logits = jnp.moveaxis(functools.reduce(operator.add, products), 0, -1)
+    if config.padding_id is None:
+        return logits
+    return jnp.where(jnp.expand_dims(ids == config.padding_id, range(query.ndim - 1)), 0, logits)
 
 
 def _products(table: Any, query: jax.Array) -> Any:
@@ -418,7 +568,6 @@ class _SymmetricUniform:
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-@functools.partial(jax.jit, static_argnames=("initializer", "sharding"), donate_argnums=0)
 def _fill_by_rows(
     array: jax.Array,
     key: chex.PRNGKey,
@@ -447,9 +596,6 @@ def _fill_by_rows(
     return _on_mesh(fill, sharding)(array, key, jnp.asarray(offset), jnp.asarray(rows))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("initializer", "offset", "rows", "sharding"), donate_argnums=0
-)
 def _fill_at_once(
     array: jax.Array,
     key: chex.PRNGKey,
@@ -471,6 +617,12 @@ def _fill_at_once(
         return _put_where((index >= 0) & (index < rows), array, drawn, first)
 
     return _on_mesh(fill, sharding)(array, key)
+
+
+@functools.cache
+def _jitted(fill: Callable[..., jax.Array], *, in_place: bool) -> Callable[..., jax.Array]:
+    static = ["initializer", "sharding"] + ["offset", "rows"] * (fill is _fill_at_once)
+    return jax.jit(fill, static_argnames=static, donate_argnums=(0,) * in_place)
 
 
 def _where_on_mesh(sharding: Sharding | None) -> tuple[int, Any, Any, int]:
@@ -508,9 +660,41 @@ def _put_where(
     return jax.lax.dynamic_update_slice_in_dim(array, new, start, axis=0)
 
 
-def _fill_value(config: EmbedConfig) -> float:
-    """What the vector of an id without rows holds."""
-    return 0.0 if config.id_policy == "zero" else jnp.nan
+def _placed(fun: Callable[..., jax.Array], out_sharding: Any, *args: Any) -> jax.Array:
+    """The array fun(*args), laid out as said; without a mesh there is nothing to lay out."""
+    if not isinstance(out_sharding, (NamedSharding, PartitionSpec)):
+        raise ValueError(
+            f"out_sharding must be a NamedSharding or a PartitionSpec, got {out_sharding!r}."
+        )
+    context = jax.sharding.get_abstract_mesh()
+    mesh = out_sharding.mesh if isinstance(out_sharding, NamedSharding) else context
+    if mesh.empty:
+        return fun(*args)
+    if AxisType.Explicit not in mesh.axis_types:
+        return jax.lax.with_sharding_constraint(fun(*args), out_sharding)
+    if context.empty:
+        return jax.device_put(fun(*args), out_sharding)
+    if any(map(is_sharded_table, jax.tree.leaves(args, is_leaf=is_sharded_table))):
+        return jax.sharding.reshard(fun(*args), out_sharding)
+    # Of a table split by rows and ids split alike, explicit axes do not say where rows belong.
+    return jax.sharding.auto_axes(fun, out_sharding=out_sharding)(*args)
+
+
+def _check_parameters(tables: Sequence[Any], config: EmbedConfig, projection: Any) -> None:
+    """Raises a ValueError unless tables and projection have the shapes that the config gives."""
+    check_config(config)
+    config.check_projection(projection)
+    _check_shapes(tables, config)
+
+
+def _check_shapes(tables: Any, config: EmbedConfig) -> None:
+    single = hasattr(tables, "shape")
+    shapes = tables.shape if single else tuple(getattr(each, "shape", None) for each in tables)
+    if single or shapes != config.table_shapes:
+        raise ValueError(
+            f"tables must be {config.num_tables}, of shapes {config.table_shapes}, as init gives "
+            f"them for {config.partition}, got {'one array of shape ' * single}{shapes}."
+        )
 
 
 def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> None:
@@ -552,6 +736,13 @@ def take_segments(
         LocalReader(**options) if sharding is None else ReplicatedReader(**options, layout=sharding)
     )
     return take(jnp.asarray(table), indices, reader)
+
+
+def _is_padding(ids: chex.Array, config: EmbedConfig) -> chex.Array | None:
+    """Where ids are the padding id; None if none can be."""
+    if config.padding_id is None or config.padding_id > jnp.iinfo(ids.dtype).max:
+        return None
+    return ids == config.padding_id
 
 
 def _within_vocabulary(ids: chex.Array, config: EmbedConfig) -> chex.Array:

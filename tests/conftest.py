@@ -20,9 +20,16 @@ hypothesis.settings.load_profile("quick")
 
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
-    """No silent dtype promotion; a module that leans on other people's sums opts out by name."""
+    """No silent promotion of dtypes or ranks, and no random key used twice.
+
+    A module that leans on other people's sums opts out of the former by name.
+    """
     relaxed = getattr(request.module, "STANDARD_PROMOTION", False)
-    with jax.numpy_dtype_promotion("standard" if relaxed else "strict"):
+    with (
+        jax.numpy_dtype_promotion("standard" if relaxed else "strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_key_reuse(True),
+    ):
         yield
 
 

@@ -27,7 +27,7 @@ ROOMS = {
     "optim": {"jax", "chex", "optax"},
     "linen": {"jax", "chex", "flax"},
     "nnx": {"jax", "chex", "flax", "optax"},
-    "deeprec": {"jax", "chex", "flax"},
+    "deeprec": {"jax", "chex", "flax", "numpy"},
     "checkpoint": {"jax", "numpy", "flax", "orbax"},
     "ctr": {
         *("jax", "chex", "flax", "optax", "numpy"),
@@ -107,7 +107,13 @@ def test_the_flax_modules_are_attributes_loaded_on_first_use():
 
 def test_public_names_hold():
     names = "FullTable HashTrick QuotientRemainder MixedRadix ChineseRemainder EmbedConfig combine"
-    names += " DeepRecQuotientRemainder init gather lookup linen nnx deeprec"
+    names += " DeepRecQuotientRemainder init gather lookup deeprec"
     names += " RowGrads touched_rows apply_updates Sharding ShardedTable checkpoint"
     assert set(names.split()) <= set(qrhash.__all__)
-    assert all(hasattr(qrhash, name) for name in qrhash.__all__)
+    assert all(hasattr(qrhash, name) for name in (*qrhash.__all__, "linen", "nnx"))
+
+
+def test_a_star_import_leaves_the_modules_of_flax_alone():
+    code = "from flax import linen, nnx; from qrhash import *"
+    code += "; assert linen.__name__ == 'flax.linen' and nnx.__name__ == 'flax.nnx'; EmbedConfig"
+    subprocess.run([sys.executable, "-c", code], check=True)

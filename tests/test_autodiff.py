@@ -313,7 +313,7 @@ def test_attended_tables_get_dense_gradients(operation, rng):
 def test_attend_refuses_a_vocabulary_too_large_before_it_builds_anything():
     cfg = qrhash.EmbedConfig(qrhash.MixedRadix.balanced(2**40, 4), 2)
     tables = tuple(jnp.ones((rows, 2)) for rows in cfg.partition.num_rows)
-    with pytest.raises(ValueError, match=r"num_embeddings=1099511627776.*qrhash.lookup"):
+    with pytest.raises(ValueError, match=r"num_embeddings must be.*1099511627776"):
         qrhash.attend(tables, jnp.ones(2), cfg)
 
 

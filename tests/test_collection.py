@@ -1,5 +1,6 @@
 """Collections: many features at once must equal each feature on its own."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -322,7 +323,7 @@ ITEM = FEATURES["item"]
         ({3: ITEM}, "name.*3"),
         (
             {"a": ITEM, "b": _embed(ITEM.partition, 8, logical_axes=("x", None))},
-            r"logical_axes.*'rows'.*'x'",
+            r"logical_axes.*'x'.*None",
         ),
     ],
 )
@@ -412,17 +413,25 @@ def test_nnx_gives_and_takes_tables_by_feature(rng):
         embed.set_tables(narrow)
 
 
-def test_partition_metadata_of_both():
-    """Large stacks are split by rows, small ones are not."""
+@pytest.mark.parametrize("axes", [None, ("rows", "features")])
+def test_partition_metadata_of_both(axes):
+    """None unless asked for; large stacks are split by rows, small ones are not."""
+    config = CollectionConfig(
+        {
+            name: of if isinstance(of, str) else dataclasses.replace(of, logical_axes=axes)
+            for name, of in CONFIG.features
+        }
+    )
     ids = {"item": np.array([1])}
-    linen = qrhash.linen.EmbedCollection(CONFIG)
+    linen = qrhash.linen.EmbedCollection(config)
     variables = jax.eval_shape(linen.init, jax.random.key(0), ids)
     by_linen = nn.get_partition_spec(variables)["params"]
-    make = lambda: qrhash.nnx.EmbedCollection(CONFIG, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: qrhash.nnx.EmbedCollection(config, rngs=nnx.Rngs(0))  # noqa: E731
     by_nnx = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(nnx.eval_shape(make))))
-    assert by_linen == by_nnx
-    for name, is_large in CONFIG.large_tables.items():
-        assert by_linen[name] == jax.P("rows" if is_large else None, "features")
+    for name, is_large in config.large_tables.items():
+        want = jax.P() if axes is None else jax.P("rows" if is_large else None, "features")
+        assert (by_linen[name] or jax.P()) == want
+        assert (by_nnx[name] or jax.P()) == want
 
 
 def test_what_is_missing_is_named(rng):

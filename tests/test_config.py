@@ -47,7 +47,8 @@ def test_defaults():
     assert (cfg.operation, cfg.id_policy, cfg.dtype) == ("mult", "nan", None)
     assert cfg.param_dtype == jnp.float32
     assert cfg.use_bias
-    assert cfg.logical_axes == ("rows", "features")
+    assert cfg.logical_axes is None
+    assert cfg.padding_id is None
 
 
 def test_a_config_is_a_frozen_hashable_value():

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 import qrhash
 from qrhash.linen import MultiHashEmbed
 
+AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))
 
 
@@ -102,7 +103,9 @@ def test_it_trains_where_nn_embed_stood(operation, rng):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_partition_metadata(operation):
     partition = qrhash.QuotientRemainder(8192, 4)
-    cfg = qrhash.EmbedConfig(partition, FEATURES, operation, large_table_rows=2048)
+    cfg = qrhash.EmbedConfig(
+        partition, FEATURES, operation, large_table_rows=2048, logical_axes=AXES
+    )
     ids = jax.ShapeDtypeStruct((2,), jnp.int32)
     variables = jax.eval_shape(MultiHashEmbed(cfg).init, jax.random.key(0), ids)
     spec = {
@@ -120,7 +123,9 @@ def test_eight_devices_give_the_numbers_of_one(operation, axis_type, rng):
     """Large tables split by rows, small ones whole on every device; the gradients alike."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     partition = qrhash.QuotientRemainder(8192, 4)
-    cfg = qrhash.EmbedConfig(partition, FEATURES, operation, large_table_rows=2048)
+    cfg = qrhash.EmbedConfig(
+        partition, FEATURES, operation, large_table_rows=2048, logical_axes=AXES
+    )
     embed = MultiHashEmbed(cfg)
     ids = jnp.asarray(rng.integers(-9, 8192, (64,)), jnp.int32)
     variables = embed.init(jax.random.key(0), ids)

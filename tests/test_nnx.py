@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 import qrhash
 from qrhash.nnx import MultiHashEmbed, Optimizer, Table, as_table
 
+AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))
 
 
@@ -142,7 +143,9 @@ def test_parameters_pass_between_linen_and_nnx_by_name(operation, rng):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_partition_metadata(operation):
     partition = qrhash.QuotientRemainder(8192, 4)
-    cfg = qrhash.EmbedConfig(partition, FEATURES, operation, large_table_rows=2048)
+    cfg = qrhash.EmbedConfig(
+        partition, FEATURES, operation, large_table_rows=2048, logical_axes=AXES
+    )
     state = nnx.state(nnx.eval_shape(lambda: MultiHashEmbed(cfg, rngs=nnx.Rngs(0))))
     spec = {
         "table_0": PartitionSpec("rows", "features"),
@@ -159,7 +162,9 @@ def test_eight_devices_give_the_numbers_of_one(operation, axis_type, rng):
     """Large tables split by rows, small ones whole on every device; the gradients alike."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     partition = qrhash.QuotientRemainder(8192, 4)
-    cfg = qrhash.EmbedConfig(partition, FEATURES, operation, large_table_rows=2048)
+    cfg = qrhash.EmbedConfig(
+        partition, FEATURES, operation, large_table_rows=2048, logical_axes=AXES
+    )
     graph, state = nnx.split(MultiHashEmbed(cfg, rngs=nnx.Rngs(0)))
     ids = jnp.asarray(rng.integers(-9, 8192, (64,)), jnp.int32)
     with nnx.logical_axis_rules(RULES):

@@ -92,7 +92,8 @@ def test_gradients_equal_those_of_one_hot_matmuls(operation, rng):
             case "concat":
                 return jnp.concatenate(rows, -1)
         product = [functools.reduce(jnp.multiply, rows)] * (len(rows) > 1)
-        return jnp.concatenate(rows + product, -1) @ projection.kernel + projection.bias
+        vectors = jnp.concatenate(rows + product, -1) @ projection.kernel
+        return vectors + projection.bias[None, None]
 
     def ours(params, ids, cfg):
         return qrhash.lookup(params[0], ids, cfg, params[1])
