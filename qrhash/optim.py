@@ -27,6 +27,15 @@ from qrhash.rows import (
     wide_dtype,
 )
 from qrhash.sharding import Parcels, is_sharded_table, read_in_shards, set_in_shards
+from qrhash.transformations import (
+    Arguments,
+    Transformation,
+    check_transformation,
+    decides_by_shapes,
+    deciding_by_values_refused,
+    refuse_what_waits,
+    refusing,
+)
 
 # (initial accumulator, eps, whether eps stands inside the root)
 _CONVENTIONS = {
@@ -56,8 +65,11 @@ def touched_rows(
     * transformations over whole tables (a table's own norm or root mean square, as in LARS or LAMB)
       see the rows touched as if they were the table.
 
-    Accumulation over steps (`optax.MultiSteps`, `optax.apply_every`) is refused, as it would
-    release only the rows of the last step: add up `RowGrads` instead.
+    What goes by rows of earlier steps would leave out those that a step does not touch, and is
+    refused: accumulation (`optax.MultiSteps`, `optax.apply_every`; add up `RowGrads` instead),
+    state that keeps parameters or averages of them (`optax.contrib.sam`, `schedule_free`,
+    `optax.lookahead`), functions of the parameters (line searches). So is what decides by the
+    shapes that it sees, as a mask or labels given as a function may: it sees the rows touched.
 
     Args:
       tx: any optax transformation that keeps, for a table, state of one entry or one row per row.
@@ -67,9 +79,11 @@ def touched_rows(
       A transformation whose `init` is that of `tx`: the state is the same for dense gradients and
       for `RowGrads`, and `update` takes either at any step.
 
-    Raises (by `update`):
-      ValueError: `tx` keeps state for a table that does not go by rows (as Adafactor's columns), or
-        accumulates over steps; gradients do not fit the parameters.
+    Raises:
+      ValueError: `tx` is no transformation. By `update`, and by `init` where the parameters say
+        which of them are tables (on a mesh, in `qrhash.nnx`): it is one of those refused, or keeps
+        state for a table that does not go by rows (as Adafactor's columns). By `update`:
+        gradients do not fit the parameters.
 
     >>> tx = touched_rows(adagrad(0.1))
     >>> table = jnp.ones((1000, 2))
@@ -79,10 +93,14 @@ def touched_rows(
     [[1.    1.   ]
      [0.901 0.901]]
     """
+    check_transformation(tx)
     tx = optax.with_extra_args_support(tx)
     check_merge_method(merge_method)
+    # What was found right: an eager loop need not find out at every step.
+    checked: set[Any] = set()
 
     def init(params: Any) -> Any:
+        _check_at_start(tx, params)
         shardings = _state_shardings(tx, params)
         if shardings is None:
             return tx.init(params)
@@ -92,7 +110,7 @@ def touched_rows(
     def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if not any(map(is_row_grads, jax.tree.leaves(grads, is_leaf=is_row_grads))):
             return tx.update(grads, state, params, **extra_args)
-        return _Step(tx, grads, state, params, extra_args).run(merge_method)
+        return _Step(tx, grads, state, params, extra_args, checked).run(merge_method)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -123,19 +141,42 @@ class _Step:
         state: Any,
         params: Any,
         extra_args: dict[str, Any],
+        checked: set[Any],
     ) -> None:
-        _refuse_accumulation(state)
+        refuse_what_waits(params, state)
         self._leaves, self._tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
         self._state, self._state_tree = jax.tree.flatten(state)
         self._params: list[Any] | None = None
         if params is not None:
-            same_tree = jax.tree.map(lambda _, param: param, grads, params, is_leaf=is_row_grads)
-            self._params = jax.tree.leaves(same_tree)
+            self._params = _in_structure_of(grads, params)
             for leaf, param in zip(self._leaves, self._params, strict=True):
                 if is_row_grads(leaf):
                     leaf.check(param)
+        _refuse_parts(self._leaves)
         self._owners = _owners(tx, grads)
-        self._tx, self._extra_args = tx, extra_args
+        self._tx, self._extra_args = tx, refusing(extra_args)
+        self._check(checked)
+
+    def _check(self, checked: set[Any]) -> None:
+        """Raises a ValueError unless the transformation treats rows alone."""
+        tables = {n: leaf for n, leaf in enumerate(self._leaves) if is_row_grads(leaf)}
+        rows = {n: table.values.shape[-2] for n, table in tables.items()}
+        params = None if self._params is None else list(map(_type_of, self._params))
+        whole = Arguments(
+            list(map(_type_of, self._leaves)), list(map(_type_of, self._state)), params
+        )
+        leaves, tree = jax.tree.flatten(tuple(whole))
+        types = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        key = (self._tree, self._state_tree, tree, types, tuple(rows.items()))
+        # Extra arguments may be anything, and decide anything.
+        if key in checked and not self._extra_args:
+            return
+        axes = {n: int(table.sharding is not None) for n, table in tables.items()}
+        transformation = Transformation(
+            self._tx, self._tree, self._state_tree, axes, self._owners, self._extra_args
+        )
+        transformation.check(whole, rows)
+        checked.add(key)
 
     def run(self, method: str | None) -> tuple[Any, Any]:
         """Updates and new state.
@@ -277,14 +318,62 @@ def _write(grads: RowGrads, array: jax.Array, parts: Sequence[_Part], count: int
     return array
 
 
-def _refuse_accumulation(state: Any) -> None:
-    accumulating = (optax.MultiStepsState, optax.ApplyEvery)
-    is_accumulating = lambda node: isinstance(node, accumulating)  # noqa: E731
-    if any(map(is_accumulating, jax.tree.leaves(state, is_leaf=is_accumulating))):
+def _type_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array; of `RowGrads` those of the table."""
+    leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _in_structure_of(grads: Any, params: Any) -> list[Any]:
+    """Leaves of the parameters, one for each of the gradients."""
+    try:
+        same_tree = jax.tree.map(lambda _, param: param, grads, params, is_leaf=is_row_grads)
+    except ValueError as error:
         raise ValueError(
-            "touched_rows cannot hold a transformation that accumulates over steps, such as "
-            "optax.MultiSteps: add up the RowGrads of several batches, g1 + g2, instead."
-        )
+            f"touched_rows needs parameters in the structure of the gradients: {error}"
+        ) from error
+    return jax.tree.leaves(same_tree)
+
+
+def _refuse_parts(leaves: Sequence[Any]) -> None:
+    """Raises a ValueError if something outside has taken `RowGrads` for a tree of arrays."""
+    for leaf in leaves:
+        if is_row_grads(leaf) and not (
+            hasattr(leaf.values, "dtype") and hasattr(leaf.rows, "dtype")
+        ):
+            raise ValueError(
+                "RowGrads came apart on their way to touched_rows, by masks or labels given as a "
+                "function outside of it: the whole optimizer goes inside, "
+                "touched_rows(optax.partition(...))."
+            )
+
+
+def _check_at_start(tx: optax.GradientTransformationExtraArgs, params: Any) -> None:
+    """Raises a ValueError if a transformation does not suit what says that it is a table."""
+
+    def is_table(node: Any) -> bool:
+        return is_sharded_table(node) or getattr(node, "is_large", False) is True
+
+    nodes = jax.tree.leaves(params, is_leaf=is_table)
+    marks = [mark for node in nodes for mark in [is_table(node)] * len(jax.tree.leaves(node))]
+    if not any(marks):
+        return
+    leaves, tree = jax.tree.flatten(params)
+    whole = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, whole))
+    refuse_what_waits(params, state)
+    tables = {n: leaf for n, (leaf, mark) in enumerate(zip(whole, marks, strict=True)) if mark}
+    # A table is an array [rows, width], on a mesh [shards, rows, width].
+    axes = {n: leaf.ndim - 2 for n, leaf in tables.items()}
+    state_leaves, state_tree = jax.tree.flatten(state)
+    transformation = Transformation(
+        tx, tree, state_tree, axes, _owners_of(tx, tree, whole, axes), extra_args={}
+    )
+    rows = dict.fromkeys(tables, 2)
+    try:
+        transformation.check(Arguments(whole, state_leaves, whole), rows)
+    except (TypeError, KeyError):
+        return  # It needs extra arguments: what it does is seen when they are there.
 
 
 def _shapes_of_state(
@@ -294,7 +383,8 @@ def _shapes_of_state(
     abstract = [
         jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in zip(shapes, leaves, strict=True)
     ]
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, abstract))
+    with deciding_by_values_refused():
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, abstract))
     return [leaf.shape for leaf in jax.tree.leaves(state)]
 
 
@@ -341,31 +431,41 @@ def _sharding_of(leaf: Any) -> NamedSharding | None:
 
 
 def _owners(tx: optax.GradientTransformation, grads: Any) -> list[int | None]:
-    """For each leaf of the state, by which leaf of the gradients its rows go, if by any.
+    """For each leaf of the state, by which leaf of the gradients its rows go, if by any."""
+    leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
+    # Rows are along the first axis, on a mesh along the second.
+    axes = {
+        n: int(leaf.sharding is not None) for n, leaf in enumerate(leaves) if is_row_grads(leaf)
+    }
+    return _owners_of(tx, tree, leaves, axes)
+
+
+def _owners_of(
+    tx: optax.GradientTransformation, tree: Any, leaves: Sequence[Any], row_axes: Mapping[int, int]
+) -> list[int | None]:
+    """The same, given the axis of the rows of each leaf that is a table.
 
     A leaf goes by the rows of a table if it grows with the table: seen on shapes alone.
     """
-    leaves, tree = jax.tree.flatten(grads, is_leaf=is_row_grads)
 
     def state_shapes(more_rows: int, more_width: int) -> list[tuple[int, ...]]:
         shapes = [leaf.shape for leaf in leaves]
-        for number, leaf in enumerate(leaves):
-            if is_row_grads(leaf):
-                *shards, rows, width = leaf.shape
-                shapes[number] = (*shards, rows + more_rows * (number + 1), width + more_width)
+        for number in row_axes:
+            *shards, rows, width = leaves[number].shape
+            shapes[number] = (*shards, rows + more_rows * (number + 1), width + more_width)
         return _shapes_of_state(tx, tree, shapes, leaves)
 
+    of_sizes = [state_shapes(0, 0), state_shapes(1, 0), state_shapes(0, 1)]
+    if len(set(map(len, of_sizes))) > 1:
+        raise decides_by_shapes()
     owners: list[int | None] = []
-    for shape, longer, wider in zip(
-        state_shapes(0, 0), state_shapes(1, 0), state_shapes(0, 1), strict=True
-    ):
+    for shape, longer, wider in zip(*of_sizes, strict=True):
         grown = [axis for axis, (a, b) in enumerate(zip(shape, longer, strict=False)) if a != b]
         owner, fits = None, wider == shape
         if grown:
             number = longer[grown[0]] - shape[grown[0]] - 1
-            owner = number if 0 <= number < len(leaves) and is_row_grads(leaves[number]) else None
-            # Its rows are along the first axis, on a mesh along the second, of whatever width.
-            axis = int(owner is not None and leaves[owner].sharding is not None)
+            owner = number if number in row_axes else None
+            axis = 0 if owner is None else row_axes[owner]
             is_by_rows = grown == [axis] and wider[: axis + 1] == shape[: axis + 1]
             fits = owner is not None and is_by_rows
         if not fits:

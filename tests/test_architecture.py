@@ -24,6 +24,7 @@ ROOMS = {
     "collection": {"jax", "chex", "numpy"},
     "rowgrads": {"jax", "chex"},
     "autodiff": {"jax"},
+    "transformations": {"jax", "numpy", "optax"},
     "optim": {"jax", "chex", "optax"},
     "linen": {"jax", "chex", "flax"},
     "nnx": {"jax", "chex", "flax", "optax"},

@@ -519,3 +519,191 @@ def test_an_optimizer_that_is_not_wrapped_says_so(make, rng):
     tx = make(0.1)
     with pytest.raises(ValueError, match=r"qrhash\.touched_rows\(tx\)"):
         tx.update(_draw(rng), tx.init(jnp.ones((ROWS, WIDTH))))
+
+
+# --- what does not treat rows alone is told by what it does ---------------------------------------
+
+BY_SHAPE = {
+    "masked": lambda f: optax.masked(optax.sgd(0.1), f),
+    "masked, with state": lambda f: optax.masked(optax.adam(0.1), f),
+    "frozen by a label": lambda f: _partition(f, optax.set_to_zero(), optax.sgd(0.1)),
+    "two rates": lambda f: _partition(f, optax.sgd(0.2), optax.sgd(0.1)),
+    "adamw": lambda f: optax.adamw(0.1, mask=f),
+    "weight decay": lambda f: optax.chain(optax.clip(1.0), optax.add_decayed_weights(0.1, f)),
+    "inject_hyperparams": lambda f: optax.inject_hyperparams(
+        lambda rate: optax.masked(optax.sgd(rate), f)
+    )(rate=0.1),
+}
+DECISIONS = {
+    "many rows": lambda leaf: leaf.shape[0] > 100,
+    "few rows": lambda leaf: leaf.shape[0] < 100,
+    "size": lambda leaf: leaf.size > 300,
+    "even": lambda leaf: leaf.shape[0] == 250,
+}
+
+
+def _partition(is_first, first, second):
+    labels = lambda tree: jax.tree.map(lambda yes: "a" if yes else "b", is_first(tree))  # noqa: E731
+    return optax.partition({"a": first, "b": second}, labels)
+
+
+def _two_tables():
+    params = {"large": jnp.ones((250, 2)), "small": jnp.ones((40, 2)), "bias": jnp.ones(3)}
+    grads = {
+        "large": RowGrads(jnp.array([1, 7, 1]), jnp.ones((3, 2)), 250),
+        "small": RowGrads(jnp.array([5, 6]), jnp.ones((2, 2)), 40),
+        "bias": jnp.ones(3),
+    }
+    return params, grads
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("decision", DECISIONS)
+@pytest.mark.parametrize("name", BY_SHAPE)
+def test_what_decides_by_shapes_is_refused(name, decision, wrap):
+    """It would see the rows touched in place of tables."""
+    params, grads = _two_tables()
+    tx = qrhash.touched_rows(BY_SHAPE[name](lambda tree: jax.tree.map(DECISIONS[decision], tree)))
+    with pytest.raises(ValueError, match=r"decides by the shapes of arrays.*trees of bools"):
+        wrap(tx.update)(grads, tx.init(params), params)
+
+
+def test_what_decides_by_shapes_is_refused_at_init_where_tables_are_known():
+    from flax import nnx
+
+    tx = optax.masked(optax.sgd(0.1), lambda p: jax.tree.map(lambda x: x.shape[0] > 100, p))
+    config = qrhash.EmbedConfig(qrhash.QuotientRemainder(1000, 4), 2, large_table_rows=100)
+    model = qrhash.nnx.MultiHashEmbed(config, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="decides by the shapes"):
+        qrhash.nnx.Optimizer(model, tx)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    table = qrhash.ShardedTable.from_array(jnp.ones((800, 2)), qrhash.Sharding(mesh=mesh))
+    by_shape = lambda p: jax.tree.map(lambda x: x.shape[1] == 100, p)  # noqa: E731
+    with pytest.raises(ValueError, match="decides by the shapes"):
+        qrhash.touched_rows(optax.masked(optax.sgd(0.1), by_shape)).init((table,))
+    qrhash.touched_rows(optax.masked(optax.sgd(0.1), (True,))).init((table,))
+
+
+BY_OTHERS = {
+    "a tree of bools": optax.masked(optax.sgd(0.1), {"large": True, "small": False, "bias": True}),
+    "ndim": optax.adamw(0.1, mask=lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)),
+    "dtype": optax.masked(
+        optax.sgd(0.1), lambda p: jax.tree.map(lambda x: x.dtype == jnp.float32, p)
+    ),
+    "names": optax.partition(
+        {"a": optax.set_to_zero(), "b": optax.sgd(0.1)},
+        lambda p: {name: "a" if name == "large" else "b" for name in p},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_OTHERS)
+def test_masks_and_labels_that_do_not_ask_for_shapes_are_right(name):
+    params, grads = _two_tables()
+    tx = BY_OTHERS[name]
+    updates, _ = qrhash.touched_rows(tx).update(grads, tx.init(params), params)
+    want, _ = tx.update(_dense(grads), tx.init(params), params)
+    touched = {"large": [1, 7], "small": [5, 6], "bias": [0, 1, 2]}
+    for leaf, rows in touched.items():
+        assert_close(_dense(updates)[leaf][np.array(rows)], want[leaf][np.array(rows)])
+    if name == "names":
+        assert (_dense(updates)["large"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("tx", "words"),
+    [
+        (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), "parameters of earlier steps"),
+        (optax.contrib.schedule_free(optax.sgd(0.1), 0.1), "parameters of earlier steps"),
+        (optax.contrib.prodigy(), "parameters of earlier steps"),
+        (optax.contrib.dog(), "parameters of earlier steps"),
+        (optax.chain(optax.clip(1.0), optax.contrib.sam(*[optax.sgd(0.1)] * 2)), "earlier steps"),
+        (optax.MultiSteps(optax.sgd(0.1), 2), "accumulates over steps.*add_grads"),
+        (optax.apply_every(2), "accumulates over steps"),
+    ],
+    ids=["sam", "schedule_free", "prodigy", "dog", "sam in a chain", "MultiSteps", "apply_every"],
+)
+def test_what_goes_by_rows_of_earlier_steps_is_refused(tx, words):
+    params, grads = _two_tables()
+    tx = qrhash.touched_rows(tx)
+    with pytest.raises(ValueError, match=words):
+        tx.update(grads, tx.init(params), params)
+
+
+def _average_of_params():
+    """Not one of optax's: a moving average of the parameters, from zero."""
+    init = lambda params: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+
+    def update(updates, state, params):
+        return updates, jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_transformations_of_others_are_told_by_what_they_do():
+    params, grads = _two_tables()
+    tx = qrhash.touched_rows(optax.chain(optax.sgd(0.1), _average_of_params()))
+    with pytest.raises(ValueError, match="averages of them"):
+        tx.update(grads, tx.init(params), params)
+    decay = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9))
+    lazy = qrhash.touched_rows(decay)
+    lazy.update(grads, lazy.init(params), params)  # its state holds gradients too: the lazy variant
+
+
+def test_lookahead_is_refused_in_words():
+    params, grads = _two_tables()
+    tx = qrhash.touched_rows(optax.lookahead(optax.sgd(0.1), 5, 0.5))
+    both = optax.LookaheadParams.init_synced(params)
+    with pytest.raises(ValueError, match=r"optax\.lookahead"):
+        tx.update(grads, tx.init(both), both)
+
+
+def test_a_function_of_the_parameters_is_refused_when_it_is_called():
+    params, grads = _two_tables()
+    tx = qrhash.touched_rows(
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True, sync_period=2)
+    )
+    with pytest.raises(ValueError, match="function of the parameters, grad_fn"):
+        tx.update(grads, tx.init(params), params, grad_fn=lambda params, _: params)
+
+
+def test_masks_by_the_values_of_arrays_are_refused():
+    params, grads = _two_tables()
+    mask = lambda p: jax.tree.map(lambda x: bool((x > 0).all()), p)  # noqa: E731
+    tx = qrhash.touched_rows(optax.masked(optax.sgd(0.1), mask))
+    with pytest.raises(ValueError, match="decides by the values"):
+        tx.update(grads, tx.init(params), params)
+
+
+@pytest.mark.parametrize("tx", [None, optax.adagrad, 0.1, "adagrad"])
+def test_what_is_no_transformation_is_refused(tx):
+    with pytest.raises(ValueError, match="tx must be an optax transformation"):
+        qrhash.touched_rows(tx)
+
+
+def test_inside_partition_and_masked_it_works_and_by_functions_it_is_told():
+    params, grads = _two_tables()
+    inner = qrhash.touched_rows(optax.adagrad(0.1))
+    labels = {"large": "a", "small": "a", "bias": "b"}
+    tx = optax.partition({"a": inner, "b": optax.sgd(0.1)}, labels)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    want, _ = optax.adagrad(0.1).update(_dense(grads), optax.adagrad(0.1).init(params), params)
+    assert_close(_dense(updates)["large"], want["large"])
+    by_leaf = lambda tree: jax.tree.map(lambda x: "a" if x.ndim > 1 else "b", tree)  # noqa: E731
+    tx = optax.partition({"a": inner, "b": optax.sgd(0.1)}, by_leaf)
+    with pytest.raises((ValueError, TypeError), match="touched_rows"):
+        tx.update(grads, tx.init(params), params)
+
+
+def test_an_eager_loop_is_checked_once(monkeypatch):
+    params, grads = _two_tables()
+    tx = qrhash.touched_rows(optax.adagrad(0.1))
+    state = tx.init(params)
+    calls = []
+    check = qrhash.optim.Transformation.check
+    monkeypatch.setattr(
+        qrhash.optim.Transformation, "check", lambda *args: (calls.append(1), check(*args))
+    )
+    for _ in range(3):
+        _, state = tx.update(grads, state, params)
+    assert len(calls) == 1
