@@ -81,7 +81,7 @@ class Transformation(NamedTuple):
         self._check_copies(whole)
         program = self._program(whole)
         self._check_averages(program, whole)
-        trials = [dict.fromkeys(rows, trial) for trial in _TRIAL_ROWS]
+        trials: list[Mapping[int, int]] = [dict.fromkeys(rows, trial) for trial in _TRIAL_ROWS]
         # Of no rows at all, JAX makes other programs; nothing comes of them.
         trials += [rows] * all(rows.values())
         for trial in trials:
