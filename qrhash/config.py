@@ -5,21 +5,26 @@ and a field of a Flax module; what follows from it (shapes, counts) is a propert
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from fractions import Fraction
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qrhash.arithmetic import as_size
+from qrhash.arithmetic import as_size, ceil_div
 from qrhash.combine import OPERATIONS, Projection
-from qrhash.partitions import Partition
+from qrhash.partitions import FullTable, Partition, QuotientRemainder
 from qrhash.sharding import Sharding
 
 ID_POLICIES = ("raise", "nan", "zero", "clip", "wrap")
 
 Initializer = Callable[..., Any]
+
+# Of a budget: what a full table of narrow rows must use to be taken in place of shared rows.
+_WORTH_ITS_BYTES = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,81 @@ class EmbedConfig:
             raise ValueError(f"logical_axes must be two names or None, got {self.logical_axes!r}.")
         self._set("logical_axes", axes)
 
+    @classmethod
+    def fit(
+        cls,
+        num_embeddings: int,
+        features: int,
+        operation: str = "mult",
+        *,
+        compression: float | None = None,
+        num_bytes: int | None = None,
+        num_params: int | None = None,
+        family: Callable[[int, int], Partition] = QuotientRemainder,
+        **options: Any,
+    ) -> Self:
+        """The config that a memory budget allows, projection included: for any operation.
+
+        So many ids to a row are other bytes for each operation: "concat" has rows of half the
+        width, "project" of a quarter, and a matrix besides. Configs of one budget can be compared.
+
+        The large table gets as many rows as the budget allows, so that less than one more of them
+        is left over. Widths are the default ones; wider, where rows of that width for all ids
+        would not use the budget up. "project" takes one full table of narrow rows if there is one
+        that leaves at most 2 % of the budget. A budget that holds a full table gives one, with
+        nothing to combine or to project.
+
+        Args:
+          num_embeddings: size of the vocabulary.
+          features: width of the vector.
+          operation: "add", "mult", "concat" or "project".
+          compression: how many times fewer bytes than a full table of the same dtype, at least 1.
+          num_bytes: or the bytes, of tables and projection in `param_dtype`.
+          num_params: or the parameters. Exactly one of the three is given.
+          family: (size of the vocabulary, rows of the large table) -> partition. The default's
+            large table is that of the remainders: of ids numbered by falling frequency, the
+            frequent ones then share no row of it.
+          **options: other fields of the config.
+
+        Returns:
+          A config whose `num_params` is at most the budget's, and as near to it as can be.
+
+        Raises:
+          ValueError: no budget or several; one that is too small, with what is the least.
+
+        >>> for operation in ("mult", "concat", "project"):
+        ...     config = EmbedConfig.fit(1_000_000, 16, operation, compression=8)
+        ...     print(config.table_shapes, config.num_params)
+        ((9, 16), (124991, 16)) 2000000
+        ((5, 8), (249995, 8)) 2000000
+        ((3, 4), (499945, 4)) 2000000
+        """
+        num_embeddings = as_size("num_embeddings", num_embeddings)
+        features = as_size("features", features)
+        _require_choice("operation", operation, OPERATIONS)
+        budget = _budget(
+            num_embeddings * features,
+            options.get("param_dtype", cls.param_dtype),
+            compression=compression,
+            num_bytes=num_bytes,
+            num_params=num_params,
+        )
+        if budget >= num_embeddings * features:
+            operation = "mult" if operation == "project" else operation
+            alone = {name: value for name, value in options.items() if name != "widths"}
+            return cls(FullTable(num_embeddings), features, operation, **alone)
+
+        def of_rows(rows: int) -> Self:
+            partition = family(num_embeddings, rows)
+            widths = _widths(operation, features, partition, ceil_div(budget, num_embeddings))
+            return cls(partition, features, operation, **{"widths": widths, **options})
+
+        if operation == "project" and "widths" not in options:
+            narrow = _narrow(of_rows(1), budget)
+            if narrow is not None:
+                return narrow
+        return _largest(of_rows, min(num_embeddings, budget), budget)
+
     @property
     def num_embeddings(self) -> int:
         """Size of the vocabulary."""
@@ -190,22 +270,9 @@ class EmbedConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _default_widths(self) -> tuple[int, ...]:
-        k = self.num_tables
-        if self.operation == "concat":
-            if self.features < k:
-                raise ValueError(
-                    f"features must be at least one per table for 'concat', got "
-                    f"features={self.features} for {k} tables."
-                )
-            return tuple(self.features // k + (j < self.features % k) for j in range(k))
-        if self.operation == "project":
-            return (max(1, self.features // 4),) * k
-        return (self.features,) * k
-
     def _checked_widths(self) -> tuple[int, ...]:
         if self.widths is None:
-            return self._default_widths()
+            return _widths(self.operation, self.features, self.partition)
         try:
             widths = tuple(as_size(f"widths[{j}]", w) for j, w in enumerate(self.widths))
         except TypeError:
@@ -245,6 +312,95 @@ class EmbedConfig:
                 "init_stddev scales the default initializer and has no meaning beside "
                 f"embedding_init, got {self.init_stddev} and {inits!r}."
             )
+
+
+def _widths(
+    operation: str, features: int, partition: Partition, largest: int = 0
+) -> tuple[int, ...]:
+    """The default widths; wider, if the largest table is to have at least this width."""
+    k = partition.num_tables
+    if operation == "project":
+        return (max(1, features // 4, min(largest, features)),) * k
+    if operation != "concat":
+        return (features,) * k
+    if features < k:
+        raise ValueError(
+            f"features must be at least one per table for 'concat', got "
+            f"features={features} for {k} tables."
+        )
+    even = [features // k + (j < features % k) for j in range(k)]
+    place = partition.num_rows.index(max(partition.num_rows))
+    if k == 1 or even[place] >= largest:
+        return tuple(even)
+    wide = min(largest, features - (k - 1))
+    others = [(features - wide) // (k - 1) + (j < (features - wide) % (k - 1)) for j in range(k - 1)]
+    return (*others[:place], wide, *others[place:])
+
+
+def _budget(
+    full: int,
+    param_dtype: Any,
+    *,
+    compression: float | None,
+    num_bytes: int | None,
+    num_params: int | None,
+) -> int:
+    """The parameters of a budget, of which exactly one form is given."""
+    given = {"compression": compression, "num_bytes": num_bytes, "num_params": num_params}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(
+            "Exactly one budget must be given, compression, num_bytes or num_params, got "
+            + (", ".join(f"{n}={v!r}" for n, v in given.items() if v is not None) or "none")
+            + "."
+        )
+    if num_params is not None:
+        return as_size("num_params", num_params)
+    if num_bytes is not None:
+        dtype = _as_float_dtype("param_dtype", param_dtype)
+        return as_size("num_bytes", num_bytes) // dtype.itemsize
+    is_number = isinstance(compression, (int, float)) and not isinstance(compression, bool)
+    if not (is_number and 1 <= compression < math.inf):
+        raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
+    return int(full / Fraction(compression))
+
+
+def _narrow(config: EmbedConfig, budget: int) -> EmbedConfig | None:
+    """A full table of narrow rows under the projection of a config, if it is worth its bytes."""
+    num_embeddings, features = config.num_embeddings, config.features
+    width = (budget - features * config.use_bias) // (num_embeddings + features)
+    if width < max(1, features // 4):
+        return None
+    partition = FullTable(num_embeddings)
+    narrow = dataclasses.replace(config, partition=partition, widths=(width,))
+    return narrow if narrow.num_params >= _WORTH_ITS_BYTES * budget else None
+
+
+def _largest(of_rows: Callable[[int], EmbedConfig], most: int, budget: int) -> EmbedConfig:
+    """The config with the most rows in its large table, at most so many, that keeps the budget."""
+    rows, too_many, config = most, most + 1, None
+    least = math.inf
+    while rows > 0 and config is None:
+        tried = of_rows(rows)
+        least = min(least, tried.num_params)
+        if tried.num_params <= budget:
+            config = tried
+        else:
+            rows, too_many = rows - ceil_div(rows, 16), rows
+    if config is None:
+        raise ValueError(
+            f"A budget of {budget:,} parameters is too small for {tried.num_embeddings:,} ids as "
+            f"{tried.operation!r} vectors of {tried.features} features: the smallest tables of "
+            f"{type(tried.partition).__name__} take {least:,}. Choose less compression, fewer "
+            "features, or another operation or family."
+        )
+    while too_many - rows > 1:
+        middle = (rows + too_many) // 2
+        tried = of_rows(middle)
+        if tried.num_params <= budget:
+            rows, config = middle, tried
+        else:
+            too_many = middle
+    return config
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

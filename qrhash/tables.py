@@ -142,7 +142,13 @@ def _empty_on_mesh(sharding: Sharding, shape: tuple[int, ...], dtype: Any) -> ja
 def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
     """The initializer of each table: the config's, or the default matched to the operation."""
     initializer = config.embedding_init or ByRows(_SymmetricUniform(_row_stddev(config)))
-    return initializer if isinstance(initializer, tuple) else (initializer,) * config.num_tables
+    if isinstance(initializer, tuple):
+        return initializer
+    initializers = [initializer] * config.num_tables
+    if config.operation == "mult" and config.embedding_init is None:
+        largest = config.partition.num_rows.index(max(config.partition.num_rows))
+        initializers = [initializer if j == largest else ByRows(_signs) for j in range(len(initializers))]
+    return tuple(initializers)
 
 
 def init_projection(key: chex.PRNGKey, config: EmbedConfig) -> Projection | None:
@@ -364,20 +370,29 @@ def _row_stddev(config: EmbedConfig) -> float:
     """Standard deviation of the tables' entries that gives the vectors `config.stddev`."""
     if config.operation == "add":
         return config.stddev * config.num_tables**-0.5
-    if config.operation == "mult":
-        return config.stddev ** (1 / config.num_tables)
     if config.operation == "project":
-        # Small rows under a kernel of about unit entries: optimizers that normalise each entry's
-        # step, as Adagrad does, then move a row as readily as a full table's.
-        return config.stddev * sum(width for _, width in config.table_shapes) ** -0.5
+        return _project_row_stddev(config)
     return config.stddev
 
 
+def _project_row_stddev(config: EmbedConfig) -> float:
+    """Through the kernel come k rows and, for k > 1, their product: of variances v and v**k."""
+    k, width = config.num_tables, config.table_shapes[0][1]
+    wanted = (config.stddev / _kernel_stddev(config)) ** 2 / width
+    if k == 1:
+        return wanted**0.5
+    low, high = 0.0, wanted / k
+    for _ in range(100):
+        variance = (low + high) / 2
+        is_enough = k * variance + variance**k >= wanted
+        low, high = (low, variance) if is_enough else (variance, high)
+    return high**0.5
+
+
 def _kernel_stddev(config: EmbedConfig) -> float:
-    """The same for the kernel of "project", whose inputs are the rows and their product."""
-    variance, k, width = _row_stddev(config) ** 2, config.num_tables, config.table_shapes[0][1]
-    products = variance**k if k > 1 else 0
-    return config.stddev * (width * (k * variance + products)) ** -0.5
+    """One over the root of the number of inputs, as for a dense layer."""
+    assert config.projection_shape is not None
+    return config.projection_shape[0] ** -0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,6 +430,13 @@ class _SymmetricUniform:
     def __call__(self, key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         limit = 3**0.5 * self.stddev
         return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _signs(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The Flax initializer of random signs with 10 % noise, of unit variance."""
+    sign_key, noise_key = jax.random.split(key)
+    size = (1 + 0.1 * jax.random.normal(noise_key, shape, dtype)) / 1.01**0.5
+    return jax.random.rademacher(sign_key, shape, dtype) * size
 
 
 @functools.partial(jax.jit, static_argnames=("initializer", "sharding"), donate_argnums=0)
