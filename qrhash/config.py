@@ -5,22 +5,33 @@ and a field of a Flax module; what follows from it (shapes, counts) is a propert
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from fractions import Fraction
+from typing import Any, Self, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qrhash.arithmetic import as_fields, as_size, build
+from qrhash.arithmetic import as_fields, as_size, build, ceil_div
 from qrhash.combine import OPERATIONS, Projection, check_projection
-from qrhash.partitions import Partition
+from qrhash.partitions import FullTable, Partition, QuotientRemainder
 from qrhash.sharding import Sharding
 
 ID_POLICIES = ("raise", "nan", "zero", "clip", "wrap")
 
 Initializer = Callable[..., Any]
+
+_Config = TypeVar("_Config", bound="EmbedConfig")
+
+# By measurement (`benchmarks/quality.py`): on ratings .01 to .03 are best, and .18, that is
+# features**-0.5 of 32, costs up to 2 %; on clicks .01 to .05 are the same within the noise.
+_INIT_STDDEV = 0.03
+
+# Of a budget: what a full table of narrow rows must use to be taken in place of shared rows.
+_WORTH_ITS_BYTES = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +62,9 @@ class EmbedConfig:
         `qrhash.tables.ByRows(initializer)` draws every row from one, so that the numbers are the
         same on any mesh.
       init_stddev: standard deviation of a vector's entries at the start under the default
-        initializer, which is symmetric around zero. Default: features**-0.5, that of
-        `flax.linen.Embed`.
+        initializer, which is symmetric around zero. Default: 0.03, by measurement on ratings and
+        clicks, see `benchmarks/quality.py`. `flax.linen.Embed` has features**-0.5, which language
+        models want.
       use_bias: whether "project" adds a bias.
       logical_axes: names of a table's two axes, for instance ("rows", "features"), in the partition
         metadata of the Flax modules: logical names, to be mapped to a mesh by rules. Default: no
@@ -109,6 +121,82 @@ class EmbedConfig:
         self._set("padding_id", self._checked_padding_id())
         self._set("logical_axes", _as_axes(self.logical_axes))
 
+    @classmethod
+    def fit(
+        cls,
+        num_embeddings: int,
+        features: int,
+        operation: str = "mult",
+        *,
+        compression: float | None = None,
+        num_bytes: int | None = None,
+        num_params: int | None = None,
+        family: Callable[[int, int], Partition] = QuotientRemainder,
+        **options: Any,
+    ) -> Self:
+        """The config that a memory budget allows, projection included: for any operation.
+
+        So many ids to a row are other bytes for each operation: "concat" has rows of half the
+        width, "project" of a quarter, and a matrix besides. Configs of one budget can be compared.
+
+        The large table gets as many rows as the budget allows, so that less than one more of them
+        is left over. "concat" has its default widths; a wider large table, where rows of that width
+        for all ids would not use the budget up. "project" has the narrowest rows that use it up,
+        the best by measurement (`benchmarks/quality.py`), nearly one for every id; or one full
+        table of narrow rows, if there is one that leaves at most 2 %. A budget that holds a full
+        table of the vector's width gives one, with nothing to combine or to project.
+
+        Args:
+          num_embeddings: size of the vocabulary.
+          features: width of the vector.
+          operation: "add", "mult", "concat" or "project".
+          compression: how many times fewer bytes than a full table of the same dtype, at least 1.
+          num_bytes: or the bytes, of tables and projection in `param_dtype`.
+          num_params: or the parameters. Exactly one of the three is given.
+          family: (size of the vocabulary, rows of the large table) -> partition. The default's
+            large table is that of the remainders: of ids numbered by falling frequency, the
+            frequent ones then share no row of it.
+          **options: other fields of the config.
+
+        Returns:
+          A config whose `num_params` is at most the budget's, and as near to it as can be.
+
+        Raises:
+          ValueError: no budget or several; one that is too small, with what is the least.
+
+        >>> for operation in ("mult", "concat", "project"):
+        ...     config = EmbedConfig.fit(1_000_000, 16, operation, compression=8)
+        ...     print(config.table_shapes, config.num_params)
+        ((9, 16), (124991, 16)) 2000000
+        ((5, 8), (249995, 8)) 2000000
+        ((2, 2), (999942, 2)) 2000000
+        """
+        num_embeddings = as_size("num_embeddings", num_embeddings)
+        features = as_size("features", features)
+        _require_choice("operation", operation, OPERATIONS)
+        budget = _budget(
+            num_embeddings * features,
+            options.get("param_dtype", cls.param_dtype),
+            compression=compression,
+            num_bytes=num_bytes,
+            num_params=num_params,
+        )
+        if budget >= num_embeddings * features:
+            operation = "mult" if operation == "project" else operation
+            alone = {name: value for name, value in options.items() if name != "widths"}
+            return cls(FullTable(num_embeddings), features, operation, **alone)
+
+        def of_rows(rows: int) -> Any:
+            partition = family(num_embeddings, rows)
+            widths = _widths(operation, features, partition, ceil_div(budget, num_embeddings))
+            return cls(partition, features, operation, **{"widths": widths, **options})
+
+        if operation == "project" and "widths" not in options:
+            narrow = _narrow(of_rows(1), budget)
+            if narrow is not None:
+                return narrow
+        return _largest(of_rows, min(num_embeddings, budget), budget)
+
     @property
     def num_embeddings(self) -> int:
         """Size of the vocabulary."""
@@ -152,7 +240,7 @@ class EmbedConfig:
     @property
     def stddev(self) -> float:
         """Standard deviation of a vector's entries under the default initializer."""
-        return self.features**-0.5 if self.init_stddev is None else self.init_stddev
+        return _INIT_STDDEV if self.init_stddev is None else self.init_stddev
 
     @property
     def vector_dtype(self) -> np.dtype:
@@ -249,22 +337,9 @@ class EmbedConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _default_widths(self) -> tuple[int, ...]:
-        k = self.num_tables
-        if self.operation == "concat":
-            if self.features < k:
-                raise ValueError(
-                    f"features must be at least one per table for 'concat', got "
-                    f"features={self.features} for {k} tables."
-                )
-            return tuple(self.features // k + (j < self.features % k) for j in range(k))
-        if self.operation == "project":
-            return (max(1, self.features // 4),) * k
-        return (self.features,) * k
-
     def _checked_widths(self) -> tuple[int, ...]:
         if self.widths is None:
-            return self._default_widths()
+            return _widths(self.operation, self.features, self.partition)
         try:
             widths = tuple(as_size(f"widths[{j}]", w) for j, w in enumerate(self.widths))
         except TypeError:
@@ -344,6 +419,97 @@ def _as_axes(given: Any) -> tuple[str | None, str | None] | None:
     if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
         raise ValueError(f"logical_axes must be two names or None, got {given!r}.")
     return axes
+
+
+def _widths(
+    operation: str, features: int, partition: Partition, largest: int = 0
+) -> tuple[int, ...]:
+    """The default widths; or, if the largest table is to have at least one width, by that."""
+    k = partition.num_tables
+    if operation == "project":
+        return (min(largest, features) or max(1, features // 4),) * k
+    if operation != "concat":
+        return (features,) * k
+    if features < k:
+        raise ValueError(
+            f"features must be at least one per table for 'concat', got "
+            f"features={features} for {k} tables."
+        )
+    even = [features // k + (j < features % k) for j in range(k)]
+    place = partition.num_rows.index(max(partition.num_rows))
+    if k == 1 or even[place] >= largest:
+        return tuple(even)
+    wide = min(largest, features - (k - 1))
+    others = [
+        (features - wide) // (k - 1) + (j < (features - wide) % (k - 1)) for j in range(k - 1)
+    ]
+    return (*others[:place], wide, *others[place:])
+
+
+def _budget(
+    full: int,
+    param_dtype: Any,
+    *,
+    compression: float | None,
+    num_bytes: int | None,
+    num_params: int | None,
+) -> int:
+    """The parameters of a budget, of which exactly one form is given."""
+    given = {"compression": compression, "num_bytes": num_bytes, "num_params": num_params}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(
+            "Exactly one budget must be given, compression, num_bytes or num_params, got "
+            + (", ".join(f"{n}={v!r}" for n, v in given.items() if v is not None) or "none")
+            + "."
+        )
+    if num_params is not None:
+        return as_size("num_params", num_params)
+    if num_bytes is not None:
+        dtype = _as_float_dtype("param_dtype", param_dtype)
+        return as_size("num_bytes", num_bytes) // dtype.itemsize
+    is_number = isinstance(compression, (int, float)) and not isinstance(compression, bool)
+    if not is_number or not 1 <= (compression or 0) < math.inf:
+        raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
+    return int(full / Fraction(compression or 1))
+
+
+def _narrow(config: _Config, budget: int) -> _Config | None:
+    """A full table of narrow rows under the projection of a config, if it is worth its bytes."""
+    num_embeddings, features = config.num_embeddings, config.features
+    width = (budget - features * config.use_bias) // (num_embeddings + features)
+    if width < 1:
+        return None
+    partition = FullTable(num_embeddings)
+    narrow = dataclasses.replace(config, partition=partition, widths=(width,))
+    return narrow if narrow.num_params >= _WORTH_ITS_BYTES * budget else None
+
+
+def _largest(of_rows: Callable[[int], _Config], most: int, budget: int) -> _Config:
+    """The config with the most rows in its large table, at most so many, that keeps the budget."""
+    rows, too_many, config = max(1, most), most + 1, None
+    least = math.inf
+    while rows > 0 and config is None:
+        tried = of_rows(rows)
+        least = min(least, tried.num_params)
+        if tried.num_params <= budget:
+            config = tried
+        else:
+            rows, too_many = rows - ceil_div(rows, 16), rows
+    if config is None:
+        raise ValueError(
+            f"A budget of {budget:,} parameters is too small for {tried.num_embeddings:,} ids as "
+            f"{tried.operation!r} vectors of {tried.features} features: the smallest tables of "
+            f"{type(tried.partition).__name__} take {least:,}. Choose less compression, fewer "
+            "features, or another operation or family."
+        )
+    while too_many - rows > 1:
+        middle = (rows + too_many) // 2
+        tried = of_rows(middle)
+        if tried.num_params <= budget:
+            rows, config = middle, tried
+        else:
+            too_many = middle
+    return config
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -41,9 +41,11 @@ def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[Any, ...]:
     """Creates a feature's tables.
 
     By default entries are uniform and symmetric around zero, with the variance per operation that
-    gives an entry of the *vector* the variance `config.stddev**2`, as a full table's would have:
-    for k independent factors the variances multiply, for k terms they add. Every row is drawn from
-    a key of its own: the numbers are the same on any mesh.
+    gives an entry of the *vector* the variance `config.stddev**2`, as a full table's would have.
+    For "mult" the largest table starts as a full table would, the others as random signs with 10 %
+    noise: a row then learns as fast as a full table's from the first step, where with factors of
+    equal size each would be held back by the smallness of the other. Every row is drawn from a key
+    of its own: the numbers are the same on any mesh.
 
     Args:
       key: a JAX random key.
@@ -131,7 +133,14 @@ def _empty_on_mesh(sharding: Sharding, shape: tuple[int, ...], dtype: Any) -> ja
 def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
     """The initializer of each table: the config's, or the default matched to the operation."""
     initializer = config.embedding_init or ByRows(_SymmetricUniform(_row_stddev(config)))
-    return initializer if isinstance(initializer, tuple) else (initializer,) * config.num_tables
+    if isinstance(initializer, tuple):
+        return initializer
+    if config.operation != "mult" or config.embedding_init is not None:
+        return (initializer,) * config.num_tables
+    num_rows = config.partition.num_rows
+    largest = num_rows.index(max(num_rows))
+    signs = ByRows(_signs)
+    return tuple(initializer if j == largest else signs for j in range(config.num_tables))
 
 
 def init_projection(key: chex.PRNGKey, config: EmbedConfig) -> Projection | None:
@@ -515,20 +524,33 @@ def _row_stddev(config: EmbedConfig) -> float:
     """Standard deviation of the tables' entries that gives the vectors `config.stddev`."""
     if config.operation == "add":
         return config.stddev * config.num_tables**-0.5
-    if config.operation == "mult":
-        return config.stddev ** (1 / config.num_tables)
     if config.operation == "project":
-        # Small rows under a kernel of about unit entries: optimizers that normalise each entry's
-        # step, as Adagrad does, then move a row as readily as a full table's.
-        return config.stddev * sum(width for _, width in config.table_shapes) ** -0.5
+        return _project_row_stddev(config)
     return config.stddev
 
 
+def _project_row_stddev(config: EmbedConfig) -> float:
+    """Through the kernel come k rows and, for k > 1, their product: of variances v and v**k."""
+    k, width = config.num_tables, config.table_shapes[0][1]
+    wanted = (config.stddev / _kernel_stddev(config)) ** 2 / width
+    if k == 1:
+        return wanted**0.5
+    low, high = 0.0, wanted / k
+    for _ in range(100):
+        variance = (low + high) / 2
+        is_enough = k * variance + variance**k >= wanted
+        low, high = (low, variance) if is_enough else (variance, high)
+    return high**0.5
+
+
 def _kernel_stddev(config: EmbedConfig) -> float:
-    """The same for the kernel of "project", whose inputs are the rows and their product."""
-    variance, k, width = _row_stddev(config) ** 2, config.num_tables, config.table_shapes[0][1]
-    products = variance**k if k > 1 else 0
-    return config.stddev * (width * (k * variance + products)) ** -0.5
+    """Twice one over the root of the number of inputs: by measurement, between two that are worse.
+
+    With half of it, rows learn slowly where Adagrad makes steps of one size; with unit entries, a
+    kernel trained by Adam is slow to turn. `benchmarks/quality.py` compares them.
+    """
+    assert config.projection_shape is not None
+    return 2 * config.projection_shape[0] ** -0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -566,6 +588,13 @@ class _SymmetricUniform:
     def __call__(self, key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         limit = 3**0.5 * self.stddev
         return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _signs(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The Flax initializer of random signs with 10 % noise, of unit variance."""
+    sign_key, noise_key = jax.random.split(key)
+    size = (1 + 0.1 * jax.random.normal(noise_key, shape, dtype)) / 1.01**0.5
+    return jax.random.rademacher(sign_key, shape, dtype) * size
 
 
 def _fill_by_rows(

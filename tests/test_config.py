@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
 
 import qrhash
+from qrhash import EmbedConfig
 
 ONE = qrhash.FullTable(100)
 TWO = qrhash.QuotientRemainder(100, 4)  # 25 + 4 rows
@@ -100,3 +103,75 @@ def test_bad_arguments_are_refused_with_argument_rule_and_value(change, words):
     with pytest.raises(ValueError, match=words[0]) as error:
         qrhash.EmbedConfig(**arguments)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["add", "mult", "concat", "project"])
+@given(
+    n=st.sampled_from([1, 2, 7, 100, 999, 10_000, 1_000_003]),
+    features=st.sampled_from([2, 3, 16, 33]),
+    compression=st.floats(1, 100),
+)
+def test_a_budget_is_kept_and_used_up(operation, n, features, compression):
+    """Everything counted; one more row, or a width more, would not fit."""
+    budget = int(n * features / compression)
+    try:
+        cfg = EmbedConfig.fit(n, features, operation, compression=compression)
+    except ValueError as error:
+        assert "too small" in str(error) or "at least one per table" in str(error)  # noqa: PT017
+        assert n < 1_000_000
+        return
+    assert cfg.num_params <= budget
+    assert cfg.partition.is_complementary
+    assert (cfg.num_embeddings, cfg.features) == (n, features)
+    if n >= 1_000_000 and features >= 16 and budget < n * features:
+        assert cfg.num_params > (0.98 if operation == "project" else 0.999) * budget - features
+
+
+def test_a_budget_in_bytes_and_in_parameters():
+    by_bytes = EmbedConfig.fit(10_000, 16, num_bytes=40_000, param_dtype="bfloat16")
+    by_params = EmbedConfig.fit(10_000, 16, num_params=20_000, param_dtype="bfloat16")
+    assert by_bytes == by_params
+    assert by_bytes.num_params * 2 <= 40_000
+    alone = EmbedConfig.fit(10_000, 16, "project", compression=1)
+    assert (alone.partition, alone.operation) == (qrhash.FullTable(10_000), "mult")
+
+
+def test_project_spends_a_budget_on_many_narrow_rows():
+    cfg = EmbedConfig.fit(1_000_000, 16, "project", compression=8)
+    assert cfg.widths == (2, 2)
+    assert max(cfg.partition.num_rows) > 999_000
+    one = EmbedConfig.fit(1_000_000, 16, "project", num_params=3 * 1_000_016 + 16)
+    assert (one.partition, one.widths) == (qrhash.FullTable(1_000_000), (3,))
+
+
+def test_options_and_families_of_a_budget():
+    def family(n, rows):
+        return qrhash.MixedRadix(n, (rows, -(-n // rows)))
+
+    cfg = EmbedConfig.fit(
+        10_000, 16, "concat", compression=4, family=family, widths=(12, 4), id_policy="zero"
+    )
+    assert isinstance(cfg.partition, qrhash.MixedRadix)
+    assert (cfg.widths, cfg.id_policy) == ((12, 4), "zero")
+    assert 39_900 < cfg.num_params <= 40_000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "Exactly one budget.*got none"),
+        ({"compression": 4, "num_bytes": 4}, "Exactly one budget.*compression=4, num_bytes=4"),
+        ({"compression": 0.5}, "compression must be a number of at least 1, got 0.5"),
+        ({"compression": float("nan")}, "compression"),
+        ({"compression": "4"}, "compression"),
+        ({"num_bytes": 0}, "num_bytes"),
+        ({"num_params": 1.5}, "num_params"),
+        ({"num_params": 10}, "too small.*smallest tables of QuotientRemainder take [0-9,]+"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        EmbedConfig.fit(1000, 16, **options)

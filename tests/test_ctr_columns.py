@@ -123,3 +123,65 @@ WRONG = {
 def test_what_the_core_refuses_names_the_column(name):
     with pytest.raises(UserError, match=f"Column C5, 150 ids: .*{name}"):
         embed_configs(Settings(columns={"C5": WRONG[name]}), {"C5": 150})
+
+
+# --- compression in bytes -------------------------------------------------------------------------
+
+SIZES = {"C1": 50_000, "C2": 9_000, "C3": 150, "C4": 3_000}
+
+
+def _bytes_of(configs):
+    return sum(config.num_params * config.param_dtype.itemsize for config in configs.values())
+
+
+@pytest.mark.parametrize("compression", [2.0, 4.0, 15.0])
+@pytest.mark.parametrize("operation", ["mult", "concat", "project", "add"])
+@pytest.mark.parametrize("family", ["quotient-remainder", "mixed-radix", "chinese-remainder"])
+def test_compression_is_that_of_all_bytes_whatever_the_operation(family, operation, compression):
+    settings = Settings(compression=compression, operation=operation, partition=family)
+    configs = embed_configs(settings, SIZES)
+    full = 4 * settings.features * sum(SIZES.values())
+    assert configs["C3"].partition == qrhash.FullTable(150)  # no longer than the threshold
+    assert compression <= full / _bytes_of(configs) < 1.04 * compression
+
+
+def test_compression_counts_narrow_types_and_the_columns_of_their_own():
+    columns = {"C4": {"compression": 10.0}, "C1": {"param_dtype": "bfloat16"}}
+    configs = embed_configs(Settings(compression=4.0, columns=columns), SIZES)
+    full = {name: 64 * size for name, size in SIZES.items()}
+    assert 10 <= full["C4"] / _bytes_of({"": configs["C4"]}) < 10.1
+    assert 4.0 <= sum(full.values()) / _bytes_of(configs) < 4.1
+
+
+def test_the_hash_trick_and_full_tables_under_a_compression():
+    trick = embed_configs(Settings(compression=4.0, partition="hash-trick"), SIZES)
+    assert 4.0 <= 64 * sum(SIZES.values()) / _bytes_of(trick) < 4.1
+    full = embed_configs(Settings(compression=4.0, partition="full"), SIZES)
+    assert _bytes_of(full) == 64 * sum(SIZES.values())
+
+
+def test_what_cannot_be_compressed_so_far_is_said():
+    with pytest.raises(UserError, match=r"compression=1000.*smallest ones take.*threshold below"):
+        embed_configs(Settings(compression=1000.0), SIZES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"compression": 4.0, "collisions": 4}, "compression .*collisions .*one of them"),
+        ({"compression": 0.5}, "compression must be at least 1"),
+        ({"columns": {"C1": {"compression": 4.0, "collisions": 2}}}, "one of them"),
+        (
+            {"columns": {"C1": {"compression": 4.0, "partition": "full"}}},
+            "columns.C1: compression .*no meaning beside partition 'full'",
+        ),
+    ],
+)
+def test_amounts_that_contradict_each_other_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        Settings(**options)
+
+
+def test_a_column_says_its_amount_in_its_own_way():
+    settings = Settings(compression=4.0, columns={"C1": {"collisions": 10}})
+    assert embed_configs(settings, SIZES)["C1"].partition == qrhash.QuotientRemainder(50_000, 5000)

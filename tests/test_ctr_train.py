@@ -182,8 +182,11 @@ SUMMARY = Summary(
     train_rows=1000,
     bad_lines=2,
     embedding_params=250,
+    embedding_rows=20,
     embedding_bytes=1000,
     full_params=1000,
+    full_rows=80,
+    full_bytes=4000,
     dense_params=7,
     rows_per_second=500.0,
     test=Scores(0.45, float("nan"), 100),
@@ -242,8 +245,10 @@ def test_the_final_table_says_it_all():
     console = Console(file=io.StringIO(), width=120)
     console.print(final_table(SUMMARY))
     text = console.file.getvalue()
-    for part in ("250", "1,000 in full tables", "4.00 x", "500 rows/s", "0.4500", "undefined"):
+    for part in ("250", "4.00 x fewer than the 1,000", "500 rows/s", "0.4500", "undefined"):
         assert part in text
+    for line in (("rows of tables", "20", "the 80"), ("their bytes", "1,000", "the 4,000")):
+        assert any(all(part in each for part in line) for each in text.splitlines())
     assert "0.5000 constant predictor, 0.4000 ground truth" in text
 
 

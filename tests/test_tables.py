@@ -396,7 +396,7 @@ def test_combined_vectors_start_as_a_full_table_would(operation, k, stddev, para
     assert [(t.shape, t.dtype) for t in tables] == [(s, param_dtype) for s in cfg.table_shapes]
     ids = np.random.default_rng(0).integers(0, partition.num_embeddings, 2000)
     vectors = np.asarray(_lookup(tables, partition.indices(ids), cfg, projection), np.float64)
-    sigma = features**-0.5 if stddev is None else stddev
+    sigma = 0.03 if stddev is None else stddev
     per_entry = vectors.var(axis=0)
     assert abs(vectors.var() / sigma**2 - 1) < 0.05
     assert per_entry.min() / sigma**2 > 0.3

@@ -193,14 +193,13 @@ def final_table(summary: Summary) -> Table:
     table.add_column("")
     table.add_column("this model", justify="right")
     table.add_column("to compare with")
-    compression = summary.full_params / max(1, summary.embedding_params)
-    table.add_row(
-        "embedding parameters",
-        f"{summary.embedding_params:,}",
-        f"{summary.full_params:,} in full tables",
-    )
-    table.add_row("compression", f"{compression:.2f} x", "1.00 x with full tables")
-    table.add_row("embedding bytes", f"{summary.embedding_bytes:,}", "")
+    for kind in ("rows", "params", "bytes"):
+        ours, full = (getattr(summary, f"{of}_{kind}") for of in ("embedding", "full"))
+        title = {"rows": "rows of tables", "params": "embedding parameters"}.get(
+            kind, "their bytes"
+        )
+        times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
+        table.add_row(title, f"{ours:,}", times)
     table.add_row("dense parameters", f"{summary.dense_params:,}", "")
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
     table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")

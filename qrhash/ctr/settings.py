@@ -39,6 +39,10 @@ PartitionName = Literal[
 Operation = Literal["mult", "concat", "add", "project"]
 _MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 
+# How much a column is compressed, by bytes or by rows: one of these says it.
+_AMOUNTS = ("compression", "collisions")
+DEFAULT_COLLISIONS = 4
+
 _T = TypeVar("_T")
 
 
@@ -67,14 +71,24 @@ class _ColumnOptions:
             "Family for columns longer than --threshold; 'drop' leaves them out of the model."
         ),
     ] = "quotient-remainder"
-    collisions: Annotated[
-        int,
+    compression: Annotated[
+        float | None,
         _embeddings(
-            "How many ids share a row of a column's largest table, in every family: the tables "
-            "have about so many times fewer rows than a full one. 0: as few as the family can.",
+            "How many times fewer bytes all embeddings have than full tables of float32, whatever "
+            "the operation; in a column's section, its own.",
+            least=1,
+        ),
+    ] = None
+    collisions: Annotated[
+        int | None,
+        _embeddings(
+            "Or by rows: how many ids share a row of a column's largest table, in every family. "
+            "The tables have about so many times fewer rows than a full one, whose bytes go by "
+            "the operation: 'concat' has rows of half the width, 'project' of a quarter. 0: as "
+            "few rows as the family can. Default: 4, without --compression.",
             least=0,
         ),
-    ] = 4
+    ] = None
     num_tables: Annotated[
         int,
         _embeddings("Tables per column for mixed-radix and chinese-remainder.", least=2),
@@ -115,6 +129,13 @@ class ColumnSettings(_ColumnOptions):
         for name, family in (("radices", "mixed-radix"), ("moduli", "chinese-remainder")):
             if getattr(self, name) is not None and self.partition != family:
                 raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
+        _check_amount(self)
+
+    @property
+    def is_sized_by_bytes(self) -> bool:
+        """Whether `compression` says how many rows the tables have."""
+        is_fixed = self.partition in ("full", "drop") or self.radices or self.moduli
+        return self.compression is not None and not is_fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +260,13 @@ class Settings(_ColumnOptions):
                 raise UserError(f"columns must be named C1 to C{len(CATEGORIES)}, got {name}.")
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
-            self.column(name)
+            column = self.column(name)
+            if "compression" in section and not column.is_sized_by_bytes:
+                raise UserError(
+                    f"columns.{name}: compression sets the rows of a compressed column, and has no "
+                    f"meaning beside partition {column.partition!r} or radices or moduli."
+                )
+        _check_amount(self)
         families = {self.partition, *(self.column(name).partition for name in self.columns)}
         if self.num_tables != Settings.num_tables and not families.intersection(_MULTI_TABLE):
             raise UserError(
@@ -251,6 +278,8 @@ class Settings(_ColumnOptions):
         """The options of the categorical column `name`."""
         shared = {option.name: getattr(self, option.name) for option in fields(_ColumnOptions)}
         section = self.columns.get(name, {})
+        if not section.keys().isdisjoint(_AMOUNTS):
+            shared |= dict.fromkeys(_AMOUNTS)
         return _build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -343,6 +372,14 @@ def _check_values(settings: Any) -> None:
         if isinstance(value, (int, float)) and not option.least <= value <= option.most:
             bound = f"least {option.least}" if value < option.least else f"most {option.most}"
             raise UserError(f"{name} must be at {bound}, got {value}.")
+
+
+def _check_amount(settings: _ColumnOptions) -> None:
+    if settings.compression is not None and settings.collisions is not None:
+        raise UserError(
+            "compression (in bytes) and collisions (in rows) say the same thing in two ways: give "
+            f"one of them, got {settings.compression} and {settings.collisions}."
+        )
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -18,7 +18,7 @@ from qrhash import EmbedConfig
 from qrhash.arithmetic import ceil_div
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.block import Block, Source
-from qrhash.ctr.columns import embed_configs
+from qrhash.ctr.columns import FULL_DTYPE, embed_configs, num_bytes
 from qrhash.ctr.devices import make_sharding
 from qrhash.ctr.display import Display
 from qrhash.ctr.errors import UserError
@@ -43,8 +43,11 @@ class Summary:
       train_rows: rows trained on, over all epochs.
       bad_lines: malformed lines skipped.
       embedding_params: parameters of the embeddings: tables and projections.
+      embedding_rows: rows of all their tables.
       embedding_bytes: their memory.
       full_params: parameters of full tables for all 26 columns.
+      full_rows: rows of such tables.
+      full_bytes: their memory in float32.
       dense_params: all other parameters.
       rows_per_second: of the training after its first step, which compiles; evaluations included.
       test: scores of the model on the test rows.
@@ -55,8 +58,11 @@ class Summary:
     train_rows: int
     bad_lines: int
     embedding_params: int
+    embedding_rows: int
     embedding_bytes: int
     full_params: int
+    full_rows: int
+    full_bytes: int
     dense_params: int
     rows_per_second: float
     test: Scores
@@ -134,9 +140,12 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     summary = Summary(
         train_rows=progress.rows,
         bad_lines=len(bad_lines),
-        full_params=sum(sizes.values()) * settings.features,
+        full_params=(full_params := sum(sizes.values()) * settings.features),
+        full_rows=sum(sizes.values()),
+        full_bytes=full_params * FULL_DTYPE.itemsize,
         embedding_params=embedding_params,
-        embedding_bytes=sum(c.num_params * c.param_dtype.itemsize for c in configs.values()),
+        embedding_rows=sum(sum(config.partition.num_rows) for config in configs.values()),
+        embedding_bytes=sum(map(num_bytes, configs.values())),
         dense_params=learner.num_params - embedding_params,
         rows_per_second=rows_per_second,
         test=test,
