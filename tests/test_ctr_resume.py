@@ -315,10 +315,7 @@ def _others(rows):
 def test_data_that_changed_are_said_to_have(form, name, hashed, taken_up, tmp_path):
     """Before models are compared, which the vocabularies of other data make others."""
     output, _ = hashed
-    if form == "text":
-        output = shutil.copytree(output, tmp_path / "run")
-    else:
-        output = taken_up
+    output = shutil.copytree(output, tmp_path / "run") if form == "text" else taken_up
     rows, sentence = _others(ctr_files.random_rows(1000))[name]
     write = ctr_files.write_text if form == "text" else ctr_files.write_parquet
     if form == "vocabulary":
