@@ -193,6 +193,13 @@ def get_multihash_variable(
             raise ValueError(f"{argument}={given[argument]!r} has no meaning here: {reason}.")
     if not isinstance(name, str):
         raise ValueError(f"name must be a string, got {name!r}.")
+    for argument in ("regularizer", "constraint", "custom_getter"):
+        if given[argument] is not None and not callable(given[argument]):
+            raise ValueError(f"{argument} must be a function or None, got {given[argument]!r}.")
+    if trainable not in (None, True, False):
+        raise ValueError(f"trainable must be True, False or None, got {trainable!r}.")
+    if rngs is not None and not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"rngs must be an nnx.Rngs or None, got {rngs!r}.")
     if operation not in _OPERATIONS:
         raise ValueError(f"operation must be one of {', '.join(_OPERATIONS)}, got {operation!r}.")
     rows, widths = _checked_dims(dims, num_of_partitions)
@@ -263,16 +270,19 @@ def _positive(name: str, value: Any) -> float:
 
 def _scaled_down(vectors: jax.Array, max_norm: float) -> jax.Array:
     """Vectors [*shape, features], of a norm of at most `max_norm`."""
+    wide = vectors.astype(jnp.float32) if vectors.dtype.itemsize < 4 else vectors
+    limit = min(max_norm, float(jnp.finfo(wide.dtype).max))
     # In units of the largest entry no square leaves the range of floats.
-    wide = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
-    unit = jnp.max(jnp.abs(jax.lax.stop_gradient(wide)), axis=-1, keepdims=True)
+    fixed = jax.lax.stop_gradient(wide)
+    unit = jnp.max(jnp.abs(fixed), axis=-1, keepdims=True)
     unit = jnp.where(unit > 0, unit, 1)
-    squared = jnp.sum((wide / unit) ** 2, axis=-1, keepdims=True)
-    limit = max_norm / unit
-    is_longer = squared > limit**2
-    # The square root is taken of norms above max_norm alone: its gradient at zero is infinite.
-    factor = limit * jax.lax.rsqrt(jnp.where(is_longer, squared, 1))
-    return jnp.where(is_longer, wide * factor, wide).astype(vectors.dtype)
+    squared = jnp.sum((fixed / unit) ** 2, axis=-1, keepdims=True)
+    is_longer = squared > (limit / unit) ** 2
+    # Other vectors are left alone: the gradient of a norm of zero is infinite.
+    part = wide / jnp.where(is_longer, unit, 1)
+    squared = jnp.where(is_longer, jnp.sum(part**2, axis=-1, keepdims=True), 1)
+    scaled = part * jax.lax.rsqrt(squared) * jnp.where(is_longer, limit, 1)
+    return jnp.where(is_longer, scaled, wide).astype(vectors.dtype)
 
 
 def _checked_shape(name: str, array: Any, shape: tuple[int, ...]) -> Any:
@@ -321,11 +331,9 @@ def _partition(
                 f"remainder table of {remainders}, got {n}."
             )
         return QuotientRemainder(n, remainders)
-    if num_embeddings is None:
-        has_64_bits = jnp.asarray(0).dtype.itemsize == 8
-        most = quotients**2 if has_64_bits else _MOST_OF_32_BITS
-        num_embeddings = min(quotients**2, most)
-    n = as_size("num_embeddings", num_embeddings)
+    widest = jax.dtypes.canonicalize_dtype(np.int64).itemsize  # bytes of JAX's widest ids
+    n = quotients**2 if widest == 8 else min(quotients**2, _MOST_OF_32_BITS)
+    n = n if num_embeddings is None else as_size("num_embeddings", num_embeddings)
     partition = DeepRecQuotientRemainder(n, quotients, remainders)
     if not partition.is_complementary and not allow_collisions:
         raise ValueError(

@@ -202,6 +202,14 @@ def test_custom_getter_makes_each_table():
         ("initializer", [ones]),
         ("initializer", 1.0),
         ("num_embeddings", 0),
+        ("num_embeddings", 2.5),
+        ("num_embeddings", 2**64),
+        ("regularizer", 3),
+        ("constraint", 3),
+        ("custom_getter", 3),
+        ("custom_getter", lambda getter, **_: jnp.zeros(3)),
+        ("trainable", "no"),
+        ("rngs", 0),
         ("dims", [[3, 4]]),
         ("dims", [[3, 4], [3, 4], [3, 4]]),
         ("dims", [[0, 4], [3, 4]]),
@@ -234,9 +242,101 @@ def test_max_norm_scales_long_vectors_down_and_leaves_short_ones():
     zeros = get_multihash_variable("v", SQUARE, initializer=nn.initializers.zeros)
     grads = nnx.grad(lambda v: embedding_lookup(v, ids, max_norm=1.0).sum())(zeros)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
-    for max_norm in (0.0, -1.0):
-        with pytest.raises(ValueError, match="max_norm"):
-            embedding_lookup(var, ids, max_norm=max_norm)
+
+
+NO_NORMS = [0, 0.0, -1.0, -np.inf, np.nan, True, np.True_, np.array([1.0, 2.0]), "1", 1j, 10**-400]
+
+
+@pytest.mark.parametrize("max_norm", NO_NORMS, ids=repr)
+def test_what_is_no_norm_is_refused(max_norm):
+    var = get_multihash_variable("v", SQUARE)
+    with pytest.raises(ValueError, match="max_norm must be a positive number or None, got"):
+        embedding_lookup(var, np.array([0]), max_norm=max_norm)
+
+
+def test_a_traced_norm_is_refused():
+    var = get_multihash_variable("v", SQUARE)
+    with pytest.raises(ValueError, match="max_norm must be a positive number"):
+        jax.jit(lambda norm: embedding_lookup(var, np.array([0]), norm))(1.0)
+
+
+def _of_rows(rows, dtype):
+    """A variable of these vectors."""
+    rows = np.asarray(rows)
+    inits = [lambda key, shape, dtype: jnp.asarray(rows, dtype), nn.initializers.zeros]
+    return get_multihash_variable("v", [rows.shape, rows.shape], dtype=dtype, initializer=inits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("max_norm", [np.inf, 1e30, 1e300, 2, np.float64(0.5), 1e-3, 1e-30])
+def test_norms_of_any_size_are_those_of_64_bits(max_norm, dtype):
+    """No square leaves the range of the vectors' dtype: of float16 that of 256 does."""
+    size = 1.0 if dtype == "float16" else 1e22
+    rows = np.array([[0, 0], [3, 4], [300 * size, -400 * size], [2e-3, 0]])
+    var = _of_rows(rows, dtype)
+    ids = np.array([0, 4, 8, 12, 99])
+    got = np.asarray(embedding_lookup(var, ids, max_norm), np.float64)
+    plain = np.asarray(embedding_lookup(var, ids), np.float64)
+    norms = np.linalg.norm(plain, axis=-1, keepdims=True)
+    wanted = plain * np.minimum(1, np.divide(max_norm, norms, where=norms > 0, out=norms + 1))
+    wanted[norms[:, 0] == 0] = 0
+    least = float(jnp.finfo(dtype).smallest_subnormal)
+    np.testing.assert_allclose(got, wanted, rtol=8 * float(jnp.finfo(dtype).eps), atol=least)
+    assert np.isnan(got[-1]).all()
+    grads = nnx.grad(lambda v: embedding_lookup(v, ids[:-1], max_norm).astype("float32").sum())(var)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+# --- ids of 32 and of 64 bits --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [46_340, 46_341, 46_342, 60_000])
+def test_the_default_vocabulary_takes_jaxs_ids(rows):
+    """rows**2 leaves int32 from 46,341 rows on."""
+    var = get_multihash_variable("v", [[rows, 1], [np.int64(rows), 1]], operation="concat",
+                                 initializer=_row_numbers, num_embeddings=None)  # fmt: skip
+    assert var.num_embeddings == min(rows**2, 2**31)
+    ids = np.array([0, 1, rows, rows**2 // 2, min(rows**2, 2**31) - 1], np.int32)
+    wanted = np.stack(np.divmod(ids, rows), axis=-1)
+    np.testing.assert_array_equal(embedding_lookup(var, jnp.asarray(ids)), wanted)
+    np.testing.assert_array_equal(jax.jit(lambda i: embedding_lookup(var, i))(ids), wanted)
+    assert np.isnan(embedding_lookup(var, np.array([var.num_embeddings, -1]))).all()
+
+
+def _row_numbers(key, shape, dtype):
+    return jnp.arange(shape[0], dtype=dtype)[:, None]
+
+
+def test_ids_beyond_32_bits_are_asked_for_by_name():
+    dims = [[60_000, 1], [60_000, 1]]
+    var = get_multihash_variable(
+        "v", dims, operation="concat", initializer=_row_numbers, num_embeddings=60_000**2
+    )
+    ids = np.array([3_000_000_000, 60_000**2 - 1, 2**31])
+    wanted = np.stack(np.divmod(ids, 60_000), axis=-1)
+    np.testing.assert_array_equal(embedding_lookup(var, ids), wanted)
+    for narrow in (jnp.array([0]), jnp.array([0], jnp.uint32), jnp.array([0], jnp.int8)):
+        with pytest.raises(ValueError, match=r"num_embeddings=3600000000 needs 64 bits: give"):
+            embedding_lookup(var, narrow)
+        with pytest.raises(ValueError, match="num_embeddings=3600000000"):
+            jax.jit(lambda ids: embedding_lookup(var, ids))(narrow)
+    other = get_multihash_variable("v", dims, complementary_strategy="quotient-remainder")
+    with pytest.raises(ValueError, match="num_embeddings=3600000000 needs 64 bits"):
+        embedding_lookup(other, jnp.array([0]))
+
+
+def test_with_ids_of_64_bits_the_default_vocabulary_is_whole():
+    with jax.enable_x64(True):
+        var = get_multihash_variable("v", [[60_000, 1], [60_000, 1]], initializer=_row_numbers)
+        assert var.num_embeddings == 60_000**2
+        vectors = embedding_lookup(var, jnp.array([3_000_000_001]))
+    np.testing.assert_array_equal(vectors, [[50_001]])
+
+
+def test_a_constraint_keeps_the_shape():
+    var = get_multihash_variable("v", SQUARE, constraint=lambda table: table[:1])
+    with pytest.raises(ValueError, match=r"constraint must return a table of shape \(3, 4\), got"):
+        var.apply_constraint()
 
 
 def test_id_policies_reach_the_lookup():
@@ -264,21 +364,6 @@ def test_the_correct_form_in_its_place():
 
 
 # --- vocabularies of more than 32 bits, and limits of norms ---------------------------------------
-
-
-@pytest.mark.parametrize("rows", [46_340, 46_341, 46_342, 70_000])
-def test_the_default_vocabulary_can_be_looked_up_by_jax_ids(rows):
-    """rows**2 leaves int32 from 46,341 rows on."""
-    var = qrhash.deeprec.get_multihash_variable("big", [[rows, 2], [rows, 2]], operation="mult")
-    last = min(rows**2, 2**31) - 1
-    assert var.num_embeddings == last + 1
-    ids = np.array([0, 1, rows, last])
-    want = np.asarray(var.table_0[...])[ids // rows] * np.asarray(var.table_1[...])[ids % rows]
-    for given in (ids, jnp.asarray(ids, jnp.int32)):
-        np.testing.assert_allclose(qrhash.deeprec.embedding_lookup(var, given), want, rtol=1e-6)
-    if rows**2 > 2**31:
-        beyond = qrhash.deeprec.embedding_lookup(var, np.array([2**31]))
-        assert np.isnan(beyond).all()
 
 
 @pytest.mark.parametrize("strategy", ["Q-R", "quotient-remainder"])
@@ -318,10 +403,3 @@ def test_norms_of_very_large_and_of_zero_vectors():
     got = qrhash.deeprec.embedding_lookup(var, ids, 1.0)
     np.testing.assert_allclose(got, [[0, 0, 0], [0.6, 0, 0.8]], rtol=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nnx.grad(loss)(var)))
-
-
-@pytest.mark.parametrize("max_norm", [0, -1.0, np.nan, True, "1", jnp.ones(2)])
-def test_a_limit_that_is_none_is_refused(max_norm):
-    var = qrhash.deeprec.get_multihash_variable("item", [[10, 4]] * 2, operation="add")
-    with pytest.raises(ValueError, match="max_norm must be a positive number"):
-        qrhash.deeprec.embedding_lookup(var, jnp.arange(5), max_norm)
