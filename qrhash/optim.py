@@ -348,6 +348,10 @@ def _refuse_parts(leaves: Sequence[Any]) -> None:
             )
 
 
+class _NotByRowsError(ValueError):
+    """State for a table that does not go by its rows: dense gradients may have it."""
+
+
 def _check_at_start(tx: optax.GradientTransformationExtraArgs, params: Any) -> None:
     """Raises a ValueError if a transformation does not suit what says that it is a table."""
 
@@ -366,12 +370,13 @@ def _check_at_start(tx: optax.GradientTransformationExtraArgs, params: Any) -> N
     # A table is an array [rows, width], on a mesh [shards, rows, width].
     axes = {n: leaf.ndim - 2 for n, leaf in tables.items()}
     state_leaves, state_tree = jax.tree.flatten(state)
-    transformation = Transformation(
-        tx, tree, state_tree, axes, _owners_of(tx, tree, whole, axes), extra_args={}
-    )
-    rows = dict.fromkeys(tables, 2)
     try:
-        transformation.check(Arguments(whole, state_leaves, whole), rows)
+        owners = _owners_of(tx, tree, whole, axes)
+    except _NotByRowsError:
+        return  # As long as all gradients are dense that is nobody's business.
+    transformation = Transformation(tx, tree, state_tree, axes, owners, extra_args={})
+    try:
+        transformation.check(Arguments(whole, state_leaves, whole), dict.fromkeys(tables, 2))
     except (TypeError, KeyError):
         return  # It needs extra arguments: what it does is seen when they are there.
 
@@ -469,7 +474,7 @@ def _owners_of(
             is_by_rows = grown == [axis] and wider[: axis + 1] == shape[: axis + 1]
             fits = owner is not None and is_by_rows
         if not fits:
-            raise ValueError(
+            raise _NotByRowsError(
                 f"touched_rows needs state of one entry or one row per row of a table, but this "
                 f"transformation keeps an array of shape {shape} for one: train the table densely."
             )

@@ -592,8 +592,12 @@ class _SymmetricUniform:
 
 def _signs(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The Flax initializer of random signs with 10 % noise, of unit variance."""
-    sign_key, noise_key = jax.random.split(key)
-    size = (1 + 0.1 * jax.random.normal(noise_key, shape, dtype)) / 1.01**0.5
+    sign_key, size_key = jax.random.split(key)
+    # Uniform, so that no sum and product of ours is rounded in another way where they are fused:
+    # tables start with the same bits wherever they are drawn.
+    unit = 1.01**-0.5
+    spread = 0.1 * 3**0.5
+    size = jax.random.uniform(size_key, shape, dtype, unit * (1 - spread), unit * (1 + spread))
     return jax.random.rademacher(sign_key, shape, dtype) * size
 
 

@@ -33,6 +33,13 @@ def strict_promotion(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_caches():
+    """Programs compiled for one module are of no use to the next, and take gigabytes in the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
