@@ -158,11 +158,18 @@ def test_the_hash_trick_and_full_tables_under_a_compression():
     assert 4.0 <= 64 * sum(SIZES.values()) / _bytes_of(trick) < 4.1
     full = embed_configs(Settings(compression=4.0, partition="full"), SIZES)
     assert _bytes_of(full) == 64 * sum(SIZES.values())
+    columns = {"C1": {"partition": "quotient-remainder"}}
+    one = embed_configs(Settings(compression=2.0, partition="full", columns=columns), SIZES)
+    assert one["C2"].partition == qrhash.FullTable(9_000)
+    assert 2.0 <= 64 * sum(SIZES.values()) / _bytes_of(one) < 2.1
 
 
-def test_what_cannot_be_compressed_so_far_is_said():
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 50_000}, {"columns": {n: {"collisions": 2} for n in SIZES}}]
+)
+def test_what_cannot_be_compressed_so_far_is_said(options):
     with pytest.raises(UserError, match=r"compression=1000.*smallest ones take.*threshold below"):
-        embed_configs(Settings(compression=1000.0), SIZES)
+        embed_configs(Settings(compression=1000.0, **options), SIZES)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ def embed_configs(
         elif "compression" in section:
             assert options.compression is not None  # What sized by bytes means.
             configs[name] = column.of_bytes(column.full_bytes / options.compression)
-    if len(configs) < len(columns):
+    # A run of partition full or drop is a baseline: nothing in it need be compressed.
+    is_baseline = settings.partition in ("full", "drop")
+    if len(configs) < len(columns) or (settings.compression is not None and not is_baseline):
         configs |= _of_bytes_in_all(settings, columns, configs)
     return {
         name: replace(configs[name], large_table_rows=settings.large_table_rows, sharding=sharding)
@@ -241,8 +243,8 @@ def _of_bytes_in_all(
     if least > budget:
         raise UserError(
             f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but "
-            f"the smallest ones take {least:,.0f}: ask for less, or let shorter columns be "
-            f"compressed too, by a threshold below {settings.threshold}."
+            f"the smallest ones take {least:,.0f}: ask for less, or for another operation, or let "
+            f"shorter columns be compressed too, by a threshold below {settings.threshold}."
         )
     while others:
         tables = left - sum(projections[name] for name in others)
