@@ -280,7 +280,10 @@ def lookup(
             )
     for name in dict.fromkeys(owners[name] for name in ids):
         configs[name].check_projection((projections or {}).get(name))
-    indices = {name: core.row_numbers(of_name, configs[name]) for name, of_name in ids.items()}
+    indices = {
+        name: core.as_batch(core.row_numbers(of_name, configs[name]), configs[name])
+        for name, of_name in ids.items()
+    }
     places = {
         (place.feature, place.table): (stack.name, place)
         for stack in config.stacks
@@ -371,6 +374,13 @@ def stack(tables: Mapping[str, tuple[chex.Array, ...]], config: CollectionConfig
             raise ValueError(
                 f"tables[{name!r}] must be a tuple of {owned.num_tables} arrays, got one array of "
                 f"shape {of_feature.shape}."
+            )
+        if not isinstance(of_feature, Sequence) or not all(
+            hasattr(table, "shape") for table in of_feature
+        ):
+            raise ValueError(
+                f"tables[{name!r}] must be a tuple of {owned.num_tables} arrays, got "
+                f"{of_feature!r}."
             )
         got = tuple(table.shape[0] for table in of_feature)
         if got != owned.partition.num_rows:

@@ -249,6 +249,10 @@ class MultiHashEmbed(nn.Module):
     @property
     def embedding(self) -> jax.Array:
         """The vectors of all ids, [num_embeddings, features], computed anew; of a bound module."""
+        if self.scope is None:
+            raise ValueError(
+                "embedding is of a bound module: module.bind(variables).embedding, or inside apply."
+            )
         return core.all_vectors(self.tables, self.config, self.projection)
 
     def __call__(self, inputs: chex.Array, out_sharding: Any = None) -> jax.Array:

@@ -239,7 +239,7 @@ def _lookup(
     is_whole: bool = False,
 ) -> jax.Array:
     _check_parameters(tables, config, projection)
-    indices = row_numbers(ids, config)
+    indices = as_batch(row_numbers(ids, config), config)
 
     def from_tables(
         tables: Sequence[chex.Array],
@@ -259,6 +259,17 @@ def _lookup(
     if _is_gathered_again(tables, config):
         from_tables = jax.checkpoint(from_tables)
     return from_tables(tables, projection, indices)
+
+
+def as_batch(indices: Sequence[chex.Array], config: EmbedConfig) -> Sequence[chex.Array]:
+    """On a mesh of explicit axes, row numbers laid out as the rows of large tables come."""
+    layout = config.sharding
+    if layout is None or not layout.is_explicit:
+        return indices
+    num_rows = config.partition.num_rows
+    on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
+    spec = layout.for_batch(on_device, 0).batch_spec(on_device[0].ndim)
+    return jax.sharding.reshard(on_device, NamedSharding(layout.mesh, spec))
 
 
 def _is_gathered_again(tables: Sequence[chex.Array], config: EmbedConfig) -> bool:
@@ -499,7 +510,7 @@ def _logits(
     if config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
-    indices = row_numbers(ids, config)
+    indices = as_batch(row_numbers(ids, config), config)
     fill = 0.0 if config.id_policy == "zero" else jnp.nan
     products = (
         _take(_products(table, part), index, fill, is_whole=True)
@@ -722,6 +733,10 @@ def _check_parameters(tables: Sequence[Any], config: EmbedConfig, projection: An
 
 def _check_shapes(tables: Any, config: EmbedConfig) -> None:
     single = hasattr(tables, "shape")
+    if not single and not isinstance(tables, Sequence):
+        raise ValueError(
+            f"tables must be a tuple of {config.num_tables} arrays, got {type(tables)}."
+        )
     shapes = tables.shape if single else tuple(getattr(each, "shape", None) for each in tables)
     if single or shapes != config.table_shapes:
         raise ValueError(

@@ -182,6 +182,41 @@ def test_out_sharding(kind):
         model(ids, out_sharding="data")
 
 
+@pytest.mark.parametrize("operation", ["add", "project"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_out_sharding_of_tables_with_a_layout(kind, operation):
+    """One table is split over the mesh, one is not; the ids are on one device."""
+    mesh = _mesh(kind)
+    cfg = dataclasses.replace(CONFIG, operation=operation, widths=None, large_table_rows=5)
+    cfg = dataclasses.replace(cfg, sharding=qrhash.Sharding(mesh=mesh))
+    model = qrhash.nnx.MultiHashEmbed(cfg, rngs=nnx.Rngs(0))
+    alone = [np.asarray(qrhash.sharding.whole_table(table)) for table in model.tables]
+    one = dataclasses.replace(cfg, sharding=None)
+    ids, query = np.arange(16), jnp.ones((16, 8))
+    projection = None
+    if model.projection is not None:
+        projection = qrhash.Projection(*map(np.asarray, model.projection))
+    want = qrhash.lookup(alone, ids, one, projection)
+    logits = qrhash.attend(alone, query, one, projection)
+    to = NamedSharding(mesh, PartitionSpec("data", None))
+    got = model(jnp.asarray(ids), out_sharding=to)
+    assert got.sharding.is_equivalent_to(to, 2)
+    assert_close(got, want)
+    with jax.set_mesh(mesh):
+        assert_close(model(ids), want)
+        embed = qrhash.nnx.EmbedCollection({"a": cfg, "b": "a"}, rngs=nnx.Rngs(1))
+        vectors = embed({"a": jnp.asarray(ids), "b": jnp.asarray(ids[:3])})
+        np.testing.assert_array_equal(np.asarray(vectors["a"])[:3], vectors["b"])
+        got = nnx.jit(lambda model, query: model.attend(query, out_sharding=to))(model, query)
+        assert got.sharding.is_equivalent_to(to, 2)
+        assert_close(got, logits)
+
+
+def test_embedding_of_an_unbound_module_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"bind\(variables\)"):
+        _ = qrhash.linen.MultiHashEmbed(CONFIG).embedding
+
+
 @pytest.mark.parametrize("policy", ["nan", "zero", "clip", "wrap", "raise"])
 @pytest.mark.parametrize("padding_id", [0, 3, 10])
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -313,6 +348,7 @@ def test_pretrained_tables(on_mesh, rng):
         ([np.ones((500, 8), np.int32)], "float32.*int32"),
         (np.ones((500, 8), np.float32), "one array"),
         ([], r"\(500, 8\)"),
+        (None, "tuple of 1 arrays"),
     ],
 )
 def test_tables_that_do_not_fit_are_refused(arrays, words):
@@ -329,6 +365,9 @@ def test_tables_of_a_collection_that_do_not_fit_are_refused():
     tables["b"] = (jnp.ones((250, 7)), tables["b"][1])
     with pytest.raises(ValueError, match=r"tables\['b'\]\[0\].*width"):
         model.set_tables(tables)
+    for wrong in (3, tables["a"][0], [[1.0]], None):
+        with pytest.raises(ValueError, match=r"tables\['b'\] must be a tuple of 2 arrays"):
+            model.set_tables(tables | {"b": wrong})
 
 
 # --- ids that would lose bits ---------------------------------------------------------------------
