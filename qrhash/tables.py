@@ -42,7 +42,7 @@ def init(key: chex.PRNGKey, config: EmbedConfig) -> tuple[Any, ...]:
 
     By default entries are uniform and symmetric around zero, with the variance per operation that
     gives an entry of the *vector* the variance `config.stddev**2`, as a full table's would have.
-    For "mult" the largest table starts as a full table would, the others as random signs with 10 %
+    For "mult" the largest table starts as a full table would, the others as random signs with some
     noise: a row then learns as fast as a full table's from the first step, where with factors of
     equal size each would be held back by the smallness of the other. Every row is drawn from a key
     of its own: the numbers are the same on any mesh.
@@ -602,14 +602,13 @@ class _SymmetricUniform:
 
 
 def _signs(key: chex.PRNGKey, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The Flax initializer of random signs with 10 % noise, of unit variance."""
+    """The Flax initializer of random signs with some noise, of about unit variance."""
     sign_key, size_key = jax.random.split(key)
-    # Uniform, so that no sum and product of ours is rounded in another way where they are fused:
-    # tables start with the same bits wherever they are drawn.
-    unit = 1.01**-0.5
-    spread = 0.1 * 3**0.5
-    size = jax.random.uniform(size_key, shape, dtype, unit * (1 - spread), unit * (1 + spread))
-    return jax.random.rademacher(sign_key, shape, dtype) * size
+    # A choice and no product, and steps that are powers of two: nothing is rounded in another way
+    # where it is fused, and tables start with the same bits wherever they are drawn.
+    steps = jax.random.randint(size_key, shape, -128, 129).astype(dtype)
+    size = 1 + steps / 1024  # a standard deviation of 0.073
+    return jnp.where(jax.random.bernoulli(sign_key, shape=shape), size, -size)
 
 
 def _fill_by_rows(
