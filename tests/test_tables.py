@@ -1,6 +1,7 @@
 """The pure core against the oracle: look-up, gradients, id policies, initialisers, attend."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -421,8 +422,9 @@ def test_tables_and_projection_differ_from_each_other_and_by_key(operation):
         jax.tree.leaves((qrhash.init(key, cfg), qrhash.init_projection(key, cfg)))
         for key in (jax.random.key(0), jax.random.key(1))
     )
-    shared = [np.intersect1d(a, b) for a in one[:2] for b in two[:2]] + [np.intersect1d(*one[:2])]
-    assert all(len(s) == 0 for s in shared)
+    for a, b in itertools.combinations((*one[:2], *two[:2]), 2):
+        # The signs of "mult" are rounded, so that a few of them may meet by chance.
+        assert np.isin(a, b).mean() < (0.2 if operation == "mult" else 1e-9)
     again = qrhash.init(jax.random.key(0), cfg)
     assert all((a == b).all() for a, b in zip(again, one[:2], strict=True))
     assert (qrhash.init_projection(jax.random.key(0), cfg) is None) == (operation != "project")
