@@ -33,9 +33,10 @@ from rich.progress import track
 from rich.table import Table
 
 import qrhash
-from qrhash.ctr.display import Display
-from qrhash.ctr.settings import load
-from qrhash.ctr.train import Keeper, fit
+from qrhash.ctr.config_file import load
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.records import Keeper
+from qrhash.ctr.run.train import fit
 
 OPERATIONS = ("mult", "concat", "project", "add", "hash trick")
 FEATURES = 32  # of ratings; of clicks what `qrhash train` has
