@@ -1,5 +1,6 @@
 """Feeding batches to a mesh, from one process or from several."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash.layout import MeshLayout
-from qrhash.types import PyTree
+from qrhash.rows import device_index
+from qrhash.types import Array, PyTree
 
 
 def put_batch(batch: PyTree, size: int, layout: MeshLayout) -> PyTree:
@@ -60,6 +62,17 @@ def check_batch(size: int, layout: MeshLayout) -> None:
             f"the batch size must divide by the {layout.size(layout.batch_axes)} devices of mesh "
             f"axes {', '.join(layout.batch_axes)}, got {size}."
         )
+
+
+def as_batch(
+    indices: Sequence[Array], num_rows: Sequence[int], layout: MeshLayout | None
+) -> Sequence[Array]:
+    """On a mesh of explicit axes, row numbers laid out as the rows of large tables come."""
+    if layout is None or not layout.is_explicit:
+        return indices
+    on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
+    spec = layout.for_batch(on_device, 0).batch_spec(on_device[0].ndim)
+    return jax.sharding.reshard(on_device, NamedSharding(layout.mesh, spec))
 
 
 def replicate(tree: PyTree, layout: MeshLayout) -> PyTree:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qrhash import tables as of_feature
+from qrhash.batches import as_batch
 from qrhash.config import EmbedConfig
 from qrhash.initializers import Draw, create, table_initializers
 from qrhash.kinds import as_table
@@ -32,7 +33,7 @@ from qrhash.stacks import (
 )
 from qrhash.take import take
 from qrhash.types import INT32_MAX, Array, Key
-from qrhash.vectors import as_batch, combine_found, fill_value
+from qrhash.vectors import combine_found, fill_value
 
 __all__ = [
     "CollectionConfig",
@@ -80,7 +81,7 @@ def _init_stack(keys: Mapping[str, Any], config: CollectionConfig, stack: Stack)
     def draw(span: Span) -> Draw:
         initializer = table_initializers(owned[span.feature])[span.table]
         key = keys[span.feature][span.table]
-        return Draw(key, initializer, span.offset, span.rows)
+        return Draw(key, initializer, span.offset, span.num_rows)
 
     draws = [draw(span) for span in stack.spans]
     return create(draws, stack.shape, stack.dtype, stack.layout, is_large=stack.is_large)
@@ -140,10 +141,10 @@ def lookup(
     """
     _check(stacks, ids, config, projections or {})
     configs = config.configs
-    indices = {
-        name: as_batch(configs[name].indices(of_feature), configs[name])
-        for name, of_feature in ids.items()
-    }
+    indices = {}
+    for name, of_name in ids.items():
+        owner = configs[name]
+        indices[name] = as_batch(owner.indices(of_name), owner.partition.num_rows, owner.layout)
     plan = plan_of(config, tuple((name, of[0].shape) for name, of in indices.items()))
     # One gather for each stack.
     rows: dict[tuple[int, int], jax.Array] = {}
@@ -280,8 +281,8 @@ def _read_stack(
     dtype = jnp.int32 if num_rows <= INT32_MAX else jnp.int64
 
     def in_stack(index: Array, span: Span) -> jax.Array:
-        index = device_index(index, span.rows).astype(dtype)
-        has_row = (index >= 0) & (index < span.rows)
+        index = device_index(index, span.num_rows).astype(dtype)
+        has_row = (index >= 0) & (index < span.num_rows)
         return jnp.where(has_row, index + span.offset, num_rows)
 
     together = [
@@ -289,7 +290,7 @@ def _read_stack(
         for block in blocks
     ]
     segments = tuple(
-        Segment(span.offset, span.rows, index.size // index.shape[0])
+        Segment(span.offset, span.num_rows, index.size // index.shape[0])
         for block, index in zip(blocks, together, strict=True)
         for _, span in block.reads
     )

@@ -147,13 +147,13 @@ class Draw(NamedTuple):
       key: a JAX random key.
       initializer: a Flax initializer.
       offset: first row of the part.
-      rows: its number of rows.
+      num_rows: its number of rows.
     """
 
     key: Key
     initializer: Initializer
     offset: int
-    rows: int
+    num_rows: int
 
 
 def create(
@@ -205,28 +205,28 @@ def _fill_per_row(
     key: Key,
     initializer: PerRow,
     offset: int,
-    rows: int,
+    num_rows: int,
     layout: MeshLayout | None,
 ) -> jax.Array:
     """Draws block by block: random bits on their way need several times the memory of a table."""
 
     def fill(
-        shard: Shard, array: jax.Array, key: Key, offset: jax.Array, rows: jax.Array
+        shard: Shard, array: jax.Array, key: Key, offset: jax.Array, num_rows: jax.Array
     ) -> jax.Array:
         places, width = array.shape
         at_once = min(places, max(1, DRAWN_AT_ONCE // (width * shard.num_columns)))
-        first, end = _places(offset, rows, shard.num_shards)
+        first, end = _places(offset, num_rows, shard.num_shards)
 
         def block(number: jax.Array, array: jax.Array) -> jax.Array:
             start = jnp.minimum(first + number * at_once, places - at_once)
             index = shard.indices(start + jnp.arange(at_once)) - offset
             drawn = initializer.rows(key, index, (width * shard.num_columns,), array.dtype)
             drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
-            return _put_where((index >= 0) & (index < rows), array, drawn, start)
+            return _put_where((index >= 0) & (index < num_rows), array, drawn, start)
 
         return jax.lax.fori_loop(0, ceil_div(end - first, at_once), block, array)
 
-    return _on_mesh(fill, layout)(array, key, jnp.asarray(offset), jnp.asarray(rows))
+    return _on_mesh(fill, layout)(array, key, jnp.asarray(offset), jnp.asarray(num_rows))
 
 
 def _fill_at_once(
@@ -234,33 +234,33 @@ def _fill_at_once(
     key: Key,
     initializer: Initializer,
     offset: int,
-    rows: int,
+    num_rows: int,
     layout: MeshLayout | None,
 ) -> jax.Array:
     """Calls an initializer for all the rows that a device has of the part, with its own key."""
 
     def fill(shard: Shard, array: jax.Array, key: Key) -> jax.Array:
         places, width = array.shape
-        first, end = _places(offset, rows, shard.num_shards)
+        first, end = _places(offset, num_rows, shard.num_shards)
         end = min(end, places)
         key = key if shard.num_shards == 1 else jax.random.fold_in(key, shard.number)
         drawn = initializer(key, (end - first, width * shard.num_columns), array.dtype)
         drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
         index = shard.indices(jnp.arange(first, end)) - offset
-        return _put_where((index >= 0) & (index < rows), array, drawn, first)
+        return _put_where((index >= 0) & (index < num_rows), array, drawn, first)
 
     return _on_mesh(fill, layout)(array, key)
 
 
-def _places(offset: Any, rows: Any, num_shards: int) -> tuple[Any, Any]:
+def _places(offset: Any, num_rows: Any, num_shards: int) -> tuple[Any, Any]:
     """Between which places a shard has all its rows of a part, and perhaps one of another part."""
     _, first = owner_and_place(offset, num_shards)
-    return first, ceil_div(offset + rows, num_shards)
+    return first, ceil_div(offset + num_rows, num_shards)
 
 
 @functools.cache
 def _jitted(fill: Callable[..., jax.Array], *, in_place: bool) -> Callable[..., jax.Array]:
-    static = ["initializer", "layout"] + ["offset", "rows"] * (fill is _fill_at_once)
+    static = ["initializer", "layout"] + ["offset", "num_rows"] * (fill is _fill_at_once)
     return jax.jit(fill, static_argnames=static, donate_argnums=(0,) * in_place)
 
 

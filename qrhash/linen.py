@@ -121,7 +121,10 @@ def large_tables(variables: Any) -> Any:
     Raises:
       ValueError: there is no table of qrhash in them, or only such as were large, but are unboxed.
     """
-    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
     leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_box)
     boxed = any(isinstance(leaf, Table) for _, leaf in leaves)
     small = any(map(_is_small_table, *zip(*leaves, strict=True))) if leaves else False

@@ -150,8 +150,8 @@ def _is_for_one_hot(segment: Segment, platform: str) -> bool:
     # How many look-ups an exported program will be called with is not known.
     if not isinstance(segment.lookups, int):
         return False
-    entries = segment.rows * segment.lookups
-    return segment.rows <= tuning.one_hot_rows(platform) and entries <= tuning.ONE_HOT_ENTRIES
+    entries = segment.num_rows * segment.lookups
+    return segment.num_rows <= tuning.one_hot_rows(platform) and entries <= tuning.ONE_HOT_ENTRIES
 
 
 def _add(shape: tuple[int, ...], index: jax.Array, values: jax.Array) -> jax.Array:
@@ -179,7 +179,7 @@ def _add_by_products(
 
     def kind_of(piece: Any) -> tuple[int, int] | None:
         (by_product, segment), *_ = piece
-        return (segment.rows, segment.lookups) if by_product else None
+        return (segment.num_rows, segment.lookups) if by_product else None
 
     by_kind = [(kind, list(run)) for kind, run in itertools.groupby(pieces, kind_of)]
     others = [piece for kind, run in by_kind if kind is None for piece in run]

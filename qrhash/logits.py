@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qrhash.batches import as_batch
 from qrhash.config import EmbedConfig, check_config
 from qrhash.kinds import as_table
 from qrhash.operations import Projection
 from qrhash.protocol import TableLike
 from qrhash.tables import check_parameters
 from qrhash.types import INT32_MAX, Array
-from qrhash.vectors import as_batch, look_up, placed, take_filled
+from qrhash.vectors import look_up, placed, take_filled
 
 
 def all_vectors(
@@ -115,7 +116,7 @@ def _logits(
     if config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
-    indices = as_batch(config.indices(ids), config)
+    indices = as_batch(config.indices(ids), config.partition.num_rows, config.layout)
     fill = 0.0 if config.id_policy == "zero" else jnp.nan
     products = (
         take_filled(as_table(table).products(part), index, fill, is_whole=True)

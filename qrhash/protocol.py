@@ -26,12 +26,12 @@ class Segment(NamedTuple):
 
     Attributes:
       offset: first row of the part.
-      rows: its number of rows.
+      num_rows: its number of rows.
       lookups: number of row numbers.
     """
 
     offset: int
-    rows: int
+    num_rows: int
     lookups: int
 
 

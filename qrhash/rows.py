@@ -16,18 +16,19 @@ from qrhash.arithmetic import as_ids
 from qrhash.types import INT32_MAX, Array
 
 
-def device_index(index: Array, rows: int) -> jax.Array:
+def device_index(index: Array, num_rows: int) -> jax.Array:
     """Row numbers for the device; from the host they are 64 bits wide and must not wrap."""
     index = as_ids(index)
     if not isinstance(index, np.ndarray):
         return index
-    if rows > INT32_MAX and jnp.asarray(0).dtype.itemsize < 8:
+    if num_rows > INT32_MAX and jnp.asarray(0).dtype.itemsize < 8:
         raise ValueError(
-            f"a table of {rows} rows needs 64-bit row numbers: set jax_enable_x64, or use more "
+            f"a table of {num_rows} rows needs 64-bit row numbers: set jax_enable_x64, or use more "
             "tables, for instance MixedRadix.balanced(num_embeddings, num_tables)."
         )
-    in_table = (index >= 0) & (index < rows)
-    return jnp.asarray(np.where(in_table, index, rows), jnp.int32 if rows <= INT32_MAX else None)
+    in_table = (index >= 0) & (index < num_rows)
+    dtype = jnp.int32 if num_rows <= INT32_MAX else None
+    return jnp.asarray(np.where(in_table, index, num_rows), dtype)
 
 
 def flatten_indices(

@@ -29,13 +29,13 @@ class Span(NamedTuple):
       feature: name of the feature.
       table: number of the table among the feature's.
       offset: its first row in the stack.
-      rows: its number of rows.
+      num_rows: its number of rows.
     """
 
     feature: str
     table: int
     offset: int
-    rows: int
+    num_rows: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Stack:
     @property
     def shape(self) -> tuple[int, int]:
         """[rows, width]."""
-        return (self.spans[-1].offset + self.spans[-1].rows, self.width)
+        return (self.spans[-1].offset + self.spans[-1].num_rows, self.width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def unstack(stacks: Mapping[str, Any], config: CollectionConfig) -> dict[str, tu
     """
     whole = {name: whole_table(table) for name, table in stacks.items()}
     parts = {
-        of_table: whole[name][span.offset : span.offset + span.rows]
+        of_table: whole[name][span.offset : span.offset + span.num_rows]
         for of_table, (name, span) in config.spans.items()
     }
     return {
@@ -317,7 +317,7 @@ def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
         spans, offset = [], 0
         for name, i in members:
             spans.append(Span(name, i, offset, owned[name].partition.num_rows[i]))
-            offset += spans[-1].rows
+            offset += spans[-1].num_rows
         yield Stack(
             name=key,
             is_large=owned[first].large_tables[j],

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qrhash import tuning
+from qrhash.batches import as_batch
 from qrhash.config import EmbedConfig
 from qrhash.kinds import as_table
 from qrhash.operations import Projection, as_projection, combine
@@ -102,7 +103,7 @@ def look_up(
 ) -> jax.Array:
     """See `lookup`; `is_whole`: of all ids, each once."""
     check_parameters(tables, config, projection)
-    indices = as_batch(config.indices(ids), config)
+    indices = as_batch(config.indices(ids), config.partition.num_rows, config.layout)
 
     def from_tables(
         tables: Sequence[TableLike],
@@ -190,17 +191,6 @@ def _read(table: TableLike, index: Array, fill_value: float) -> tuple[jax.Array,
     num_rows, index = table.shape[0], device_index(index, table.shape[0])
     (rows,), (named,) = as_table(table).read([index], LookUps.of([index], num_rows))
     return fill_missing(rows, named == num_rows, fill_value), named
-
-
-def as_batch(indices: Sequence[Array], config: EmbedConfig) -> Sequence[Array]:
-    """On a mesh of explicit axes, row numbers laid out as the rows of large tables come."""
-    layout = config.layout
-    if layout is None or not layout.is_explicit:
-        return indices
-    num_rows = config.partition.num_rows
-    on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
-    spec = layout.for_batch(on_device, 0).batch_spec(on_device[0].ndim)
-    return jax.sharding.reshard(on_device, NamedSharding(layout.mesh, spec))
 
 
 def _is_gathered_again(tables: Sequence[TableLike], config: EmbedConfig) -> bool:

@@ -201,7 +201,10 @@ def _dependence(jaxpr: Any, names: Sequence[set[str]]) -> list[set[str]]:
     """Names of the arguments that each result of a program is computed from."""
     known: dict[Any, set[str]] = dict(zip(jaxpr.invars, names, strict=True))
     known |= {each: set() for each in jaxpr.constvars}
-    of = lambda atom: known[atom] if isinstance(atom, Var) else set()  # noqa: E731
+
+    def of(atom: Any) -> set[str]:
+        return known[atom] if isinstance(atom, Var) else set()
+
     for equation in jaxpr.eqns:
         operands = [of(each) for each in equation.invars]
         if equation.primitive is jit_p:

@@ -57,7 +57,10 @@ def refuse_what_waits(params: Any, state: Any) -> None:
         ),
     }
     for what, types in kinds.items():
-        is_one = lambda node, types=types: isinstance(node, types)  # noqa: E731
+
+        def is_one(node: Any, types: tuple[Any, ...] = types) -> bool:
+            return isinstance(node, types)
+
         if any(map(is_one, jax.tree.leaves((params, state), is_leaf=is_one))):
             raise ValueError(f"touched_rows cannot hold a transformation that {what}")
 
