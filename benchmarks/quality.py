@@ -43,6 +43,7 @@ GOOD = 4.0  # a rating of at least so much
 EPOCHS, BATCH = 3, 256
 TABLE_LR, DENSE_LR = 0.05, 1e-3
 
+Array = jax.Array | np.ndarray
 Score = Callable[[dict[str, Any], int], float]
 
 
@@ -166,7 +167,7 @@ class Rater(nnx.Module):
             nnx.Linear(m, n, rngs=rngs) for m, n in ((3 * FEATURES, 128), (128, 64), (64, 1))
         )
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Array) -> jax.Array:
         """Users and items [batch, 2] -> logits [batch]."""
         vectors = self.embed({"user": ids[:, 0], "item": ids[:, 1]})
         user, item = vectors["user"], vectors["item"]
@@ -199,10 +200,10 @@ def ratings(ids: np.ndarray, good: np.ndarray, options: dict[str, Any], seed: in
         ),
     )
 
-    def loss(model: Rater, ids: jax.Array, good: jax.Array) -> jax.Array:
+    def loss(model: Rater, ids: Array, good: Array) -> jax.Array:
         return optax.sigmoid_binary_cross_entropy(model(ids), good).mean()
 
-    def step(model: Rater, optimizer: Any, ids: jax.Array, good: jax.Array) -> None:
+    def step(model: Rater, optimizer: Any, ids: Array, good: Array) -> None:
         optimizer.update(model, qrhash.nnx.grad(loss)(model, ids, good))
 
     step = nnx.cached_partial(nnx.jit(step, donate_argnums=(0, 1)), model, optimizer)

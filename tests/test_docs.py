@@ -1,4 +1,4 @@
-"""The notebooks run, and so do the README's examples."""
+"""Notebooks run, and the examples of the README and of `docs/`; the rooms named are the files."""
 
 import pathlib
 import re
@@ -6,10 +6,21 @@ import re
 import nbclient
 import nbformat
 import pytest
+from test_architecture import PACKAGE, ROOMS
+
+import qrhash
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.relative_to(ROOT)}-{number}")
+    for page in PAGES
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    )
+]
+REFERENCE = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.name)
@@ -31,11 +42,10 @@ def test_notebook_runs(path, monkeypatch):
     assert len(pictures) == 2
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_readme_example_runs(number, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_example_runs(code, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one of them leaves checkpoints behind
-    code = EXAMPLES[number]
-    exec(compile(code, f"README example {number}", "exec"), {"__name__": "readme"})
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
     printed = capsys.readouterr().out.strip().splitlines()
     promised = re.findall(r"print\(.*\)  +# (.*)", code)
     assert printed[: len(promised)] == promised
@@ -45,3 +55,44 @@ def test_readme_commands_are_those_of_ci():
     install_and_test = 'pip install -e ".[test]" && pytest'
     assert install_and_test in README
     assert install_and_test in (ROOT / ".ci" / "run").read_text()
+
+
+def _table(heading):
+    """First and second cells of the rows of the tables below a heading of docs/design.md."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|", section, flags=re.MULTILINE)
+    return [row for row in rows if set(row[0]) != {"-"}]
+
+
+def _entries(folder):
+    names = [path.name for path in folder.iterdir()]
+    return {name for name in names if not name.startswith("__") and name != "py.typed"}
+
+
+def test_the_rooms_of_the_design_are_the_files_in_the_order_that_doors_open():
+    rooms = [room for cell, _ in _table("The rooms") for room in re.findall(r"^`(.*)`$", cell)]
+    assert len(set(rooms)) == len(rooms)
+    files = {f"{name}/" if (PACKAGE / name).is_dir() else name for name in _entries(PACKAGE)}
+    assert set(rooms) == files
+    assert [room.removesuffix("/").removesuffix(".py") for room in rooms] == list(ROOMS)
+
+
+def test_the_design_names_what_is_in_its_folders():
+    words = dict(_table("The rooms"))
+    for room in filter(pathlib.Path.is_dir, map(PACKAGE.joinpath, _entries(PACKAGE))):
+        named = set(re.findall(r"`(\w+)/?`", words[f"`{room.name}/`"]))
+        assert {name.removesuffix(".py") for name in _entries(room)} <= named
+
+
+def test_where_is_names_rooms_that_are_there():
+    for _, cell in _table("Where is...?"):
+        for room in re.findall(r"`([\w/]+(?:\.py|/))`", cell):
+            assert (PACKAGE / room).exists(), room
+
+
+def test_the_reference_has_all_public_names():
+    documented = set(re.findall(r"^::: qrhash\.(.*)$", REFERENCE, flags=re.MULTILINE))
+    modules = {name.split(".")[0] for name in documented}
+    missing = {name for name in qrhash.__all__ if name not in documented | modules}
+    assert not missing
