@@ -15,19 +15,14 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 
 # File of the repository -> page of the site.
-PAGES = {
+ADDED = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    **{
-        f"notebooks/{path.name}": f"notebooks/{path.name}"
-        for path in ROOT.glob("notebooks/*.ipynb")
-    },
-    **{
-        path.relative_to(ROOT).as_posix(): path.relative_to(ROOT / "docs").as_posix()
-        for path in ROOT.glob("docs/**/*.md")
-    },
 }
+NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")]
+OWN = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
+PAGES = {**ADDED, **{each: each for each in NOTEBOOKS}, **{p: p.removeprefix("docs/") for p in OWN}}
 # Named in pages, but none themselves: links to them become plain names.
 FILES = ("CITATION.cff", "LICENSE")
 
@@ -37,9 +32,11 @@ _LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 @event_priority(100)  # before the plugin that renders notebooks
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that are not in `docs/`."""
-    for source, page in PAGES.items():
-        if not source.startswith("docs/"):
-            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for source, page in ADDED.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for notebook in NOTEBOOKS:
+        # The plugin asks such a file for its folder, which a generated one has not.
+        files.append(File(notebook, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 

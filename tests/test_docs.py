@@ -1,5 +1,6 @@
 """Notebooks run, and the examples of the README and of `docs/`; the rooms named are the files."""
 
+import operator
 import pathlib
 import re
 
@@ -96,3 +97,10 @@ def test_the_reference_has_all_public_names():
     modules = {name.split(".")[0] for name in documented}
     missing = {name for name in qrhash.__all__ if name not in documented | modules}
     assert not missing
+
+
+def test_the_members_that_the_reference_names_are_there():
+    listed = r"^::: qrhash\.(.*)\n    options:(?:\n      .*)*?\n      members: \[(.*)\]"
+    for name, members in re.findall(listed, REFERENCE, flags=re.MULTILINE):
+        owner = operator.attrgetter(name)(qrhash)
+        assert [each for each in members.split(", ") if not hasattr(owner, each)] == []
