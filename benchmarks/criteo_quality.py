@@ -18,9 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qrhash.ctr.display import Display
-from qrhash.ctr.settings import load
-from qrhash.ctr.train import Keeper, Summary, fit
+from qrhash.ctr.config_file import load
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.records import Keeper, Summary
+from qrhash.ctr.run.train import fit
 
 PARTITIONS = {"compressed": "quotient-remainder", "full": "full", "short": "drop"}
 

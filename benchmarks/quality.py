@@ -33,9 +33,11 @@ from rich.progress import track
 from rich.table import Table
 
 import qrhash
-from qrhash.ctr.display import Display
-from qrhash.ctr.settings import load
-from qrhash.ctr.train import Keeper, fit
+from qrhash.ctr.config_file import load
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.records import Keeper
+from qrhash.ctr.run.train import fit
+from qrhash.types import Array
 
 OPERATIONS = ("mult", "concat", "project", "add", "hash trick")
 FEATURES = 32  # of ratings; of clicks what `qrhash train` has
@@ -43,7 +45,6 @@ GOOD = 4.0  # a rating of at least so much
 EPOCHS, BATCH = 3, 256
 TABLE_LR, DENSE_LR = 0.05, 1e-3
 
-Array = jax.Array | np.ndarray
 Score = Callable[[dict[str, Any], int], float]
 
 

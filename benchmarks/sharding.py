@@ -143,8 +143,8 @@ class Program:
 
 def compiled(mesh: Mesh, batch_size: int, exchange: str | None) -> Program:
     """A training step by touched rows; without an exchange, what JAX does on its own."""
-    sharding = qrhash.Sharding(mesh=mesh, exchange=exchange) if exchange else None
-    config = qrhash.EmbedConfig(PARTITION, FEATURES, "mult", sharding=sharding)
+    layout = qrhash.MeshLayout(mesh=mesh, exchange=exchange) if exchange else None
+    config = qrhash.EmbedConfig(PARTITION, FEATURES, "mult", layout=layout)
 
     def loss(tables: Any, ids: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         vectors = qrhash.lookup(tables, ids, config)
@@ -156,14 +156,14 @@ def compiled(mesh: Mesh, batch_size: int, exchange: str | None) -> Program:
         return qrhash.apply_updates(tables, updates), state, vectors
 
     def place(tree: Any) -> Any:
-        if sharding:
-            return sharding.place(tree)
+        if layout:
+            return layout.shardings(tree)
         split = {config.table_shapes[0]: PartitionSpec("data")}
         return jax.tree.map(lambda x: NamedSharding(mesh, split.get(x.shape, no_axes)), tree)
 
     no_axes, tx = PartitionSpec(), optax.adagrad(0.05)
     gradient = jax.value_and_grad(loss, has_aux=True)
-    if sharding:
+    if layout:
         gradient = qrhash.value_and_grad(loss, config.large_tables, has_aux=True)
         tx = qrhash.touched_rows(tx)
 

@@ -3,34 +3,27 @@
 import importlib
 from types import ModuleType
 
-from qrhash import collection
+from qrhash import batches, collection, initializers
 from qrhash.autodiff import value_and_grad
-from qrhash.collection import CollectionConfig
-from qrhash.combine import Projection, combine
 from qrhash.config import EmbedConfig
-from qrhash.optim import adagrad, apply_updates, rowwise_adagrad, touched_rows
-from qrhash.partitions import (
+from qrhash.families import (
     ChineseRemainder,
-    DeepRecQuotientRemainder,
     FullTable,
     HashTrick,
     MixedRadix,
-    Partition,
     QuotientRemainder,
 )
-from qrhash.rowgrads import RowGrads, add_grads, global_norm, sum_grads, take_rows
-from qrhash.sharding import ShardedTable, Sharding
-from qrhash.tables import (
-    all_vectors,
-    as_tables,
-    attend,
-    gather,
-    init,
-    init_projection,
-    lookup,
-    row_numbers,
-    vectors,
-)
+from qrhash.grads import add_grads, global_norm, sum_grads
+from qrhash.layout import MeshLayout
+from qrhash.logits import all_vectors, attend
+from qrhash.operations import Projection, combine
+from qrhash.optim import adagrad, apply_updates, rowwise_adagrad, touched_rows
+from qrhash.partitions import Partition
+from qrhash.rowgrads import RowGrads
+from qrhash.sharded import ShardedTable
+from qrhash.stacks import CollectionConfig
+from qrhash.tables import as_tables, init, init_projection
+from qrhash.vectors import combine_rows, gather, lookup, row_grads, take_rows
 
 __version__ = "0.1.0"
 
@@ -39,39 +32,40 @@ __version__ = "0.1.0"
 __all__ = [
     "ChineseRemainder",
     "CollectionConfig",
-    "DeepRecQuotientRemainder",
     "EmbedConfig",
     "FullTable",
     "HashTrick",
+    "MeshLayout",
     "MixedRadix",
     "Partition",
     "Projection",
     "QuotientRemainder",
     "RowGrads",
     "ShardedTable",
-    "Sharding",
     "adagrad",
     "add_grads",
     "all_vectors",
     "apply_updates",
     "as_tables",
     "attend",
+    "batches",
     "checkpoint",
     "collection",
     "combine",
+    "combine_rows",
     "deeprec",
     "gather",
     "global_norm",
     "init",
     "init_projection",
+    "initializers",
     "lookup",
-    "row_numbers",
+    "row_grads",
     "rowwise_adagrad",
     "sum_grads",
     "take_rows",
     "touched_rows",
     "value_and_grad",
-    "vectors",
 ]
 
 

@@ -26,7 +26,7 @@ def as_ids(ids: Array) -> Array:
       matters.
 
     Raises:
-      TypeError: the ids are not integers.
+      ValueError: the ids are not integers.
       ValueError: integers of more than 64 bits, or lists that are no array.
     """
     if isinstance(ids, np.generic) or not hasattr(ids, "__array_namespace__"):
@@ -35,7 +35,7 @@ def as_ids(ids: Array) -> Array:
         ids = _integers_of(ids)
     xp = ids.__array_namespace__()
     if not xp.isdtype(ids.dtype, "integral"):
-        raise TypeError(
+        raise ValueError(
             f"ids must be integers, got an array of {ids.dtype}: number other keys first."
         )
     if isinstance(ids, np.ndarray):
@@ -62,7 +62,7 @@ def _integers_of(objects: np.ndarray) -> np.ndarray:
     """An array of Python objects as one of 64 bits, if they are integers that fit."""
     for value in objects.flat:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"ids must be integers, got {value!r} of {type(value).__name__}.")
+            raise ValueError(f"ids must be integers, got {value!r} of {type(value).__name__}.")
     numbers = [int(value) for value in objects.flat]
     dtype = np.dtype(np.uint64 if min(numbers) >= 0 else np.int64)
     if misfit := [x for x in numbers if not np.iinfo(dtype).min <= x <= np.iinfo(dtype).max]:

@@ -128,12 +128,12 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
     """Trains; returns the exit code."""
     from rich.console import Console
 
-    from qrhash.ctr.devices import connect
-    from qrhash.ctr.display import Display
+    from qrhash.ctr.config_file import load
     from qrhash.ctr.errors import UserError
-    from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, final_table
-    from qrhash.ctr.settings import load
-    from qrhash.ctr.train import fit
+    from qrhash.ctr.run.devices import connect
+    from qrhash.ctr.run.display import Display
+    from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, final_table
+    from qrhash.ctr.run.train import fit
 
     # Orbax logs, with a traceback, what it raises all the same: an interrupt, say.
     logging.getLogger("absl").setLevel(logging.CRITICAL)

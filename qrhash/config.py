@@ -5,33 +5,34 @@ and a field of a Flax module; what follows from it (shapes, counts) is a propert
 """
 
 import dataclasses
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qrhash.arithmetic import as_fields, as_size, build, ceil_div
-from qrhash.combine import OPERATIONS, Projection, check_projection
-from qrhash.partitions import FullTable, Partition, QuotientRemainder
-from qrhash.sharding import Sharding
-
-ID_POLICIES = ("raise", "nan", "zero", "clip", "wrap")
-
-Initializer = Callable[..., Any]
-
-_Config = TypeVar("_Config", bound="EmbedConfig")
+from qrhash.arithmetic import as_fields, as_size, build
+from qrhash.budget import fit
+from qrhash.families import QuotientRemainder
+from qrhash.fields import (
+    as_axes,
+    as_float_dtype,
+    checked_init,
+    checked_padding_id,
+    checked_widths,
+    require_choice,
+)
+from qrhash.layout import MeshLayout
+from qrhash.operations import OPERATIONS, Projection, check_projection
+from qrhash.partitions import Partition
+from qrhash.policies import ID_POLICIES, indices_of
+from qrhash.tuning import LARGE_TABLE_ROWS
+from qrhash.types import Array, Initializer
 
 # By measurement (`benchmarks/quality.py`): on ratings .01 to .03 are best, and .18, that is
 # features**-0.5 of 32, costs up to 2 %; on clicks .01 to .05 are the same within the noise.
 _INIT_STDDEV = 0.03
-
-# Of a budget: what a full table of narrow rows must use to be taken in place of shared rows.
-_WORTH_ITS_BYTES = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +58,10 @@ class EmbedConfig:
       dtype: dtype of the maths and the vectors. Default: `param_dtype`.
       param_dtype: dtype of the tables and the projection.
       embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
-        matched to the operation, see `init_stddev`. With a `sharding` every shard of a large table
+        matched to the operation, see `init_stddev`. With a `layout` every shard of a large table
         is drawn by itself, from a key of its own and by the shard's shape;
-        `qrhash.tables.ByRows(initializer)` draws every row from one, so that the numbers are the
-        same on any mesh.
+        `qrhash.initializers.per_row(initializer)` draws every row from one, so that the numbers are
+        the same on any mesh.
       init_stddev: standard deviation of a vector's entries at the start under the default
         initializer, which is symmetric around zero. Default: 0.03, by measurement on ratings and
         clicks, see `benchmarks/quality.py`. `flax.linen.Embed` has features**-0.5, which language
@@ -68,17 +69,17 @@ class EmbedConfig:
       use_bias: whether "project" adds a bias.
       logical_axes: names of a table's two axes, for instance ("rows", "features"), in the partition
         metadata of the Flax modules: logical names, to be mapped to a mesh by rules. Default: no
-        metadata, as `nn.Embed` has none. With a `sharding` the tables go where that says instead.
+        metadata, as `nn.Embed` has none. With a `layout` the tables go where that says instead.
       large_table_rows: a table of at least this many rows is large: its gradients name the rows
         they touch (`qrhash.RowGrads`), and it is split by rows over devices. Smaller tables are
         ordinary dense parameters, and replicated. The default is about a batch's number of
         look-ups: a table with fewer rows is updated faster as a whole.
-      sharding: how the large tables and the batch are split over a mesh; None: they are not.
+      layout: how the large tables and the batch are split over a mesh; None: they are not.
 
     Raises:
       ValueError: an argument breaks its rule; the message names it, the rule and the value.
 
-    >>> from qrhash.partitions import QuotientRemainder
+    >>> from qrhash.families import QuotientRemainder
     >>> config = EmbedConfig(QuotientRemainder(1_000_000, 4), 16, operation="concat")
     >>> config.table_shapes
     ((250000, 8), (4, 8))
@@ -97,29 +98,31 @@ class EmbedConfig:
     init_stddev: float | None = None
     use_bias: bool = True
     logical_axes: tuple[str | None, str | None] | None = None
-    large_table_rows: int = 16384
-    sharding: Sharding | None = None
+    large_table_rows: int = LARGE_TABLE_ROWS
+    layout: MeshLayout | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.partition, Partition):
             raise ValueError(f"partition must be a qrhash partition, got {self.partition!r}.")
-        _require_choice("operation", self.operation, OPERATIONS)
-        _require_choice("id_policy", self.id_policy, ID_POLICIES)
+        require_choice("operation", self.operation, OPERATIONS)
+        require_choice("id_policy", self.id_policy, ID_POLICIES)
         self._set("features", as_size("features", self.features))
         self._set("large_table_rows", as_size("large_table_rows", self.large_table_rows))
-        self._set("param_dtype", _as_float_dtype("param_dtype", self.param_dtype))
+        self._set("param_dtype", as_float_dtype("param_dtype", self.param_dtype))
         if self.dtype is not None:
-            self._set("dtype", _as_float_dtype("dtype", self.dtype))
-        self._set("widths", self._checked_widths())
-        self._check_init()
-        if self.sharding is not None:
-            if not isinstance(self.sharding, Sharding):
-                raise ValueError(f"sharding must be a qrhash.Sharding, got {self.sharding!r}.")
+            self._set("dtype", as_float_dtype("dtype", self.dtype))
+        widths = checked_widths(self.widths, self.operation, self.features, self.partition)
+        self._set("widths", widths)
+        inits = checked_init(self.embedding_init, self.init_stddev, self.num_tables)
+        self._set("embedding_init", inits)
+        if self.layout is not None:
+            if not isinstance(self.layout, MeshLayout):
+                raise ValueError(f"layout must be a qrhash.MeshLayout, got {self.layout!r}.")
             for (rows, width), is_large in zip(self.table_shapes, self.large_tables, strict=True):
                 if is_large:
-                    self.sharding.array_shape(rows, width)
-        self._set("padding_id", self._checked_padding_id())
-        self._set("logical_axes", _as_axes(self.logical_axes))
+                    self.layout.array_shape(rows, width)
+        self._set("padding_id", checked_padding_id(self.padding_id, self.num_embeddings))
+        self._set("logical_axes", as_axes(self.logical_axes))
 
     @classmethod
     def fit(
@@ -171,31 +174,17 @@ class EmbedConfig:
         ((5, 8), (249995, 8)) 2000000
         ((2, 2), (999942, 2)) 2000000
         """
-        num_embeddings = as_size("num_embeddings", num_embeddings)
-        features = as_size("features", features)
-        _require_choice("operation", operation, OPERATIONS)
-        budget = _budget(
-            num_embeddings * features,
-            options.get("param_dtype", cls.param_dtype),
+        return fit(
+            cls,
+            num_embeddings,
+            features,
+            operation,
             compression=compression,
             num_bytes=num_bytes,
             num_params=num_params,
+            family=family,
+            **options,
         )
-        if budget >= num_embeddings * features:
-            operation = "mult" if operation == "project" else operation
-            alone = {name: value for name, value in options.items() if name != "widths"}
-            return cls(FullTable(num_embeddings), features, operation, **alone)
-
-        def of_rows(rows: int) -> Any:
-            partition = family(num_embeddings, rows)
-            widths = _widths(operation, features, partition, ceil_div(budget, num_embeddings))
-            return cls(partition, features, operation, **{"widths": widths, **options})
-
-        if operation == "project" and "widths" not in options:
-            narrow = _narrow(of_rows(1), budget)
-            if narrow is not None:
-                return narrow
-        return _largest(of_rows, min(num_embeddings, budget), budget)
 
     @property
     def num_embeddings(self) -> int:
@@ -252,9 +241,9 @@ class EmbedConfig:
         """Whether each table is large: trained by rows, and split by rows over devices."""
         return tuple(rows >= self.large_table_rows for rows in self.partition.num_rows)
 
-    def table_sharding(self, table: int) -> Sharding | None:
+    def table_layout(self, table: int) -> MeshLayout | None:
         """How a table, given its number, is split over a mesh; small ones are not."""
-        return self.sharding if self.large_tables[table] else None
+        return self.layout if self.large_tables[table] else None
 
     @property
     def table_specs(self) -> tuple[PartitionSpec, ...]:
@@ -265,11 +254,11 @@ class EmbedConfig:
     def table_axes(self, table: int) -> tuple[Any, ...] | None:
         """Axis names of a table's array, given its number; small ones are not split by rows.
 
-        Logical names, or None where there are none; or, with a `sharding`, axes of its mesh.
+        Logical names, or None where there are none; or, with a `layout`, axes of its mesh.
         """
-        if self.sharding is not None:
-            sharding = self.table_sharding(table)
-            return None if sharding is None else tuple(sharding.table_spec())
+        if self.layout is not None:
+            layout = self.table_layout(table)
+            return None if layout is None else tuple(layout.table_spec())
         if self.logical_axes is None:
             return None
         row_axis, feature_axis = self.logical_axes
@@ -278,10 +267,30 @@ class EmbedConfig:
     @property
     def projection_axes(self) -> Projection:
         """Logical axis names of the parameters of "project", or None for each."""
-        if self.sharding is not None or self.logical_axes is None:
+        if self.layout is not None or self.logical_axes is None:
             return Projection(kernel=None, bias=None)
         feature_axis = self.logical_axes[1]
         return Projection(kernel=(None, feature_axis), bias=(feature_axis,))
+
+    def indices(self, ids: Array) -> tuple[Array, ...]:
+        """Row numbers of ids, one array per table, after the id policy: a look-up's first step.
+
+        Args:
+          ids: integers [*shape] of any rank, NumPy or JAX.
+
+        Returns:
+          k integer arrays [*shape]. An id that has no row, under the policies "nan" and "zero", has
+          the row number `num_rows[j]`, one past the end, in every table; the `padding_id` has -1.
+
+        Raises:
+          ValueError: as `qrhash.lookup`.
+
+        >>> from qrhash.families import QuotientRemainder
+        >>> config = EmbedConfig(QuotientRemainder(1000, 4), 8, id_policy="clip")
+        >>> config.indices(np.array([5, 2000]))
+        (array([  1, 249], dtype=int32), array([1, 3], dtype=int32))
+        """
+        return indices_of(ids, self.partition, self.id_policy, self.padding_id)
 
     def check_projection(self, projection: Any) -> None:
         """Raises a ValueError unless the projection is there for "project", and of its shape."""
@@ -294,7 +303,7 @@ class EmbedConfig:
         Raises:
           ValueError: there is an `embedding_init`, which is a function.
 
-        >>> from qrhash.partitions import FullTable
+        >>> from qrhash.families import FullTable
         >>> config = EmbedConfig(FullTable(100), 8)
         >>> EmbedConfig.from_dict(config.to_dict()) == config
         True
@@ -322,7 +331,7 @@ class EmbedConfig:
         Args:
           values: a mapping, also one that was JSON in between.
           embedding_init: as in `EmbedConfig`.
-          devices: those of the mesh, where there is one; see `Sharding.from_dict`.
+          devices: those of the mesh, where there is one; see `MeshLayout.from_dict`.
 
         Raises:
           ValueError: values that make no config.
@@ -330,69 +339,12 @@ class EmbedConfig:
         values = as_fields("config", values)
         if values.get("partition") is not None:
             values["partition"] = Partition.from_dict(values["partition"])
-        if values.get("sharding") is not None:
-            values["sharding"] = Sharding.from_dict(values["sharding"], devices)
+        if values.get("layout") is not None:
+            values["layout"] = MeshLayout.from_dict(values["layout"], devices)
         return build(cls, values | {"embedding_init": embedding_init})
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
-
-    def _checked_widths(self) -> tuple[int, ...]:
-        if self.widths is None:
-            return _widths(self.operation, self.features, self.partition)
-        try:
-            widths = tuple(as_size(f"widths[{j}]", w) for j, w in enumerate(self.widths))
-        except TypeError:
-            raise ValueError(f"widths must be a tuple of sizes, got {self.widths!r}.") from None
-        if len(widths) != self.num_tables:
-            raise ValueError(
-                f"widths must hold one width per table, {self.num_tables}, got {widths}."
-            )
-        if self.operation == "concat" and sum(widths) != self.features:
-            raise ValueError(
-                f"widths must sum to features={self.features} for 'concat', got {widths}."
-            )
-        if self.operation in ("add", "mult") and set(widths) != {self.features}:
-            raise ValueError(
-                f"widths must all be features={self.features} for {self.operation!r}, got {widths}."
-            )
-        if self.operation == "project" and len(set(widths)) > 1:
-            raise ValueError(f"widths must be equal for 'project', got {widths}.")
-        return widths
-
-    def _checked_padding_id(self) -> int | None:
-        if self.padding_id is None:
-            return None
-        try:
-            padding_id = operator.index(self.padding_id)
-        except TypeError:
-            padding_id = -1
-        if isinstance(self.padding_id, bool) or not 0 <= padding_id < self.num_embeddings:
-            raise ValueError(
-                f"padding_id must be an id in [0, {self.num_embeddings}), or None, got "
-                f"{self.padding_id!r}."
-            )
-        return padding_id
-
-    def _check_init(self) -> None:
-        if isinstance(self.embedding_init, list):
-            self._set("embedding_init", tuple(self.embedding_init))
-        inits = self.embedding_init
-        if isinstance(inits, tuple) and len(inits) != self.num_tables:
-            raise ValueError(
-                f"embedding_init must hold one initializer per table, {self.num_tables}, "
-                f"got {len(inits)}."
-            )
-        for init in inits if isinstance(inits, tuple) else (inits,):
-            if init is not None and not callable(init):
-                raise ValueError(f"embedding_init must be a Flax initializer, got {init!r}.")
-        if self.init_stddev is not None and not 0 < float(self.init_stddev) < float("inf"):
-            raise ValueError(f"init_stddev must be positive and finite, got {self.init_stddev}.")
-        if self.init_stddev is not None and inits is not None:
-            raise ValueError(
-                "init_stddev scales the default initializer and has no meaning beside "
-                f"embedding_init, got {self.init_stddev} and {inits!r}."
-            )
 
 
 def check_config(config: Any) -> None:
@@ -405,126 +357,8 @@ def check_config(config: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Partition, Sharding)):
+    if isinstance(value, (Partition, MeshLayout)):
         return value.to_dict()
     if isinstance(value, np.dtype):
         return value.name
     return list(value) if isinstance(value, tuple) else value
-
-
-def _as_axes(given: Any) -> tuple[str | None, str | None] | None:
-    if given is None:
-        return None
-    axes = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
-        raise ValueError(f"logical_axes must be two names or None, got {given!r}.")
-    return axes
-
-
-def _widths(
-    operation: str, features: int, partition: Partition, largest: int = 0
-) -> tuple[int, ...]:
-    """The default widths; or, if the largest table is to have at least one width, by that."""
-    k = partition.num_tables
-    if operation == "project":
-        return (min(largest, features) or max(1, features // 4),) * k
-    if operation != "concat":
-        return (features,) * k
-    if features < k:
-        raise ValueError(
-            f"features must be at least one per table for 'concat', got "
-            f"features={features} for {k} tables."
-        )
-    even = [features // k + (j < features % k) for j in range(k)]
-    place = partition.num_rows.index(max(partition.num_rows))
-    if k == 1 or even[place] >= largest:
-        return tuple(even)
-    wide = min(largest, features - (k - 1))
-    others = [
-        (features - wide) // (k - 1) + (j < (features - wide) % (k - 1)) for j in range(k - 1)
-    ]
-    return (*others[:place], wide, *others[place:])
-
-
-def _budget(
-    full: int,
-    param_dtype: Any,
-    *,
-    compression: float | None,
-    num_bytes: int | None,
-    num_params: int | None,
-) -> int:
-    """The parameters of a budget, of which exactly one form is given."""
-    given = {"compression": compression, "num_bytes": num_bytes, "num_params": num_params}
-    if sum(value is not None for value in given.values()) != 1:
-        raise ValueError(
-            "Exactly one budget must be given, compression, num_bytes or num_params, got "
-            + (", ".join(f"{n}={v!r}" for n, v in given.items() if v is not None) or "none")
-            + "."
-        )
-    if num_params is not None:
-        return as_size("num_params", num_params)
-    if num_bytes is not None:
-        dtype = _as_float_dtype("param_dtype", param_dtype)
-        return as_size("num_bytes", num_bytes) // dtype.itemsize
-    is_number = isinstance(compression, (int, float)) and not isinstance(compression, bool)
-    if not is_number or not 1 <= (compression or 0) < math.inf:
-        raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
-    return int(full / Fraction(compression or 1))
-
-
-def _narrow(config: _Config, budget: int) -> _Config | None:
-    """A full table of narrow rows under the projection of a config, if it is worth its bytes."""
-    num_embeddings, features = config.num_embeddings, config.features
-    width = (budget - features * config.use_bias) // (num_embeddings + features)
-    if width < 1:
-        return None
-    partition = FullTable(num_embeddings)
-    narrow = dataclasses.replace(config, partition=partition, widths=(width,))
-    return narrow if narrow.num_params >= _WORTH_ITS_BYTES * budget else None
-
-
-def _largest(of_rows: Callable[[int], _Config], most: int, budget: int) -> _Config:
-    """The config with the most rows in its large table, at most so many, that keeps the budget."""
-    rows, too_many, config = max(1, most), most + 1, None
-    least = math.inf
-    while rows > 0 and config is None:
-        tried = of_rows(rows)
-        least = min(least, tried.num_params)
-        if tried.num_params <= budget:
-            config = tried
-        else:
-            rows, too_many = rows - ceil_div(rows, 16), rows
-    if config is None:
-        raise ValueError(
-            f"A budget of {budget:,} parameters is too small for {tried.num_embeddings:,} ids as "
-            f"{tried.operation!r} vectors of {tried.features} features: the smallest tables of "
-            f"{type(tried.partition).__name__} take {least:,}. Choose less compression, fewer "
-            "features, or another operation or family."
-        )
-    while too_many - rows > 1:
-        middle = (rows + too_many) // 2
-        tried = of_rows(middle)
-        if tried.num_params <= budget:
-            rows, config = middle, tried
-        else:
-            too_many = middle
-    return config
-
-
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def _as_float_dtype(name: str, value: Any) -> np.dtype:
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        dtype = None
-    # To NumPy, None is float64.
-    if value is None or dtype is None:
-        raise ValueError(f"{name} must be a floating-point dtype, got {value!r}.")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} must be a floating-point dtype, got {dtype}.")
-    return dtype

@@ -1,4 +1,4 @@
-"""The Flax linen modules: hold the arrays of features and call the pure core.
+"""The Flax linen modules: hold the arrays of features and call the pure
 
 The parameters are named as in `qrhash.nnx`, `table_0`, `table_1`, ... and, for operation
 "project", `kernel` and `bias`, so that either module's parameters fit the other's:
@@ -9,26 +9,29 @@ The parameters are named as in `qrhash.nnx`, `table_0`, `table_1`, ... and, for 
 For training whose cost goes by the batch and not by the tables, `large_tables` finds them:
 
     variables = model.init(key, ids)
-    by_rows = qrhash.linen.large_tables(variables["params"])
-    loss, grads = qrhash.value_and_grad(loss_fn, by_rows)(nn.unbox(variables["params"]), batch)
+    large = qrhash.linen.large_tables(variables["params"])
+    loss, grads = qrhash.value_and_grad(loss_fn, large)(nn.unbox(variables["params"]), batch)
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import chex
 import jax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import PartitionSpec
 
 from qrhash import collection
-from qrhash import tables as core
-from qrhash.collection import CollectionConfig, as_collection_config
-from qrhash.combine import Projection, as_projection
 from qrhash.config import EmbedConfig, check_config
-from qrhash.sharding import is_sharded_table, mesh_axes
+from qrhash.layout import mesh_axes
+from qrhash.logits import all_vectors, attend
+from qrhash.operations import Projection, as_projection
+from qrhash.protocol import is_table
+from qrhash.stacks import CollectionConfig, as_collection_config, as_stacks
+from qrhash.tables import as_tables, init_projection, init_table
+from qrhash.types import Array, Key
+from qrhash.vectors import lookup
 
 
 class Table(nn.LogicallyPartitioned):
@@ -101,12 +104,12 @@ def _boxed(value: Any, axes: Any, *, is_large: bool) -> Any:
     """A table with its metadata, or alone if there are none."""
     if axes is None and not is_large:
         return value
-    axes = mesh_axes(axes) if is_sharded_table(value) else axes
+    axes = mesh_axes(axes) if is_table(value) else axes
     return Table(value, axes, is_large=is_large)
 
 
 def large_tables(variables: Any) -> Any:
-    """Finds the tables that are trained by rows: `by_rows` of `qrhash.value_and_grad`.
+    """Finds the tables that are trained by rows: `large` of `qrhash.value_and_grad`.
 
     Args:
       variables: variables or parameters as `model.init` returns them, not yet unboxed; also from
@@ -158,11 +161,11 @@ def params_from_tables(
     """
     if isinstance(config, EmbedConfig):
         config.check_projection(projections)
-        made = {f"table_{j}": each for j, each in enumerate(core.as_tables(tables, config))}
+        made = {f"table_{j}": each for j, each in enumerate(as_tables(tables, config))}
         return made | _named(projections, config)
     config = as_collection_config(config)
-    made = dict(collection.as_stacks(tables, config))
-    for name, owned in config.owned.items():
+    made = dict(as_stacks(tables, config))
+    for name, owned in config.own_configs.items():
         projection = (projections or {}).get(name)
         owned.check_projection(projection)
         made |= _named(projection, owned, f"{name}_")
@@ -197,7 +200,7 @@ class MultiHashEmbed(nn.Module):
     Its parameters are plain arrays, as those of `nn.Embed`, but for a box around large tables, by
     which `large_tables` finds them. Given `config.logical_axes`, all carry axis names (small tables
     are not split by rows), which `nn.get_partition_spec` reads and `nn.logical_to_mesh_sharding`
-    maps to a mesh; large tables with a `config.sharding` come out of both where that says.
+    maps to a mesh; large tables with a `config.layout` come out of both where that says.
 
     Attributes:
       config: the feature's `EmbedConfig`.
@@ -239,8 +242,8 @@ class MultiHashEmbed(nn.Module):
         """Declares the tables and, for "project", the dense parameters."""
         config = self.config
 
-        def table(key: chex.PRNGKey, j: int) -> Any:
-            value = core.init_table(key, config, j)
+        def table(key: Key, j: int) -> Any:
+            value = init_table(key, config, j)
             return _boxed(value, config.table_axes(j), is_large=config.large_tables[j])
 
         self.tables = tuple(self.param(f"table_{j}", table, j) for j in range(config.num_tables))
@@ -253,9 +256,9 @@ class MultiHashEmbed(nn.Module):
             raise ValueError(
                 "embedding is of a bound module: module.bind(variables).embedding, or inside apply."
             )
-        return core.all_vectors(self.tables, self.config, self.projection)
+        return all_vectors(self.tables, self.config, self.projection)
 
-    def __call__(self, inputs: chex.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.lookup`.
 
         Args:
@@ -265,11 +268,9 @@ class MultiHashEmbed(nn.Module):
         Returns:
           Vectors [*shape, features].
         """
-        return core.lookup(
-            self.tables, inputs, self.config, self.projection, out_sharding=out_sharding
-        )
+        return lookup(self.tables, inputs, self.config, self.projection, out_sharding=out_sharding)
 
-    def attend(self, query: chex.Array, out_sharding: Any = None) -> jax.Array:
+    def attend(self, query: Array, out_sharding: Any = None) -> jax.Array:
         """Inner products of queries with the vectors of all ids; see `qrhash.attend`.
 
         Args:
@@ -279,9 +280,7 @@ class MultiHashEmbed(nn.Module):
         Returns:
           Logits [*shape, num_embeddings].
         """
-        return core.attend(
-            self.tables, query, self.config, self.projection, out_sharding=out_sharding
-        )
+        return attend(self.tables, query, self.config, self.projection, out_sharding=out_sharding)
 
 
 class EmbedCollection(nn.Module):
@@ -313,16 +312,18 @@ class EmbedCollection(nn.Module):
         """Declares the stacks and, for "project", the dense parameters."""
         config = as_collection_config(self.config)
 
-        def table(key: chex.PRNGKey, stack: collection.Stack) -> Any:
+        def table(key: Key, stack: collection.Stack) -> Any:
             value = collection.init_stack(key, config, stack)
             return _boxed(value, stack.axes, is_large=stack.is_large)
 
         self.collection = config
         self.stacks = {stack.name: self.param(stack.name, table, stack) for stack in config.stacks}
-        made = {name: _projection(self, owned, f"{name}_") for name, owned in config.owned.items()}
+        made = {
+            name: _projection(self, owned, f"{name}_") for name, owned in config.own_configs.items()
+        }
         self.projections = {name: each for name, each in made.items() if each is not None}
 
-    def __call__(self, inputs: Mapping[str, chex.Array]) -> dict[str, jax.Array]:
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, jax.Array]:
         """Looks up the vectors of ids; see `qrhash.collection.lookup`.
 
         Args:
@@ -337,8 +338,8 @@ class EmbedCollection(nn.Module):
 def _projection(module: nn.Module, config: EmbedConfig, prefix: str = "") -> Projection | None:
     """Declares the dense parameters of "project", if that is the operation."""
 
-    def init(key: chex.PRNGKey, field: str) -> Any:
-        value = getattr(core.init_projection(key, config), field)
+    def init(key: Key, field: str) -> Any:
+        value = getattr(init_projection(key, config), field)
         axes = getattr(config.projection_axes, field)
         return value if axes is None else nn.LogicallyPartitioned(value, axes)
 

@@ -1,30 +1,22 @@
-"""Rows of one device's table: read before they are written, merged where named twice.
+"""Rows of one device's table: read before they are written, written in place.
 
 XLA updates a donated table in place only if it can see that every read of the table comes before
-the update. `read_rows` is the read that makes sure of it. `merge_rows` sums what belongs to one
-row: "hash" finds duplicates by hashing row numbers into a scratch of a few words for each, "sort"
-by sorting them.
+the update. `read_rows` is the read that makes sure of it.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash.arithmetic import as_ids
-
-INT32_MAX = 2**31 - 1
-MERGE_METHODS = ("hash", "sort")
-
-# Tables with at most so many rows for each row looked up need no hashing: every row has a slot.
-_SLOTS_PER_LOOKUP = 4
+from qrhash.types import INT32_MAX, Array
 
 
-def device_index(index: chex.Array, rows: int) -> jax.Array:
+def device_index(index: Array, rows: int) -> jax.Array:
     """Row numbers for the device; from the host they are 64 bits wide and must not wrap."""
     index = as_ids(index)
     if not isinstance(index, np.ndarray):
@@ -38,23 +30,42 @@ def device_index(index: chex.Array, rows: int) -> jax.Array:
     return jnp.asarray(np.where(in_table, index, rows), jnp.int32 if rows <= INT32_MAX else None)
 
 
-def as_one(
-    indices: Sequence[chex.Array], num_rows: int
+def flatten_indices(
+    indices: Sequence[Array], num_rows: int
 ) -> tuple[jax.Array, Callable[[jax.Array], list[jax.Array]]]:
-    """Indices [*shape] as one [n]; and what splits an array [n, ...] up in the same way."""
-    indices = [device_index(index, num_rows) for index in indices]
-    if len(indices) == 1:
-        return indices[0], lambda rows: [rows]
-    sizes = [index.size for index in indices]
+    """Indices [*shape] as one [n]; and what splits an array [n, ...] up in the same way.
+
+    A single one stays as it is, and so does what is computed from it: XLA fuses that better.
+    """
+    on_device = [device_index(index, num_rows) for index in indices]
+    if len(on_device) == 1:
+        return on_device[0], lambda rows: [rows]
+    sizes = [index.size for index in on_device]
 
     def split(rows: jax.Array) -> list[jax.Array]:
         parts = jax.lax.split(rows, sizes)
         return [
             part.reshape(*index.shape, *rows.shape[1:])
-            for part, index in zip(parts, indices, strict=True)
+            for part, index in zip(parts, on_device, strict=True)
         ]
 
-    return jnp.concatenate([index.reshape(-1) for index in indices]), split
+    return jnp.concatenate([index.reshape(-1) for index in on_device]), split
+
+
+def flatten_rows(indices: Sequence[Any], rows: Sequence[jax.Array]) -> jax.Array:
+    """Rows [*shape, ...] of indices [*shape] as one [n, ...]."""
+    flat = [
+        each.reshape(index.size, *each.shape[index.ndim :])
+        for index, each in zip(indices, rows, strict=True)
+    ]
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+
+
+def fill_missing(rows: jax.Array, is_missing: jax.Array, fill_value: float) -> jax.Array:
+    """Rows [*shape, ...] with fill_value for those missing [*shape], which are zeros so far."""
+    if isinstance(fill_value, (int, float)) and fill_value == 0:
+        return rows
+    return jnp.where(across(is_missing, rows), fill_value, rows)
 
 
 def rows_or_end(index: jax.Array, num_rows: int) -> jax.Array:
@@ -68,14 +79,7 @@ def across(per_row: jax.Array, rows: jax.Array) -> jax.Array:
     return per_row.reshape(per_row.shape + (1,) * (rows.ndim - per_row.ndim))
 
 
-def wide_dtype(dtype: Any) -> Any:
-    """The dtype to draw and to sum in: float32 at least."""
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
-def read_rows(
-    arrays: Sequence[chex.Array], index: chex.Array, *, fill_value: float
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def read_rows(arrays: Sequence[Array], index: Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Gathers the same rows from several arrays [num_rows, ...], in order before any update.
 
     The read is one branch of a conditional, which is compiled as one piece: it happens once,
@@ -85,14 +89,13 @@ def read_rows(
     Args:
       arrays: all of the same number of rows.
       index: row numbers [*shape].
-      fill_value: what a row outside the arrays holds.
 
     Returns:
-      Arrays [*shape, ...], and the row numbers, num_rows for those outside.
+      Arrays [*shape, ...], zeros for rows outside, and the row numbers, num_rows for those outside.
     """
     num_rows = arrays[0].shape[0]
     index = rows_or_end(device_index(index, num_rows), num_rows)
-    arrays = tuple(map(jnp.asarray, arrays))
+    tables = tuple(map(jnp.asarray, arrays))
 
     def read(arrays: Sequence[jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
         return tuple(_rows_or_zeros(array, index) for array in arrays), index
@@ -103,12 +106,10 @@ def read_rows(
         return tuple(zeros), jnp.full_like(index, num_rows)
 
     if index.size == 0:
-        return skip(arrays, index)
-    rows, index = jax.lax.cond(jnp.any(index < num_rows), read, skip, arrays, index)
-    if fill_value != 0:
-        in_table = index < num_rows
-        rows = tuple(jnp.where(across(in_table, each), each, fill_value) for each in rows)
-    return rows, index
+        return skip(tables, index)
+    # To XLA either branch could be taken. Neither the rows nor the row numbers can then be computed
+    # apart from the conditional, and whatever is written by these row numbers is written after it.
+    return jax.lax.cond(jnp.any(index < num_rows), read, skip, tables, index)
 
 
 def _rows_or_zeros(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -121,7 +122,7 @@ def _rows_or_zeros(table: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where(across(in_table, rows), rows, 0) * across(in_table.astype(table.dtype), rows)
 
 
-def gather_rows(table: chex.Array, index: jax.Array) -> jax.Array:
+def gather_rows(table: Array, index: jax.Array) -> jax.Array:
     """Rows [*shape, width] of row numbers [*shape]; zeros for those outside the table."""
     table = jnp.asarray(table)
     return table.at[index].get(
@@ -175,120 +176,3 @@ def set_rows(table: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array
     return table.at[index].set(
         values.astype(table.dtype), mode="drop", wrap_negative_indices=False, unique_indices=True
     )
-
-
-def check_merge_method(method: str | None) -> None:
-    """Raises a ValueError unless `merge_rows` knows the method."""
-    if method is not None and method not in MERGE_METHODS:
-        raise ValueError(f"method must be one of {', '.join(MERGE_METHODS)}, got {method!r}.")
-
-
-def merge_rows(
-    index: jax.Array, values: jax.Array, num_rows: int, method: str | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Sums the values of rows named several times.
-
-    Args:
-      index: row numbers [m]; those outside [0, num_rows) name no row.
-      values: [m, width].
-      num_rows: rows of the table.
-      method: "hash" or "sort"; by default what is faster, "hash" on the CPU, "sort" elsewhere.
-
-    Returns:
-      Row numbers [m] and values [m, width], in which every row is named at most once. The other
-      positions have row number num_rows and values of zero.
-    """
-    check_merge_method(method)
-    m = values.shape[0]
-    # In a program exported for any batch, m is a symbol: there is no telling how to sort it.
-    is_symbol = not isinstance(m, int)
-    method = method or ("hash" if is_symbol or jax.default_backend() == "cpu" else "sort")
-    if m == 0:
-        return index, values
-    index = rows_or_end(index, num_rows)
-    # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
-    named = jnp.where(across(index < num_rows, values), values, 0)
-    merge = _merge_by_hash if method == "hash" else _merge_by_sort
-    index, sums = merge(index, named.astype(wide_dtype(values.dtype)), num_rows)
-    return index, sums.astype(values.dtype)
-
-
-def _merge_by_hash(
-    rows: jax.Array, values: jax.Array, num_rows: int
-) -> tuple[jax.Array, jax.Array]:
-    distinct, chosen = distinct_rows(rows, num_rows)
-    # The sums start from what stands for its row: only duplicates are added, one by one.
-    is_chosen = chosen == jnp.arange(rows.shape[0], dtype=chosen.dtype)
-    first = jnp.where(across(is_chosen, values), values, 0)
-    others = jnp.where(is_chosen, rows.shape[0], chosen)
-    return distinct, add_rows(first, others, values, is_merged=False)
-
-
-def distinct_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Row numbers [m] named once each, num_rows elsewhere; and for each position, where its row is.
-
-    Every position is written into the slot of its row, where the last one written stands for
-    all. What was read back under another row number met a collision, and tries again with the next
-    hash function; after the first round about one position in ten is left.
-    """
-    chosen = _representatives(rows, num_rows)
-    positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    return jnp.where(chosen == positions, rows, num_rows), chosen
-
-
-def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
-    """For each position [m], one position of all that name the same row."""
-    m = rows.shape[0]
-    positions = jnp.arange(m, dtype=jnp.int32)
-    is_symbol = not isinstance(m, int)
-    if not is_symbol and num_rows < _SLOTS_PER_LOOKUP * m:
-        return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
-    if is_symbol:
-        num_slots = _SLOTS_PER_LOOKUP * m
-        slot_of = lambda hashes: hashes % jnp.asarray(num_slots, jnp.uint32)  # noqa: E731
-    else:
-        bits = max(1, (_SLOTS_PER_LOOKUP * m - 1).bit_length())
-        num_slots = 1 << bits
-        slot_of = lambda hashes: hashes >> (32 - bits)  # noqa: E731
-
-    def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        count, chosen, left = state
-        slots = slot_of(_hash(rows, count)).astype(jnp.int32)
-        scratch = zeros_beside(rows, (num_slots,), jnp.int32)
-        scratch = scratch.at[jnp.where(left, slots, num_slots)].set(
-            positions, mode="drop", wrap_negative_indices=False
-        )
-        candidates = scratch.at[slots].get(mode="promise_in_bounds")
-        found = left & (rows.at[candidates].get(mode="promise_in_bounds") == rows)
-        return count + 1, jnp.where(found, candidates, chosen), left & ~found
-
-    everything = zeros_beside(rows, (m,), jnp.int32)
-    start = attempt((jnp.uint32(0), positions + everything, everything == 0))
-    return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
-
-
-def _hash(rows: jax.Array, seed: jax.Array) -> jax.Array:
-    """Mixes 32 bits, differently for each seed: the finalizer of MurmurHash3."""
-    bits = rows.astype(jnp.uint32) ^ (seed * jnp.uint32(0x9E3779B9))
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
-
-
-def _merge_by_sort(
-    rows: jax.Array, values: jax.Array, num_rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """Sorts, and sums each run of equal row numbers by a scan: no scatter, no atomics."""
-    order = jnp.argsort(rows, stable=True)
-    rows, values = rows[order], values[order]
-    changes = rows[1:] != rows[:-1]
-    starts = jnp.concatenate((jnp.ones(1, bool), changes))
-    ends = jnp.concatenate((changes, jnp.ones(1, bool)))
-
-    def join(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
-        (starts, sums), (later_starts, later_sums) = left, right
-        sums = jnp.where(across(later_starts, sums), later_sums, sums + later_sums)
-        return starts | later_starts, sums
-
-    _, sums = jax.lax.associative_scan(join, (starts, values))
-    return jnp.where(ends, rows, num_rows), jnp.where(across(ends, sums), sums, 0)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ FAMILIES = {
     "quotient-remainder": qrhash.QuotientRemainder(11, 4),
     "mixed radix": qrhash.MixedRadix(29, (2, 5, 3)),
     "chinese remainder": qrhash.ChineseRemainder(29, (2, 5, 3)),
-    "deeprec": qrhash.DeepRecQuotientRemainder(9, 3, 4),
+    "deeprec": qrhash.deeprec.DeepRecQuotientRemainder(9, 3, 4),
 }
 OPERATIONS = ("add", "mult", "concat", "project")
 DTYPES = {  # (param_dtype, dtype)
@@ -85,3 +86,8 @@ def assert_close(got, want, tolerance=1e-5):
     assert got.shape == want.shape, f"shape {got.shape}, not {want.shape}"
     scale = max(1.0, np.nanmax(np.abs(want), initial=0.0))
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
+
+
+def merging_by(method):
+    """Rows named several times are summed by "hash" or by "sort", whatever the platform."""
+    return mock.patch.object(qrhash.tuning, "merge_method", return_value=method)

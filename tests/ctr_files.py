@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from qrhash.ctr.block import CATEGORIES, COLUMNS, INTEGERS
+from qrhash.ctr.data.block import CATEGORIES, COLUMNS, INTEGERS
 
 Row = list[str]
 

@@ -28,7 +28,7 @@ def num_rows(p):
             return tuple(p.radices)
         case qrhash.ChineseRemainder():
             return tuple(p.moduli)
-        case qrhash.DeepRecQuotientRemainder():
+        case qrhash.deeprec.DeepRecQuotientRemainder():
             return (p.num_quotients, p.num_remainders)
     raise TypeError(p)
 
@@ -49,7 +49,7 @@ def code(p, x):
             return tuple(x // math.prod(rows[:j]) % rows[j] for j in range(len(rows)))
         case qrhash.ChineseRemainder():
             return tuple(x % m for m in rows)
-        case qrhash.DeepRecQuotientRemainder():
+        case qrhash.deeprec.DeepRecQuotientRemainder():
             quotient = x // rows[0]
             return (quotient, x % rows[1]) if quotient < rows[0] else None
     raise TypeError(p)

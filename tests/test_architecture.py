@@ -1,54 +1,98 @@
-"""Doors open upward only, and `import qrhash` stays light."""
+"""Doors open upward only, files are chapters, and `import qrhash` stays light."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 import qrhash
+import qrhash.ctr
 
 PACKAGE = pathlib.Path(qrhash.__file__).parent
 
-# The rooms in reading order (DESIGN.md), each with the outside packages that it may import.
+# The rooms in reading order (docs/design.md), each with the outside packages that it may import.
 ROOMS = {
     "arithmetic": {"numpy"},
+    "types": {"jax", "numpy"},
+    "tuning": {"jax"},
     "partitions": {"numpy"},
-    "combine": {"jax", "chex"},
-    "rows": {"jax", "chex", "numpy"},
-    "take": {"jax", "chex"},
-    "sharding": {"jax", "chex", "numpy"},
+    "families": {"numpy"},
+    "operations": {"jax"},
+    "rows": {"jax", "numpy"},
+    "merge": {"jax"},
+    "protocol": {"jax"},
+    "storage": {"jax"},
+    "opaque": {"jax"},
+    "rowgrads": {"jax"},
+    "grads": {"jax"},
+    "take": {"jax"},
+    "local": {"jax"},
+    "layout": {"jax", "numpy"},
+    "exchange": {"jax"},
+    "exchange_grads": {"jax"},
+    "sharded": {"jax", "numpy"},
+    "replicated": {"jax"},
+    "batches": {"jax", "numpy"},
+    "kinds": {"jax", "numpy"},
+    "policies": {"jax", "numpy"},
+    "fields": {"jax", "numpy"},
+    "budget": {"jax", "numpy"},
     "config": {"jax", "numpy"},
-    "tables": {"jax", "chex", "numpy"},
-    "collection": {"jax", "chex", "numpy"},
-    "rowgrads": {"jax", "chex"},
+    "initializers": {"jax"},
+    "tables": {"jax", "numpy"},
+    "vectors": {"jax", "numpy"},
+    "logits": {"jax", "numpy"},
+    "stacks": {"jax", "numpy"},
+    "collection": {"jax"},
+    "jaxprs": {"jax"},
+    "program": {"jax"},
     "autodiff": {"jax"},
-    "transformations": {"jax", "numpy", "optax"},
-    "optim": {"jax", "chex", "optax"},
-    "linen": {"jax", "chex", "flax"},
-    "nnx": {"jax", "chex", "flax", "optax"},
-    "deeprec": {"jax", "chex", "flax", "numpy"},
+    "optim": {"jax", "numpy", "optax"},
+    "linen": {"jax", "flax"},
+    "nnx": {"jax", "flax", "optax"},
+    "deeprec": {"jax", "flax", "numpy"},
     "checkpoint": {"jax", "numpy", "flax", "orbax"},
-    "ctr": {
-        *("jax", "chex", "flax", "optax", "numpy"),
-        *("grain", "pyarrow", "rich", "matplotlib"),
-    },
+    "ctr": {"jax", "flax", "optax", "numpy", "grain", "pyarrow", "rich", "matplotlib"},
     "cli": {"jax", "numpy", "rich", "typer"},
 }
+
+# The rooms inside of a room that is a folder, in reading order.
+INSIDE = {
+    "optim": ["refusals", "state", "checks", "accumulators", "wrapper"],
+    "nnx": ["variables", "modules", "gradients"],
+    "deeprec": ["variable", "interface"],
+    "checkpoint": ["writing", "metadata", "leaves", "checkpoints"],
+    "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
+}
+
 HEAVY = {
     *("torch", "orbax", "pyarrow", "matplotlib", "grain", "typer", "rich"),
     *("IPython", "nbformat", "notebook", "nbclient", "jupyter_core"),
 }
+MOST_LINES = 365
+
+# Where it may be asked which kind a table is: the kinds themselves, and the doors.
+KINDS = {"sharded.py", "replicated.py", "local.py", "kinds.py", "initializers.py"}
+KINDS |= {"nnx/variables.py", "__init__.py"}
+
+
+def _name(path):
+    return str(path.relative_to(PACKAGE)).removesuffix(".py")
 
 
 def _room(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return _name(path).split("/")[0]
 
 
 def _modules():
     paths = sorted(PACKAGE.rglob("*.py"))
     return [path for path in paths if path != PACKAGE / "__init__.py"]
+
+
+per_module = pytest.mark.parametrize("path", _modules(), ids=_name)
 
 
 def _imports(path):
@@ -76,12 +120,54 @@ def _broken_doors(path):
                 yield f"{here} imports {name} from the package, not from its room"
         elif rooms.index(there) > rooms.index(here):
             yield f"{here} imports {name}, a room below it"
+        elif there == here and path.name != "__init__.py":
+            yield from _broken_doors_inside(here, path, rest)
 
 
-@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def _broken_doors_inside(room, path, dotted):
+    inside = INSIDE[room]
+    parts = dotted.split(".")[1:]
+    there = next((n for n in ("/".join(parts[:2]), parts[0]) if n in inside), None)
+    here = _name(path).partition("/")[2]
+    if there is None:
+        yield f"{here} imports {dotted}, which is no room of {room}"
+    elif inside.index(there) >= inside.index(here):
+        yield f"{here} imports {there}, a room of {room} that is not above it"
+
+
+@per_module
 def test_a_module_imports_only_rooms_above_it(path):
     assert _room(path) in ROOMS
     assert not list(_broken_doors(path))
+
+
+def test_the_rooms_are_the_files():
+    assert {_room(path) for path in _modules()} == set(ROOMS)
+    for room, inside in INSIDE.items():
+        files = {_name(path).partition("/")[2] for path in (PACKAGE / room).rglob("*.py")}
+        assert {name for name in files if not name.endswith("__init__")} == set(inside)
+        assert len(inside) == len(set(inside))
+
+
+@per_module
+def test_a_file_is_a_chapter(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@per_module
+def test_nobody_asks_which_kind_a_table_is(path):
+    if str(path.relative_to(PACKAGE)) in KINDS:
+        return
+    text = path.read_text()
+    for kind in ("ShardedTable", "ReplicatedTable", "LocalTable"):
+        assert not re.search(rf"^(from|import) .*\b{kind}\b", text, flags=re.MULTILINE)
+        assert not re.search(rf"isinstance\([^)]*\b{kind}\b", text)
+
+
+@per_module
+def test_choices_by_platform_are_in_one_room(path):
+    if path.name != "tuning.py":
+        assert not re.search(r"default_backend|platform_dependent", path.read_text())
 
 
 def _loaded_by(code):
@@ -108,9 +194,10 @@ def test_the_flax_modules_are_attributes_loaded_on_first_use():
 
 def test_public_names_hold():
     names = "FullTable HashTrick QuotientRemainder MixedRadix ChineseRemainder EmbedConfig combine"
-    names += " DeepRecQuotientRemainder init gather lookup deeprec"
-    names += " RowGrads touched_rows apply_updates Sharding ShardedTable checkpoint"
+    names += " init gather lookup deeprec"
+    names += " RowGrads touched_rows apply_updates MeshLayout ShardedTable checkpoint"
     assert set(names.split()) <= set(qrhash.__all__)
+    assert "DeepRecQuotientRemainder" not in qrhash.__all__
     assert all(hasattr(qrhash, name) for name in (*qrhash.__all__, "linen", "nnx"))
 
 

@@ -23,10 +23,10 @@ from flax import nnx
 from jax.sharding import AxisType
 
 import qrhash
-from qrhash import EmbedConfig, ShardedTable, Sharding, checkpoint
+from qrhash import EmbedConfig, MeshLayout, ShardedTable, checkpoint
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.nnx import EmbedCollection, Optimizer, Table, as_table
-from qrhash.sharding import is_sharded_table
+from qrhash.protocol import is_table
 
 BOTH = ("data", "model")
 IN, OF = "in the checkpoint", "in the model"
@@ -34,16 +34,16 @@ IN, OF = "in the checkpoint", "in the model"
 
 def _layout(shape, names, kind=AxisType.Auto, **options):
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-    return Sharding(mesh=mesh, **options)
+    return MeshLayout(mesh=mesh, **options)
 
 
 LAYOUTS = {
     "one device": None,
     "8 model": _layout((8,), ("model",)),
     "2x4": _layout((2, 4), BOTH),
-    "8 data, all rows": _layout((8,), ("data",), rows=()),
-    "both": _layout((2, 4), BOTH, rows=BOTH, batch=BOTH),
-    "columns": _layout((2, 2, 2), (*BOTH, "c"), columns="c"),
+    "8 data, all rows": _layout((8,), ("data",), row_axes=()),
+    "both": _layout((2, 4), BOTH, row_axes=BOTH, batch_axes=BOTH),
+    "columns": _layout((2, 2, 2), (*BOTH, "c"), column_axis="c"),
     "explicit": _layout((2, 4), BOTH, AxisType.Explicit),
 }
 
@@ -55,7 +55,7 @@ ONE = EmbedConfig(PARTITION, 8, large_table_rows=5)
 
 @functools.cache
 def _config(name):
-    return EmbedConfig(PARTITION, 8, large_table_rows=5, sharding=LAYOUTS[name])
+    return EmbedConfig(PARTITION, 8, large_table_rows=5, layout=LAYOUTS[name])
 
 
 def _like(name):
@@ -63,7 +63,7 @@ def _like(name):
     cfg = _config(name)
     tables = tuple(
         jnp.zeros(shape) if layout is None else ShardedTable.from_array(jnp.zeros(shape), layout)
-        for shape, layout in zip(cfg.table_shapes, map(cfg.table_sharding, range(3)), strict=True)
+        for shape, layout in zip(cfg.table_shapes, map(cfg.table_layout, range(3)), strict=True)
     )
     full, row_wise = optax.adagrad(0.1), qrhash.rowwise_adagrad(0.1)
     return {
@@ -82,7 +82,7 @@ def _filled(tree):
 
 def _laid_out(rows, like):
     """Rows [num_rows, ...] in the place of a leaf."""
-    if not is_sharded_table(like):
+    if not is_table(like):
         return jax.device_put(rows, like.sharding)
     shards, per_shard, *rest = like.array.shape
     array = np.full((shards, per_shard, *rest), np.nan, rows.dtype)  # where no row is
@@ -93,7 +93,7 @@ def _laid_out(rows, like):
 
 def _rows(leaf):
     """The rows of a leaf as NumPy has them."""
-    if not is_sharded_table(leaf):
+    if not is_table(leaf):
         return np.asarray(leaf)
     array, shards = np.asarray(leaf.array), leaf.array.shape[0]
     return np.stack([array[r % shards, r // shards] for r in range(leaf.num_rows)])
@@ -109,7 +109,7 @@ def _assert_same(got, want, like):
         for array, place in zip(jax.tree.leaves(leaf), jax.tree.leaves(model), strict=True):
             assert array.sharding.is_equivalent_to(place.sharding, array.ndim)
 
-    jax.tree.map(check, got, want, like, is_leaf=is_sharded_table)
+    jax.tree.map(check, got, want, like, is_leaf=is_table)
 
 
 # --- from any mesh to any other -------------------------------------------------------------------
@@ -127,7 +127,7 @@ def likes():
 
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_what_one_mesh_wrote_every_other_reads(source, whole, likes, tmp_path):
-    state = jax.tree.map(_laid_out, whole, likes[source], is_leaf=is_sharded_table)
+    state = jax.tree.map(_laid_out, whole, likes[source], is_leaf=is_table)
     with Checkpoints(tmp_path, _config(source)) as checkpoints:
         checkpoints.save(7, state, {"from": source})
     for target in LAYOUTS:
@@ -151,7 +151,7 @@ def test_what_is_to_be_may_stand_in_place_of_arrays(whole, likes, tmp_path):
 def _collection(name, seed):
     """A collection with a table of bfloat16 and a projection, and its optimizer."""
     layout = LAYOUTS[name]
-    options = {"large_table_rows": 5, "sharding": layout}
+    options = {"large_table_rows": 5, "layout": layout}
     partition = qrhash.QuotientRemainder(41, 5)
     half = EmbedConfig(partition, 4, "project", param_dtype=jnp.bfloat16, **options)
     config = {"user": EmbedConfig(PARTITION, 8, **options), "author": "user", "item": half}
@@ -729,10 +729,10 @@ FIELDS = ("partition", "operation", "features", "widths", "use_bias", "param_dty
 )
 def test_a_checkpoint_of_other_fields_is_refused(in_file, in_model, sides, tmp_path, monkeypatch):
     """As another version of this library may write it."""
-    monkeypatch.setattr(checkpoint, "_FIELDS", in_file)
+    monkeypatch.setattr(checkpoint.metadata, "_FIELDS", in_file)
     with Checkpoints(tmp_path, SAVED) as checkpoints:
         checkpoints.save(1, _numbers(1))
-    monkeypatch.setattr(checkpoint, "_FIELDS", in_model)
+    monkeypatch.setattr(checkpoint.metadata, "_FIELDS", in_model)
     with (
         Checkpoints(tmp_path, SAVED) as checkpoints,
         pytest.raises(MismatchError, match=rf"param_dtype of feature 'a' is {sides}"),
@@ -770,7 +770,7 @@ def test_rows_are_compared_not_what_pads_them(tmp_path):
 
 def test_what_changes_no_number_may_differ(saved):
     other = _feature(
-        dtype=jnp.bfloat16, id_policy="zero", large_table_rows=7, sharding=LAYOUTS["2x4"]
+        dtype=jnp.bfloat16, id_policy="zero", large_table_rows=7, layout=LAYOUTS["2x4"]
     )
     with Checkpoints(saved, {"b": "a", "a": other}) as checkpoints:
         _assert_is_step(checkpoints.restore(_numbers(0)).state, 2)
@@ -835,7 +835,7 @@ def test_whatever_file_is_damaged_the_numbers_are_right(how, saved, tmp_path):
     state = saved / "2" / "state"
     data = max(state.rglob("d/*"), key=lambda path: path.stat().st_size)
     assert data.stat().st_size > NOISE.nbytes / 2
-    needed = {data, *state.glob("d/*"), state / "manifest.ocdbt", saved / "2/meaning/metadata"}
+    needed = {data, *state.glob("d/*"), state / "manifest.ocdbt", saved / "2/metadata/metadata"}
     assert needed <= fallen_back
 
 
@@ -844,7 +844,7 @@ def test_where_all_are_damaged_all_are_named(saved, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(saved, directory)
     shutil.rmtree(directory / "1" / "state")
-    (directory / "2" / "meaning" / "metadata").write_text("{")
+    (directory / "2" / "metadata" / "metadata").write_text("{")
     with Checkpoints(directory, SAVED) as checkpoints:
         with pytest.raises(OSError, match="damaged") as error:
             checkpoints.restore(_numbers(0))
@@ -900,7 +900,7 @@ def test_errors_of_the_caller_are_not_damage(saved, monkeypatch):
     with Checkpoints(saved, SAVED) as checkpoints:
         with pytest.raises(ValueError, match="names of their own"):
             checkpoints.restore({"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
-        monkeypatch.setattr(checkpoint, "_from_file", _fails(TypeError("of its own")))
+        monkeypatch.setattr(checkpoint.checkpoints, "from_file", _fails(TypeError("of its own")))
         with pytest.raises(TypeError, match="of its own"):
             checkpoints.restore(_numbers(0))
 
@@ -912,7 +912,7 @@ def test_several_processes_do_not_fall_back(saved, tmp_path, monkeypatch):
     shutil.copytree(saved, directory)
     # Orbax is not to see it: it would wait for a process that is not there.
     several = types.SimpleNamespace(**vars(jax) | {"process_count": lambda: 2})
-    monkeypatch.setattr(checkpoint, "jax", several)
+    monkeypatch.setattr(checkpoint.checkpoints, "jax", several)
     with Checkpoints(directory, SAVED) as checkpoints:
         assert checkpoints.restore(_numbers(0)).step == 2
         shutil.rmtree(directory / "2" / "state")

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli
-from qrhash.ctr.block import CATEGORIES
-from qrhash.ctr.report import CHECKPOINTS, METRICS, PICTURE
+from qrhash.ctr.data.block import CATEGORIES
+from qrhash.ctr.run.report import CHECKPOINTS, METRICS, PICTURE
 from qrhash.ctr.settings import options
 
 STANDARD_PROMOTION = True  # optax.adam needs it

@@ -48,7 +48,7 @@ SHAPES = {"item": (6,), "last_item": (2, 3), "user": (), "shop": (0,), "page": (
 def _parameters(rng, config=CONFIG):
     """Random tables and projections of each feature, and as the collection takes them."""
     tables, projections = {}, {}
-    for name, cfg in config.owned.items():
+    for name, cfg in config.own_configs.items():
         tables[name], projection = parameters(cfg, rng)
         if projection is not None:
             projections[name] = projection if cfg.use_bias else projection._replace(bias=None)
@@ -68,7 +68,7 @@ def _ids(rng, names=FEATURES):
 
 def _own(values, name):
     """Of a feature's own tables or projection, or of those that it shares."""
-    return values.get(CONFIG.owners[name])
+    return values.get(CONFIG.owner_of[name])
 
 
 def _tolerance(name):
@@ -127,7 +127,7 @@ def _masked(cfg, ids, weights):
 )
 def test_gradients_equal_those_of_each_feature(by_rows, one_hot_rows, rng, monkeypatch):
     """Dense, and by rows: shared tables collect from all that share them."""
-    monkeypatch.setitem(qrhash.take._ONE_HOT_ROWS, "cpu", one_hot_rows)
+    monkeypatch.setattr(qrhash.tuning, "one_hot_rows", lambda _: one_hot_rows)
     tables, stacks, projections = _parameters(rng)
     gradient = (
         qrhash.value_and_grad(_loss, (CONFIG.large_tables, False))
@@ -146,8 +146,8 @@ def test_gradients_equal_those_of_each_feature(by_rows, one_hot_rows, rng, monke
             assert isinstance(grads[name], RowGrads) == (by_rows and is_large)
         dense = {k: g.to_dense() if isinstance(g, RowGrads) else g for k, g in grads.items()}
         by_feature = collection.unstack(dense, CONFIG)
-        for name, cfg in CONFIG.owned.items():
-            users = [user for user in TRACED if CONFIG.owners[user] == name]
+        for name, cfg in CONFIG.own_configs.items():
+            users = [user for user in TRACED if CONFIG.owner_of[user] == name]
             want, want_projection = oracle.gradient(
                 tables[name],
                 [ids[user] for user in users],
@@ -196,7 +196,7 @@ def test_stacks_are_few_and_say_what_they_hold():
     """One for each kind, width and dtype that there is."""
     kinds = {
         (is_large, width, cfg.param_dtype)
-        for cfg in CONFIG.owned.values()
+        for cfg in CONFIG.own_configs.values()
         for is_large, (_, width) in zip(cfg.large_tables, cfg.table_shapes, strict=True)
     }
     assert len(CONFIG.stacks) == len(kinds) == 5
@@ -208,16 +208,16 @@ def test_stacks_are_few_and_say_what_they_hold():
     config = CollectionConfig(columns)
     assert [s.is_large for s in config.stacks] == [True, False]
     assert [s.shape[1] for s in config.stacks] == [16, 16]
-    rows = sum(sum(cfg.partition.num_rows) for cfg in config.owned.values())
+    rows = sum(sum(cfg.partition.num_rows) for cfg in config.own_configs.values())
     assert sum(s.shape[0] for s in config.stacks) == rows
 
 
 def test_every_table_has_a_place_of_its_own():
     for stack in CONFIG.stacks:
-        taken = list(itertools.chain(*(range(p.offset, p.offset + p.rows) for p in stack.places)))
+        taken = list(itertools.chain(*(range(p.offset, p.offset + p.rows) for p in stack.spans)))
         assert taken == list(range(stack.shape[0]))
-    places = [(p.feature, p.table) for stack in CONFIG.stacks for p in stack.places]
-    assert len(places) == len(set(places)) == sum(c.num_tables for c in CONFIG.owned.values())
+    places = [(p.feature, p.table) for stack in CONFIG.stacks for p in stack.spans]
+    assert len(places) == len(set(places)) == sum(c.num_tables for c in CONFIG.own_configs.values())
 
 
 def test_stack_and_unstack_are_inverse(rng):
@@ -257,7 +257,7 @@ def test_tables_start_as_their_features_would():
     flat = [np.float64(t).ravel() for t in itertools.chain(*tables.values())]
     assert all(len(np.unique(t)) > 1 for t in flat)
     assert len({t[0] for t in flat}) == len(flat)
-    for name, cfg in CONFIG.owned.items():
+    for name, cfg in CONFIG.own_configs.items():
         alone = qrhash.init(jax.random.key(1), cfg)
         for ours, theirs in zip(tables[name], alone, strict=True):
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -293,14 +293,14 @@ def test_a_config_is_frozen_hashable_and_says_who_shares():
     assert hash(same) == hash(CONFIG)
     assert CollectionConfig({"item": FEATURES["item"]}) != CONFIG
     with pytest.raises(AttributeError):
-        CONFIG.features = {}
+        CONFIG.embeddings = {}
     assert CONFIG.configs["last_item"] is CONFIG.configs["item"] is FEATURES["item"]
     assert list(CONFIG.configs) == list(FEATURES)
-    assert {k: v for k, v in CONFIG.owners.items() if k != v} == {
+    assert {k: v for k, v in CONFIG.owner_of.items() if k != v} == {
         "last_item": "item",
         "last_page": "page",
     }
-    assert "last_item" not in CONFIG.owned
+    assert "last_item" not in CONFIG.own_configs
     lookup = quick_jit(collection.lookup, static_argnums=2)
     stacks = collection.init(jax.random.key(0), CONFIG)
     for config in (CONFIG, same):
@@ -419,7 +419,7 @@ def test_partition_metadata_of_both(axes):
     config = CollectionConfig(
         {
             name: of if isinstance(of, str) else dataclasses.replace(of, logical_axes=axes)
-            for name, of in CONFIG.features
+            for name, of in CONFIG.embeddings
         }
     )
     ids = {"item": np.array([1])}
@@ -443,7 +443,7 @@ def test_what_is_missing_is_named(rng):
         collection.lookup(stacks, {"page": np.array([1])}, CONFIG)
     with pytest.raises(ValueError, match="mapping of names"):
         CollectionConfig(ITEM)
-    with pytest.raises(TypeError, match="mapping of feature names"):
+    with pytest.raises(ValueError, match="mapping of feature names"):
         collection.lookup(stacks, np.array([1]), CONFIG, projections)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import qrhash
-from qrhash.ctr.columns import embed_configs
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.columns import embed_configs
 from qrhash.ctr.settings import Settings
 
 FAMILIES = ("quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick")

@@ -15,11 +15,11 @@ from training_process import (
     until,
 )
 
-from qrhash.ctr import devices, report
-from qrhash.ctr import train as fitting
-from qrhash.ctr.devices import make_sharding, mesh_sizes
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.learner import Learner
+from qrhash.ctr.run import devices, report
+from qrhash.ctr.run import train as fitting
+from qrhash.ctr.run.devices import make_layout, mesh_sizes
+from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
 
 STANDARD_PROMOTION = True  # optax.adam needs it
@@ -72,25 +72,25 @@ def test_a_mesh_written_wrong_is_one_sentence(text, message):
     ],
 )
 def test_tables_go_over_model_and_batches_over_data(mesh, rows, batch):
-    layout = make_sharding(Settings(mesh=mesh, exchange="reduce"))
-    assert (layout.rows, layout.batch, layout.exchange) == (rows, batch, "reduce")
+    layout = make_layout(Settings(mesh=mesh, exchange="reduce"))
+    assert (layout.row_axes, layout.batch_axes, layout.exchange) == (rows, batch, "reduce")
     assert dict(layout.mesh.shape) == mesh_sizes(mesh)
 
 
 def test_without_a_mesh_nothing_is_split():
-    assert make_sharding(Settings()) is None
+    assert make_layout(Settings()) is None
 
 
 def test_more_devices_than_there_are():
     hint = "XLA_FLAGS=--xla_force_host_platform_device_count=16"
     with pytest.raises(UserError, match=f"mesh data=16 is of 16 devices.* 8.*{hint}"):
-        make_sharding(Settings(mesh="data=16"))
+        make_layout(Settings(mesh="data=16"))
 
 
 def test_a_batch_that_does_not_divide():
     with pytest.raises(UserError, match=r"--batch-size and --mesh do not fit: .* 8 .*, got 12"):
-        make_sharding(Settings(mesh="data=8", batch_size=12))
-    assert make_sharding(Settings(mesh="model=8", batch_size=12)) is not None
+        make_layout(Settings(mesh="data=8", batch_size=12))
+    assert make_layout(Settings(mesh="model=8", batch_size=12)) is not None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_divide():
 def test_several_processes_train_on_all_their_devices(mesh, message, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=message):
-        make_sharding(Settings(mesh=mesh))
+        make_layout(Settings(mesh=mesh))
 
 
 # --- what the command line says -------------------------------------------------------------------

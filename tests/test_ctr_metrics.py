@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from qrhash.ctr.metrics import auc, constant_logit, log_loss, scores
+from qrhash.ctr.model.metrics import auc, constant_logit, log_loss, scores
 
 
 def _auc_by_pairs(labels, logits):

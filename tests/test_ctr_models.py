@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from qrhash import EmbedConfig, FullTable, QuotientRemainder
-from qrhash.ctr.learner import Learner
-from qrhash.ctr.models import DCN, DLRM, build_model
-from qrhash.ctr.pipeline import Batch
+from qrhash.ctr.data.pipeline import Batch
+from qrhash.ctr.model.models import DCN, DLRM, build_model
+from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
 from qrhash.nnx import Table
 
@@ -145,3 +145,12 @@ def test_it_learns_and_compiles_once(rng):
     sign = 2 * batch.labels - 1
     assert (sign * after).mean() > (sign * before).mean() + 0.5
     assert learner._step._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3), (8, 2, 1)])
+def test_ids_of_another_shape_are_refused(shape, rng):
+    model = _model("dlrm", CONFIGS, rng)
+    with pytest.raises(
+        ValueError, match=r"ids must have shape \[batch, 2\], of the columns C1, C2"
+    ):
+        model(np.zeros((8, 13), np.float32), np.zeros(shape, np.int32))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from qrhash.ctr.block import Block
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.pipeline import _Blocks, batches, encode
+from qrhash.ctr.data.synthetic import SyntheticSource
+from qrhash.ctr.data.vocabulary import HashedIds
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.pipeline import _Blocks, batches, encode
-from qrhash.ctr.synthetic import SyntheticSource
-from qrhash.ctr.vocabulary import HashedIds
 
 IDS = {"C2": HashedIds(7), "C26": HashedIds(100)}
 

@@ -18,8 +18,8 @@ from training_process import (
     until,
 )
 
-from qrhash.ctr.learner import Learner
-from qrhash.ctr.report import RunDirectory
+from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.report import RunDirectory
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 
@@ -349,7 +349,7 @@ def test_a_run_of_an_earlier_version_says_what_may_have_changed(taken_up, tmp_pa
 
 @damaging
 def test_nothing_but_damaged_checkpoints(taken_up):
-    for path in (taken_up / "checkpoints").glob("*/meaning/metadata"):
+    for path in (taken_up / "checkpoints").glob("*/metadata/metadata"):
         path.write_text("")
     _assert_refused("is damaged", "--output-dir", taken_up)
 

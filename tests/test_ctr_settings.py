@@ -2,8 +2,9 @@
 
 import pytest
 
+from qrhash.ctr.config_file import load
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.settings import Settings, load, options, widths
+from qrhash.ctr.settings import Settings, options, widths
 
 
 def _load(tmp_path, text, **given):

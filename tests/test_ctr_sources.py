@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from qrhash.ctr import sources
-from qrhash.ctr.block import CATEGORIES, COLUMNS, Block
-from qrhash.ctr.cells import decode
+from qrhash.ctr.data import sources
+from qrhash.ctr.data.block import CATEGORIES, COLUMNS, Block
+from qrhash.ctr.data.cells import decode
+from qrhash.ctr.data.sources import BadLines, open_source
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.sources import BadLines, open_source
 
 FORMATS = {
     "text": ctr_files.write_text,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from qrhash.ctr.block import Block
-from qrhash.ctr.metrics import constant_logit, scores
-from qrhash.ctr.synthetic import SyntheticSource
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.synthetic import SyntheticSource
+from qrhash.ctr.model.metrics import constant_logit, scores
 
 
 def _read(source, start, stop):

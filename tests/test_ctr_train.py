@@ -9,17 +9,18 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from qrhash.ctr.block import CATEGORIES
-from qrhash.ctr.display import Display
+from qrhash.ctr.data.block import CATEGORIES
+from qrhash.ctr.data.pipeline import batches
+from qrhash.ctr.data.sources import BadLines, open_source
+from qrhash.ctr.data.vocabulary import build_ids
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.learner import Learner
-from qrhash.ctr.metrics import Scores, constant_logit, log_loss
-from qrhash.ctr.pipeline import batches
-from qrhash.ctr.report import METRICS, PICTURE, RunDirectory, draw, final_table
+from qrhash.ctr.model.metrics import Scores, constant_logit, log_loss
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.records import Keeper, Summary
+from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, draw, final_table
+from qrhash.ctr.run.train import fit, split_line
 from qrhash.ctr.settings import Settings
-from qrhash.ctr.sources import BadLines, open_source
-from qrhash.ctr.train import Keeper, Summary, fit, split_line
-from qrhash.ctr.vocabulary import build_ids
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 

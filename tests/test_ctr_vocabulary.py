@@ -7,9 +7,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from qrhash.ctr.block import CATEGORIES, Block
+from qrhash.ctr.data.block import CATEGORIES, Block
+from qrhash.ctr.data.vocabulary import UNSEEN_ID, HashedIds, KeyCounts, build_ids
 from qrhash.ctr.settings import Settings
-from qrhash.ctr.vocabulary import UNSEEN_ID, HashedIds, KeyCounts, build_ids
 
 
 def _arrays(cells):

@@ -47,7 +47,7 @@ def test_lookup_of_any_rank_equals_the_oracle(operation, rng):
     dims = [[3, 4], [5, 2 if operation == "concat" else 4]]
     var = get_multihash_variable("v", dims, operation=operation)
     assert [t.shape for t in var.tables] == [(3, 4), (5, dims[1][1])]
-    assert var.config.partition == qrhash.DeepRecQuotientRemainder(9, 3, 5)
+    assert var.config.partition == qrhash.deeprec.DeepRecQuotientRemainder(9, 3, 5)
     lookup = nnx.jit(embedding_lookup)
     for shape in [(), (0,), (6,), (2, 3), (2, 1, 3)]:
         ids = rng.integers(-1, 11, shape).astype(np.int32)
@@ -77,7 +77,7 @@ def test_sizes_are_refused_exactly_when_ids_collide_or_have_no_row():
     """The refusal names ids that share all their rows, or that have none."""
     for n in [*range(1, 12), 25]:
         for q, r in [(1, 1), (2, 3), (3, 2), (3, 3), (4, 1), (5, 3), (3, 5)]:
-            partition = qrhash.DeepRecQuotientRemainder(n, q, r)
+            partition = qrhash.deeprec.DeepRecQuotientRemainder(n, q, r)
             dims = [[q, 2], [r, 2]]
             if oracle.is_complementary(partition):
                 var = get_multihash_variable("v", dims, num_embeddings=n)

@@ -7,7 +7,7 @@ import re
 import nbclient
 import nbformat
 import pytest
-from test_architecture import PACKAGE, ROOMS
+from test_architecture import INSIDE, PACKAGE, ROOMS
 
 import qrhash
 
@@ -59,37 +59,37 @@ def test_readme_commands_are_those_of_ci():
 
 
 def _table(heading):
-    """First and second cells of the rows of the tables below a heading of docs/design.md."""
+    """Cells of the rows of the tables below a heading of docs/design.md."""
     page = (ROOT / "docs" / "design.md").read_text()
     section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (.*?) \| (.*?) \|", section, flags=re.MULTILINE)
-    return [row for row in rows if set(row[0]) != {"-"}]
-
-
-def _entries(folder):
-    names = [path.name for path in folder.iterdir()]
-    return {name for name in names if not name.startswith("__") and name != "py.typed"}
+    rows = re.findall(r"^\| (.*) \|$", section, flags=re.MULTILINE)
+    return [row.split(" | ") for row in rows]
 
 
 def test_the_rooms_of_the_design_are_the_files_in_the_order_that_doors_open():
-    rooms = [room for cell, _ in _table("The rooms") for room in re.findall(r"^`(.*)`$", cell)]
-    assert len(set(rooms)) == len(rooms)
-    files = {f"{name}/" if (PACKAGE / name).is_dir() else name for name in _entries(PACKAGE)}
-    assert set(rooms) == files
-    assert [room.removesuffix("/").removesuffix(".py") for room in rooms] == list(ROOMS)
+    rooms = [room for cell, *_ in _table("The rooms") for room in re.findall(r"^`(.*)`$", cell)]
+    names = [room.removesuffix("/").removesuffix(".py") for room in rooms]
+    assert names == list(ROOMS)
+    assert all((PACKAGE / room).exists() for room in rooms)
 
 
-def test_the_design_names_what_is_in_its_folders():
-    words = dict(_table("The rooms"))
-    for room in filter(pathlib.Path.is_dir, map(PACKAGE.joinpath, _entries(PACKAGE))):
-        named = set(re.findall(r"`(\w+)/?`", words[f"`{room.name}/`"]))
-        assert {name.removesuffix(".py") for name in _entries(room)} <= named
+def test_the_design_names_the_rooms_in_its_folders():
+    words = {cell: "".join(of) for cell, *of in _table("The rooms")}
+    for folder, inside in INSIDE.items():
+        named = re.findall(r"`(\w+)/?`", words[f"`{folder}/`"])
+        wanted = {room.partition("/")[0] for room in inside}
+        assert wanted <= set(named)
+        if folder != "ctr":
+            assert [name for name in named if name in wanted] == inside
 
 
-def test_where_is_names_rooms_that_are_there():
-    for _, cell in _table("Where is...?"):
-        for room in re.findall(r"`([\w/]+(?:\.py|/))`", cell):
-            assert (PACKAGE / room).exists(), room
+def test_where_is_names_rooms_and_lines_that_are_there():
+    for _, where, *begin in _table("Where is...?")[1:]:
+        rooms = [PACKAGE / room for room in re.findall(r"`([\w/]+(?:\.py|/))`", where)]
+        assert all(room.exists() for room in rooms), where
+        text = "".join(room.read_text() for room in rooms if room.is_file())
+        for name in re.findall(r"`([\w.]+)`", "".join(begin)):
+            assert re.search(rf"\b{name}\b", text), name
 
 
 def test_the_reference_has_all_public_names():

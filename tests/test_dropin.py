@@ -128,7 +128,7 @@ def test_logical_axis_rules_put_tables_where_they_say(axes, large, small):
 def test_a_layout_survives_logical_axis_rules():
     """Its axes are the mesh's: to rules they would be unknown logical names."""
     mesh = _mesh()
-    cfg = dataclasses.replace(CONFIG, sharding=qrhash.Sharding(mesh=mesh))
+    cfg = dataclasses.replace(CONFIG, layout=qrhash.MeshLayout(mesh=mesh))
     model = qrhash.linen.MultiHashEmbed(cfg)
     specs = nn.get_partition_spec(jax.eval_shape(model.init, jax.random.key(0), IDS))
     for rules in (RULES, ()):
@@ -144,11 +144,11 @@ def test_a_layout_survives_logical_axis_rules():
 
 def test_a_table_that_is_not_where_its_layout_says_is_noticed():
     mesh = _mesh()
-    cfg = dataclasses.replace(CONFIG, sharding=qrhash.Sharding(mesh=mesh))
+    cfg = dataclasses.replace(CONFIG, layout=qrhash.MeshLayout(mesh=mesh))
     tables = qrhash.init(jax.random.key(0), cfg)
     vectors = qrhash.lookup(tables, IDS, cfg)  # no warning: warnings are errors here
     lost = jax.device_put(tables, NamedSharding(mesh, PartitionSpec()))
-    with pytest.warns(UserWarning, match=r"not where its sharding says.*4 times the memory"):
+    with pytest.warns(UserWarning, match=r"not where its layout says.*4 times the memory"):
         assert_close(qrhash.lookup(lost, IDS, cfg), vectors)
 
 
@@ -188,10 +188,10 @@ def test_out_sharding_of_tables_with_a_layout(kind, operation):
     """One table is split over the mesh, one is not; the ids are on one device."""
     mesh = _mesh(kind)
     cfg = dataclasses.replace(CONFIG, operation=operation, widths=None, large_table_rows=5)
-    cfg = dataclasses.replace(cfg, sharding=qrhash.Sharding(mesh=mesh))
+    cfg = dataclasses.replace(cfg, layout=qrhash.MeshLayout(mesh=mesh))
     model = qrhash.nnx.MultiHashEmbed(cfg, rngs=nnx.Rngs(0))
-    alone = [np.asarray(qrhash.sharding.whole_table(table)) for table in model.tables]
-    one = dataclasses.replace(cfg, sharding=None)
+    alone = [np.asarray(qrhash.kinds.whole_table(table)) for table in model.tables]
+    one = dataclasses.replace(cfg, layout=None)
     ids, query = np.arange(16), jnp.ones((16, 8))
     projection = None
     if model.projection is not None:
@@ -261,14 +261,14 @@ def test_a_padding_id_outside_the_vocabulary_is_refused(padding_id):
 
 
 # --- out of the process and back ------------------------------------------------------------------
-WITH_MESH = dataclasses.replace(CONFIG, sharding=qrhash.Sharding(mesh=_mesh(), exchange="reduce"))
+WITH_MESH = dataclasses.replace(CONFIG, layout=qrhash.MeshLayout(mesh=_mesh(), exchange="reduce"))
 THINGS = {
     **{f"partition, {name}": partition for name, partition in FAMILIES.items()},
     "config": dataclasses.replace(CONFIG, dtype="bfloat16", padding_id=3, widths=(8, 8)),
     "config with a mesh": WITH_MESH,
     "collection": CollectionConfig({"a": CONFIG, "b": "a"}),
     "collection with a mesh": CollectionConfig({"a": WITH_MESH, "b": "a"}),
-    "sharding": WITH_MESH.sharding,
+    "layout": WITH_MESH.layout,
 }
 
 
@@ -286,7 +286,7 @@ def test_a_mesh_comes_back_over_other_devices():
     values = WITH_MESH.to_dict()
     devices = jax.devices()[::-1]
     back = EmbedConfig.from_dict(values, devices=devices)
-    assert list(back.sharding.mesh.devices.flat) == devices
+    assert list(back.layout.mesh.devices.flat) == devices
     with pytest.raises(ValueError, match=r"devices must be at least 8.*got 3"):
         EmbedConfig.from_dict(values, devices=devices[:3])
 
@@ -318,9 +318,9 @@ def test_modules_and_tables_pickle_with_their_places():
 # --- pre-trained tables ---------------------------------------------------------------------------
 @pytest.mark.parametrize("on_mesh", [False, True])
 def test_pretrained_tables(on_mesh, rng):
-    sharding = qrhash.Sharding(mesh=_mesh()) if on_mesh else None
+    layout = qrhash.MeshLayout(mesh=_mesh()) if on_mesh else None
     cfg = EmbedConfig(
-        qrhash.FullTable(500), 8, large_table_rows=100, sharding=sharding, id_policy="raise"
+        qrhash.FullTable(500), 8, large_table_rows=100, layout=layout, id_policy="raise"
     )
     matrix = rng.standard_normal((500, 8)).astype(np.float32)
     ids = np.array([3, 499])
@@ -377,20 +377,20 @@ BIG = 2**32 + 5  # 5, in 32 bits
 @pytest.mark.parametrize("batch", [(2, 4), (1, 8)], ids=str)
 def test_put_batch_does_not_cut_integers(batch):
     mesh = jax.make_mesh(batch, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    layout = qrhash.Sharding(mesh=mesh)
+    layout = qrhash.MeshLayout(mesh=mesh)
     with pytest.raises(ValueError, match=rf"batch\['ids'\].*{BIG}.*turn into 5.*partition.indices"):
-        layout.put_batch({"ids": np.array([1, BIG])}, 2)
+        qrhash.batches.put_batch({"ids": np.array([1, BIG])}, 2, layout)
     for wrong in (
         np.array([2**31, 0]),
         np.array([0, -(2**31) - 1]),
         np.array([2**63, 1], np.uint64),
     ):
         with pytest.raises(ValueError, match="integers that fit"):
-            layout.put_batch(wrong, 2)
+            qrhash.batches.put_batch(wrong, 2, layout)
     with pytest.raises(ValueError, match="numbers"):
-        layout.put_batch(np.array(["a", "b"]), 2)
+        qrhash.batches.put_batch(np.array(["a", "b"]), 2, layout)
     good = {"ids": np.array([2**31 - 1, -(2**31)]), "x": np.array([1.0, 2.0]), "b": [True, False]}
-    put = layout.put_batch({**good, "b": np.array(good["b"])}, 2)
+    put = qrhash.batches.put_batch({**good, "b": np.array(good["b"])}, 2, layout)
     assert put["ids"].tolist() == good["ids"].tolist()
     assert put["x"].dtype == jnp.float32
 
@@ -474,9 +474,9 @@ MISTAKES = {
         ValueError,
         "ids must fit",
     ),
-    "text for ids": (lambda: CONFIG.partition.indices(["a"]), TypeError, "ids must be integers"),
-    "floats for ids": (lambda: CONFIG.partition.indices([1.5]), TypeError, "ids must be integers"),
-    "bools for ids": (lambda: CONFIG.partition.indices([True]), TypeError, "ids must be integers"),
+    "text for ids": (lambda: CONFIG.partition.indices(["a"]), ValueError, "ids must be integers"),
+    "floats for ids": (lambda: CONFIG.partition.indices([1.5]), ValueError, "ids must be integers"),
+    "bools for ids": (lambda: CONFIG.partition.indices([True]), ValueError, "ids must be integers"),
     "lists of other lengths": (
         lambda: CONFIG.partition.indices([[1], [1, 2]]),
         ValueError,
@@ -492,7 +492,7 @@ MISTAKES = {
         r"stacks\['large_8_float32'\] must be of shape \(250, 8\).*\(3, 8\)",
     ),
     "a mesh of mixed axes": (
-        lambda: qrhash.Sharding(
+        lambda: qrhash.MeshLayout(
             mesh=jax.make_mesh(
                 (2, 4), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit)
             )

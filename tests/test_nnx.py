@@ -191,13 +191,13 @@ def test_eight_devices_give_the_numbers_of_one(operation, axis_type, rng):
 @pytest.mark.parametrize("tx", [optax.adagrad(0.1), optax.adafactor(0.1)], ids=["adagrad", "other"])
 def test_only_state_in_the_layout_of_a_table_is_a_table(tx):
     """Adafactor keeps arrays (1,) too, with the table's metadata."""
-    layout = qrhash.Sharding(mesh=jax.make_mesh((8,), ("model",)))
+    layout = qrhash.MeshLayout(mesh=jax.make_mesh((8,), ("model",)))
     partition = qrhash.FullTable(1003)
-    cfg = qrhash.EmbedConfig(partition, FEATURES, large_table_rows=5, sharding=layout)
+    cfg = qrhash.EmbedConfig(partition, FEATURES, large_table_rows=5, layout=layout)
     state = nnx.state(Optimizer(MultiHashEmbed(cfg, rngs=nnx.Rngs(0)), tx))
     held = [as_table(variable) for _, variable in nnx.to_flat_state(state)]
     tables = [each for each in held if isinstance(each, qrhash.ShardedTable)]
     assert [table.shape for table in tables] == [(1003, FEATURES)]
     assert all(each.ndim < 2 for each in held if each not in tables)
-    where = qrhash.nnx.place(nnx.eval_shape(lambda: state), layout)
+    where = qrhash.nnx.shardings(nnx.eval_shape(lambda: state), layout)
     jax.device_put(state, where)

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import functools
 import pickle
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_close, quick_jit
+from cases import assert_close, merging_by, quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,11 @@ INT32_MAX = 2**31 - 1
 METHODS = ("hash", "sort")
 per_method = pytest.mark.parametrize("method", METHODS)
 
-merge = quick_jit(lambda grads, method: grads.merge(method), static_argnums=1)
+
+@functools.partial(quick_jit, static_argnums=1)
+def merge(grads, method):
+    with merging_by(method):
+        return grads.merge()
 
 
 def _grads(rows, values, num_rows):
@@ -38,7 +43,7 @@ def _draw(rng, m, num_rows=5, width=3, low=-1):
 def _by_dictionary(grads):
     """Row number -> sum of its values in float64."""
     sums = collections.defaultdict(float)
-    for row, value in zip(np.asarray(grads.rows), np.asarray(grads.values), strict=True):
+    for row, value in zip(np.asarray(grads.indices), np.asarray(grads.values), strict=True):
         if 0 <= row < grads.num_rows:
             sums[int(row)] = sums[int(row)] + value.astype(np.float64)
     return dict(sums)
@@ -48,9 +53,9 @@ def _assert_merged(merged, grads, tolerance=1e-5):
     want = _by_dictionary(grads)
     assert merged.is_merged
     assert (merged.shape, merged.dtype) == (grads.shape, grads.dtype)
-    assert merged.rows.shape == grads.rows.shape
-    assert merged.rows.dtype == jnp.int32
-    rows, values = np.asarray(merged.rows), np.asarray(merged.values).astype(np.float64)
+    assert merged.indices.shape == grads.indices.shape
+    assert merged.indices.dtype == jnp.int32
+    rows, values = np.asarray(merged.indices), np.asarray(merged.values).astype(np.float64)
     named = rows != grads.num_rows
     assert sorted(rows[named].tolist()) == sorted(want)
     assert (values[~named] == 0).all()
@@ -78,7 +83,7 @@ def test_merged_rows_are_the_sums_of_a_dictionary(method, num_rows, m, seed, dat
     merged = merge(grads, method)
     _assert_merged(merged, grads)
     again = merge(merged, method)
-    assert (again.rows == merged.rows).all()
+    assert (again.indices == merged.indices).all()
     assert (again.values == merged.values).all()
 
 
@@ -126,11 +131,6 @@ def test_sums_in_no_order_are_exact_for_small_integers(method, rng):
     _assert_merged(merge(grads, method), grads, tolerance=0)
 
 
-def test_an_unknown_method_is_refused(rng):
-    with pytest.raises(ValueError, match=r"method.*hash, sort.*'sorted'"):
-        _draw(rng, 3).merge("sorted")
-
-
 # --- arithmetic and trees -------------------------------------------------------------------------
 
 
@@ -147,8 +147,8 @@ def test_to_dense_and_from_dense(m, rng):
     assert_close(grads.to_dense(), _dense(grads))
     assert_close(grads.merge().to_dense(), _dense(grads))
     full = rng.standard_normal((5, 3)).astype(np.float32)
-    back = RowGrads.from_dense(full, grads.rows)
-    named = np.isin(np.arange(5), grads.rows)[:, None]
+    back = RowGrads.from_dense(full, grads.indices)
+    named = np.isin(np.arange(5), grads.indices)[:, None]
     assert_close(back.to_dense(), np.where(named, full, 0), 0)
     _assert_merged(back, back)
 
@@ -157,7 +157,7 @@ def test_sums_and_multiples(rng):
     one, two, other = _draw(rng, 7), _draw(rng, 4), _draw(rng, 4, num_rows=6)
     total = one + two
     assert not (one.merge() + two.merge()).is_merged
-    assert (total.rows.shape, total.shape) == ((11,), (5, 3))
+    assert (total.indices.shape, total.shape) == ((11,), (5, 3))
     assert_close(total.to_dense(), _dense(one) + _dense(two))
     for half in (one * 0.5, 0.5 * one, one / 2, one * jnp.float32(0.5), jnp.float32(0.5) * one):
         assert_close(half.to_dense(), 0.5 * _dense(one))
@@ -173,7 +173,7 @@ def test_a_tree_through_jit_grad_accumulation_and_device_put(rng):
     same = jax.jit(lambda tree: tree)(jax.device_put(grads))
     assert jax.tree.structure(same) == jax.tree.structure(grads)
     assert (same["table"].num_rows, same["table"].is_merged) == (5, True)
-    np.testing.assert_array_equal(same["table"].rows, grads["table"].rows)
+    np.testing.assert_array_equal(same["table"].indices, grads["table"].indices)
     np.testing.assert_array_equal(same["table"].values, grads["table"].values)
     is_rows = lambda node: isinstance(node, RowGrads)  # noqa: E731
     twice = jax.jit(lambda a: jax.tree.map(lambda x: x + x, a, is_leaf=is_rows))(grads)
@@ -282,7 +282,7 @@ def test_what_moves_gradients_and_does_not_change_them_goes_on(rng):
     }
     for name, each in moved.items():
         assert isinstance(each, RowGrads), name
-        np.testing.assert_array_equal(each.rows, grads.rows, err_msg=name)
+        np.testing.assert_array_equal(each.indices, grads.indices, err_msg=name)
         assert_close(each.to_dense(), want)
 
 
@@ -290,15 +290,15 @@ def test_row_numbers_of_64_bits(rng):
     with jax.enable_x64(True):
         rows = jnp.array([2**40, 5, 2**40], jnp.int64)
         grads = RowGrads(rows, jnp.ones((3, 1)), 2**41)
-        assert jax.jit(lambda g: g)(grads).rows.tolist() == rows.tolist()
-        assert sorted(grads.merge().rows.tolist()) == [5, 2**40, 2**41]
+        assert jax.jit(lambda g: g)(grads).indices.tolist() == rows.tolist()
+        assert sorted(grads.merge().indices.tolist()) == [5, 2**40, 2**41]
         with pytest.raises(TypeError, match="touched_rows"):
             jax.tree.map(jnp.add, grads, grads)
 
 
 def test_row_numbers_of_the_host_are_not_cut_to_32_bits():
     grads = RowGrads(np.array([2**32 + 1, 1, -(2**32) + 2]), np.ones((3, 1), np.float32), 5)
-    assert grads.rows.tolist() == [5, 1, 5]
+    assert grads.indices.tolist() == [5, 1, 5]
     np.testing.assert_array_equal(grads.to_dense()[:, 0], [0, 1, 0, 0, 0])
 
 
@@ -314,7 +314,7 @@ def test_microbatches_add_up_to_the_whole_batch(is_sharded, rng):
         qrhash.QuotientRemainder(1000, 4),
         4,
         large_table_rows=10,
-        sharding=qrhash.Sharding(mesh=mesh) if is_sharded else None,
+        layout=qrhash.MeshLayout(mesh=mesh) if is_sharded else None,
     )
     tables = qrhash.init(jax.random.key(0), cfg)
     batches = jnp.asarray(rng.integers(0, 1000, (3, 8)), jnp.int32)
@@ -357,7 +357,7 @@ def test_sums_that_do_not_fit_are_refused_in_words(rng):
         qrhash.add_grads()
     with pytest.raises(ValueError, match="one structure"):
         qrhash.add_grads({"a": grads}, {"b": grads})
-    with pytest.raises(TypeError, match="to_dense"):
+    with pytest.raises(ValueError, match="to_dense"):
         qrhash.add_grads({"a": grads}, {"a": dense})
     with pytest.raises(ValueError, match=r"leading axis.*\(3,\)"):
         qrhash.sum_grads(grads)
@@ -392,7 +392,7 @@ def test_take_rows_leaves_nan_in_a_table_to_its_own_row():
 def test_take_rows_refuses_what_gather_refuses():
     with pytest.raises(ValueError, match=r"2.*1"):
         qrhash.take_rows((jnp.ones((2, 1)),) * 2, (jnp.array([0]),))
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(ValueError, match="integer"):
         qrhash.take_rows((jnp.ones((2, 1)),), (jnp.array([0.0]),))
 
 
@@ -402,7 +402,7 @@ def test_take_rows_refuses_what_gather_refuses():
         (jnp.array([[1, 2], [1, 3]]), jnp.ones((2, 2, 3)), "flatten"),
         (jnp.array([1, 2]), jnp.ones(2), "values"),
         (jnp.array([1, 2]), jnp.ones((3, 3)), "values"),
-        (jnp.array([1.0, 2.0]), jnp.ones((2, 3)), "integer rows"),
+        (jnp.array([1.0, 2.0]), jnp.ones((2, 3)), "integer indices"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(rows, values, word):

@@ -17,12 +17,13 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qrhash
-from qrhash import CollectionConfig, EmbedConfig, RowGrads, ShardedTable, Sharding, collection
+from qrhash import CollectionConfig, EmbedConfig, MeshLayout, RowGrads, ShardedTable, collection
+from qrhash.sharded import MeshStorage
 
 
 def _layout(shape, names, kind=AxisType.Auto, **options):
     mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-    return Sharding(mesh=mesh, **options)
+    return MeshLayout(mesh=mesh, **options)
 
 
 BOTH = ("data", "model")
@@ -30,12 +31,12 @@ _2x4 = functools.partial(_layout, (2, 4), BOTH)
 LAYOUTS = {
     "8 model": _layout((8,), ("model",)),
     "8 data": _layout((8,), ("data",)),
-    "8 data, all rows": _layout((8,), ("data",), rows=()),
+    "8 data, all rows": _layout((8,), ("data",), row_axes=()),
     "reduce": _2x4(exchange="reduce"),
     "all to all": _2x4(exchange="all_to_all"),
     "overflow": _2x4(exchange="all_to_all", capacity=1),
-    "both": _2x4(rows=BOTH, batch=BOTH, exchange="all_to_all"),
-    "columns": _layout((2, 2, 2), (*BOTH, "c"), columns="c", exchange="all_to_all"),
+    "both": _2x4(row_axes=BOTH, batch_axes=BOTH, exchange="all_to_all"),
+    "columns": _layout((2, 2, 2), (*BOTH, "c"), column_axis="c", exchange="all_to_all"),
 }
 per_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -48,12 +49,12 @@ PARTITIONS = {
 
 def _config(layout, k=2, operation="mult", **options):
     """Of two tables one is small; of three none."""
-    options = {"id_policy": "zero", "large_table_rows": 5, "sharding": layout} | options
+    options = {"id_policy": "zero", "large_table_rows": 5, "layout": layout} | options
     return EmbedConfig(PARTITIONS[k], FEATURES, operation, **options)
 
 
 def _on_mesh(tables, cfg):
-    layouts = map(cfg.table_sharding, range(cfg.num_tables))
+    layouts = map(cfg.table_layout, range(cfg.num_tables))
     return tuple(
         table if layout is None else ShardedTable.from_array(table, layout)
         for table, layout in zip(tables, layouts, strict=True)
@@ -109,24 +110,24 @@ def _scan(step, params, state, batches, layout):
 )
 def test_rows_go_over_model_and_the_batch_over_data(names, rows, batch):
     layout = _layout((1,) * len(names), names)
-    assert (layout.rows, layout.batch, layout.columns) == (rows, batch, None)
+    assert (layout.row_axes, layout.batch_axes, layout.column_axis) == (rows, batch, None)
     assert (layout.exchange, layout.capacity) == ("auto", None)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": "x"}, "rows must be.* 'x'"),
-        ({"batch": ("data", "x")}, "batch must be.* 'x'"),
-        ({"columns": "x"}, "columns must be.* 'x'"),
-        ({"rows": ("model", "model")}, r"rows must.* \('model', 'model'\)"),
-        ({"batch": ("data", "data")}, r"batch must.* \('data', 'data'\)"),
-        ({"columns": "model"}, "columns must be.* 'model'"),
-        ({"columns": "data"}, "columns must be.* 'data'"),
+        ({"row_axes": "x"}, "row_axes must be.* 'x'"),
+        ({"batch_axes": ("data", "x")}, "batch_axes must be.* 'x'"),
+        ({"column_axis": "x"}, "column_axis must be.* 'x'"),
+        ({"row_axes": ("model", "model")}, r"row_axes must.* \('model', 'model'\)"),
+        ({"batch_axes": ("data", "data")}, r"batch_axes must.* \('data', 'data'\)"),
+        ({"column_axis": "model"}, "column_axis must be.* 'model'"),
+        ({"column_axis": "data"}, "column_axis must be.* 'data'"),
         ({"exchange": "ring"}, "exchange must be one of auto, reduce, all_to_all, got 'ring'"),
         ({"capacity": 0}, "capacity must be.* 0"),
-        ({"rows": 5}, "rows must be.* got 5"),
-        ({"batch": 5}, "batch must be.* got 5"),
+        ({"row_axes": 5}, "row_axes must be.* got 5"),
+        ({"batch_axes": 5}, "batch_axes must be.* got 5"),
     ],
 )
 def test_what_a_sharding_cannot_be(options, message):
@@ -137,14 +138,14 @@ def test_what_a_sharding_cannot_be(options, message):
 @pytest.mark.parametrize("mesh", ["data", None])
 def test_a_sharding_takes_nothing_but_a_mesh(mesh):
     with pytest.raises(ValueError, match=rf"mesh must be a jax\.sharding\.Mesh, got {mesh!r}"):
-        Sharding(mesh=mesh)
+        MeshLayout(mesh=mesh)
 
 
 def test_a_config_takes_no_other_sharding():
-    with pytest.raises(ValueError, match=r"sharding must be a qrhash\.Sharding, got .*Mesh"):
+    with pytest.raises(ValueError, match=r"layout must be a qrhash\.MeshLayout, got .*Mesh"):
         _config(LAYOUTS["reduce"].mesh)
     with pytest.raises(ValueError, match=r"width .*2 devices.*'c'.* 7"):
-        EmbedConfig(PARTITIONS[2], 7, large_table_rows=5, sharding=LAYOUTS["columns"])
+        EmbedConfig(PARTITIONS[2], 7, large_table_rows=5, layout=LAYOUTS["columns"])
 
 
 def test_equal_shardings_are_one_key_and_none_can_be_changed():
@@ -173,7 +174,7 @@ def test_row_r_is_row_r_div_s_of_shard_r_mod_s(layout, num_rows):
 def _assert_split(array, layout):
     """[S, R, ...]: no device holds more than its own shard, or part of it."""
     shards, rows, *width = array.shape
-    columns = 1 if layout.columns is None else layout.mesh.shape[layout.columns]
+    columns = 1 if layout.column_axis is None else layout.mesh.shape[layout.column_axis]
     local = (shards // layout.num_shards, rows, *(each // columns for each in width))
     assert {shard.data.shape for shard in array.addressable_shards} == {local}
     assert array.sharding.device_set == set(layout.mesh.devices.flat)
@@ -223,9 +224,9 @@ def test_no_device_ever_holds_a_whole_table(embedding_init):
     """Compiled, not run: 2**24 rows."""
     layout = LAYOUTS["8 model"]
     partition = qrhash.FullTable(2**24)
-    cfg = EmbedConfig(partition, FEATURES, embedding_init=embedding_init, sharding=layout)
+    cfg = EmbedConfig(partition, FEATURES, embedding_init=embedding_init, layout=layout)
     init = functools.partial(qrhash.init, config=cfg)
-    to = layout.place(jax.eval_shape(init, jax.random.key(0)))
+    to = layout.shardings(jax.eval_shape(init, jax.random.key(0)))
     compiled = jax.jit(init, out_shardings=to).lower(jax.random.key(0)).compile()
     memory, shard = compiled.memory_analysis(), 4 * FEATURES * 2**24 // 8
     assert memory.output_size_in_bytes == pytest.approx(shard, rel=0.01)
@@ -252,10 +253,10 @@ def test_zipf_ids_load_all_shards_alike():
 @per_layout
 def test_a_batch_is_split_over_the_batch_axes(layout):
     batch = {"ids": np.arange(16), "bags": np.ones((16, 3), np.float32)}
-    assert layout.process_rows(16) == slice(0, 16)
-    layout.check_batch(16)
-    put = layout.put_batch(batch, 16)
-    parts = math.prod(layout.mesh.shape[axis] for axis in layout.batch)
+    assert qrhash.batches.process_rows(16, layout) == slice(0, 16)
+    qrhash.batches.check_batch(16, layout)
+    put = qrhash.batches.put_batch(batch, 16, layout)
+    parts = math.prod(layout.mesh.shape[axis] for axis in layout.batch_axes)
     for name, array in put.items():
         np.testing.assert_array_equal(array, batch[name])
         shapes = {shard.data.shape for shard in array.addressable_shards}
@@ -265,9 +266,9 @@ def test_a_batch_is_split_over_the_batch_axes(layout):
 @pytest.mark.parametrize(
     "refuse",
     [
-        lambda layout: layout.check_batch(12),
-        lambda layout: layout.process_rows(12),
-        lambda layout: layout.put_batch(np.arange(12), 12),
+        lambda layout: qrhash.batches.check_batch(12, layout),
+        lambda layout: qrhash.batches.process_rows(12, layout),
+        lambda layout: qrhash.batches.put_batch(np.arange(12), 12, layout),
     ],
     ids=["check_batch", "process_rows", "put_batch"],
 )
@@ -285,7 +286,7 @@ def test_a_batch_of_other_rows_is_refused(batch, shape):
     with pytest.raises(
         ValueError, match=f"arrays of 16 rows, .* 0 to 16 of 16.* got shape {shape}"
     ):
-        LAYOUTS["both"].put_batch(batch, 16)
+        qrhash.batches.put_batch(batch, 16, LAYOUTS["both"])
 
 
 # --- look-ups and gradients -----------------------------------------------------------------------
@@ -380,7 +381,7 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
             *[((0.5 * table.with_array(g)).array, a / 2)],
             *[(sum([table.with_array(g), -table.with_array(h) / 2]).array, a - b / 2)],
             *[(g - h, a - b), (-g, -a), (2 * g, 2 * a), (g * 0.5, a / 2), (h / 2, b / 2)],
-            *[(g.merge(), a), (g.merge().merge(), a), (2 * (g + h).merge("sort"), 2 * (a + b))],
+            *[(g.merge(), a), (g.merge().merge(), a), (2 * (g + h).merge(), 2 * (a + b))],
             *[
                 (updates(g.merge()), a),
                 (updates(2 * (g + h)) / 2, a + b),
@@ -399,7 +400,7 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
 
 
 def _collection(layout):
-    day = EmbedConfig(qrhash.FullTable(3), FEATURES, sharding=layout)
+    day = EmbedConfig(qrhash.FullTable(3), FEATURES, layout=layout)
     page = _config(layout, 3, "add", large_table_rows=6)
     return CollectionConfig({"item": _config(layout), "last": "item", "page": page, "day": day})
 
@@ -437,7 +438,7 @@ def test_a_collection_is_made_and_trained_as_on_one_device(name, rng):
 @pytest.mark.parametrize("name", ["reduce", "columns"])
 def test_a_stack_on_a_mesh_comes_apart_and_together(name, rng):
     config = _collection(LAYOUTS[name])
-    tables = {name: parameters(cfg, rng)[0] for name, cfg in config.owned.items()}
+    tables = {name: parameters(cfg, rng)[0] for name, cfg in config.own_configs.items()}
     stacks = collection.stack(tables, config)
     made = jax.eval_shape(functools.partial(collection.init, config=config), jax.random.key(0))
     assert jax.tree.structure(stacks) == jax.tree.structure(made)
@@ -493,7 +494,7 @@ def _train(cfg, k, tx, by_rows, batches):
     """Tables and losses."""
     tables = _on_mesh(_start(k), cfg)
     state = qrhash.touched_rows(tx).init(tables)
-    return _scan(_step(cfg, tx, by_rows), tables, state, batches, cfg.sharding)
+    return _scan(_step(cfg, tx, by_rows), tables, state, batches, cfg.layout)
 
 
 @functools.cache
@@ -536,7 +537,7 @@ def test_an_exchange_overflows_now_and_then():
     def overflows(tables, ids):
         loss = lambda tables: qrhash.lookup(tables, ids, cfg).sum()  # noqa: E731
         grads, _ = qrhash.value_and_grad(loss, cfg.large_tables)(tables)[1]
-        return grads.array.parcels(None).overflows
+        return grads.array.pack().overflows
 
     tables = _on_mesh(_start(2), cfg)
     assert [overflows(tables, ids).item() for ids, _ in _now_and_then()] == [False, True] * 5
@@ -581,10 +582,10 @@ def test_state_is_laid_out_as_the_tables_are(name, tx):
 )
 def test_state_that_does_not_go_by_rows_is_made_and_refused(tx, num_rows, width):
     layout = LAYOUTS["8 model"]
-    cfg = EmbedConfig(qrhash.FullTable(num_rows), width, large_table_rows=5, sharding=layout)
+    cfg = EmbedConfig(qrhash.FullTable(num_rows), width, large_table_rows=5, layout=layout)
     tables, tx = qrhash.init(jax.random.key(0), cfg), qrhash.touched_rows(tx)
     state = tx.init(tables)
-    grads = RowGrads(jnp.arange(8), jnp.ones((8, width)), num_rows, sharding=layout)
+    grads = RowGrads(jnp.arange(8), jnp.ones((8, width)), num_rows, storage=MeshStorage(layout))
     with pytest.raises(ValueError, match=r"one row per row of a table.*densely"):
         tx.update((tables[0].with_array(grads),), state, tables)
 
@@ -649,10 +650,10 @@ def test_updates_of_an_overflow_can_be_transformed_again(rng):
 
 
 def test_an_overflow_that_nobody_notices_would_be_seen(rng, monkeypatch):
-    slots = qrhash.sharding._slots
-    monkeypatch.setattr(
-        qrhash.sharding, "_slots", lambda *args: (slots(*args)[0], jnp.bool_(False))
-    )
+    claim = qrhash.exchange.claim_slots
+    for room in (qrhash.exchange, qrhash.exchange_grads):
+        blind = lambda *args: (claim(*args)[0], jnp.bool_(False))  # noqa: E731
+        monkeypatch.setattr(room, "claim_slots", blind)
     (vectors, tables, _), want = _of_one_shard(rng)
     for got, wanted in [(vectors, want[0]), (tables[0], want[1][0])]:
         lost = ~np.isclose(got, wanted, atol=1e-5).all(-1)
@@ -717,7 +718,7 @@ def _compiled(layout, batch, jit=jax.jit):
 
     The loss is linear: nothing but the library's care orders the reads before the updates.
     """
-    cfg = EmbedConfig(LONG, FEATURES, sharding=layout)
+    cfg = EmbedConfig(LONG, FEATURES, layout=layout)
     tx = optax.adagrad(0.1)
     batch = (jnp.zeros(batch, jnp.int32), jnp.zeros((batch, FEATURES)))
     place = lambda leaf: NamedSharding(layout.mesh, layout.batch_spec(leaf.ndim))  # noqa: E731
@@ -725,7 +726,7 @@ def _compiled(layout, batch, jit=jax.jit):
     args = jax.tree.map(
         lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
         (*shapes, *batch),
-        (*layout.place(shapes), *map(place, batch)),
+        (*layout.shardings(shapes), *map(place, batch)),
     )
     step = _step(cfg, tx, by_rows=True, criterion=jnp.vdot)
     return jit(step, donate_argnums=(0, 1)).lower(*args).compile()
@@ -753,10 +754,10 @@ def test_a_step_moves_and_copies_no_table(exchange):
 
 
 def test_the_check_sees_the_copy_of_reads_in_no_order(monkeypatch):
-    def plain(arrays, index, *, fill_value):
-        return tuple(a.at[index].get(mode="fill", fill_value=fill_value) for a in arrays), index
+    def plain(arrays, index):
+        return tuple(a.at[index].get(mode="fill", fill_value=0) for a in arrays), index
 
-    monkeypatch.setattr(qrhash.sharding, "read_rows", plain)
+    monkeypatch.setattr(qrhash.exchange, "read_rows", plain)
     layout = _2x4(exchange="reduce")
     assert _copies(_compiled(layout, 64).as_text(), layout.rows_per_shard(40_003))
 
@@ -817,7 +818,7 @@ def test_batches_of_one_shape_need_one_compilation(name, large_table_rows):
     step, losses = quick_jit(_step(cfg, tx, by_rows=True), donate_argnums=(0, 1)), []
     COMPILATIONS.clear()
     for batch in batches:
-        batch = layout.put_batch(batch, 16)
+        batch = qrhash.batches.put_batch(batch, 16, layout)
         tables, state, loss = jax.block_until_ready(step(tables, state, *batch))
         losses.append(loss)
     assert len(COMPILATIONS) == 1
@@ -827,7 +828,7 @@ def test_batches_of_one_shape_need_one_compilation(name, large_table_rows):
 def test_place_says_where_a_jitted_init_puts_tables_and_state():
     layout = LAYOUTS["reduce"]
     init = functools.partial(_init, _config(layout), optax.adagrad(0.1))
-    to = layout.place(jax.eval_shape(init))
+    to = layout.shardings(jax.eval_shape(init))
     made = quick_jit(init, out_shardings=to)()
     jax.tree.map(lambda array, where: array.sharding == where or pytest.fail(str(where)), made, to)
     nodes = jax.tree.leaves(made, is_leaf=_is_sharded)
@@ -855,14 +856,11 @@ def _pure_step(cfg, tx):
     """On gathered rows, of tables that are all large."""
 
     def step(tables, state, ids, targets):
-        rows, indices = qrhash.take_rows(tables, qrhash.row_numbers(ids, cfg))
-        loss = lambda rows: _squares(qrhash.vectors(rows, indices, cfg), targets)  # noqa: E731
+        rows, indices = qrhash.take_rows(tables, cfg.indices(ids))
+        loss = lambda rows: _squares(qrhash.combine_rows(rows, indices, cfg), targets)  # noqa: E731
         value, of_rows = jax.value_and_grad(loss)(rows)
-        grads = []
-        for index, grad, table in zip(indices, of_rows, tables, strict=True):
-            grad = RowGrads(index, grad, table.shape[0], sharding=cfg.sharding)
-            grads.append(table.with_array(grad) if _is_sharded(table) else grad)
-        updates, state = qrhash.touched_rows(tx).update(tuple(grads), state, tables)
+        grads = qrhash.row_grads(tables, indices, of_rows)
+        updates, state = qrhash.touched_rows(tx).update(grads, state, tables)
         return qrhash.apply_updates(tables, updates), state, value
 
     return step
@@ -881,7 +879,9 @@ def test_explicit_axes_give_the_same_vectors_and_steps(make, large_table_rows, e
     ends = []
     for where in (layout, None):
         cfg, tx = _config(where, large_table_rows=large_table_rows), optax.adagrad(0.1)
-        batch = (ids, targets) if where is None else where.put_batch((ids, targets), 16)
+        batch = (
+            (ids, targets) if where is None else qrhash.batches.put_batch((ids, targets), 16, where)
+        )
 
         @quick_jit
         def run(tables, state, *batch, cfg=cfg, tx=tx):

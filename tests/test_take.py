@@ -23,7 +23,7 @@ def _gather(table, index):
 @pytest.fixture(params=[0, 8])
 def one_hot_rows(request, monkeypatch):
     """Up to how many rows gradients are one-hot products: none on the CPU, many elsewhere."""
-    monkeypatch.setitem(qrhash.take._ONE_HOT_ROWS, "cpu", request.param)
+    monkeypatch.setattr(qrhash.tuning, "one_hot_rows", lambda _: request.param)
     return request.param
 
 
@@ -218,7 +218,7 @@ def test_narrow_tables_on_a_mesh():
         "add",
         dtype="float32",
         param_dtype="bfloat16",
-        sharding=qrhash.Sharding(mesh=mesh),
+        layout=qrhash.MeshLayout(mesh=mesh),
     )
     ids = jnp.arange(16384)
     tables = qrhash.init(jax.random.key(0), cfg)

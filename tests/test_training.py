@@ -10,7 +10,15 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters, quick_jit
+from cases import (
+    FAMILIES,
+    FEATURES,
+    OPERATIONS,
+    assert_close,
+    merging_by,
+    parameters,
+    quick_jit,
+)
 from flax import linen as nn
 from flax import nnx
 
@@ -31,8 +39,8 @@ def _step(value_and_grad, tx, apply_updates):
     return step
 
 
-def _by_rows(loss, by_rows, tx, **options):
-    tx = qrhash.touched_rows(tx, **options)
+def _by_rows(loss, by_rows, tx):
+    tx = qrhash.touched_rows(tx)
     return _step(qrhash.value_and_grad(loss, by_rows), tx, qrhash.apply_updates)
 
 
@@ -77,11 +85,11 @@ def _batches(cfg, shapes, rng, steps=50):
         yield ids, [jnp.asarray(target, jnp.float32) for target in draw]
 
 
-def _assert_trains_as_dense(cfg, shapes, tx, rng, **options):
+def _assert_trains_as_dense(cfg, shapes, tx, rng):
     params, loss = parameters(cfg, rng), _masked_loss(cfg)
     batches = list(_batches(cfg, shapes, rng))
     want = _train(_densely(loss, tx), params, tx.init(params), batches)
-    step = _by_rows(loss, (cfg.large_tables, False), tx, **options)
+    step = _by_rows(loss, (cfg.large_tables, False), tx)
     got = _train(step, params, tx.init(params), batches)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree.map(assert_close, got, want)
@@ -104,7 +112,8 @@ def test_adagrad_trains_to_the_parameters_of_dense_adagrad(
     """The tables are looked up twice in a pass; small ones are dense in both."""
     cfg = EmbedConfig(FAMILIES[family], FEATURES, operation, id_policy=policy, large_table_rows=3)
     shapes = [(6,), (2, 3)]
-    _assert_trains_as_dense(cfg, shapes, optax.adagrad(0.1), rng, merge_method=merge_method)
+    with merging_by(merge_method):
+        _assert_trains_as_dense(cfg, shapes, optax.adagrad(0.1), rng)
 
 
 @pytest.mark.parametrize("shapes", [[()], [(1,)], [(0,)], [(0,), (1,)]], ids=str)
@@ -213,14 +222,14 @@ def _pooled(vectors, ids):
 @pytest.mark.parametrize("tx", [optax.adagrad(0.1), qrhash.rowwise_adagrad(0.1)])
 def test_a_collection_trains_as_its_features_do_alone(tx, rng):
     """Two features share tables. Alone and densely: tables of their own, nothing stacked."""
-    drawn = {name: parameters(cfg, rng) for name, cfg in CONFIG.owned.items()}
+    drawn = {name: parameters(cfg, rng) for name, cfg in CONFIG.own_configs.items()}
     tables = {name: pair[0] for name, pair in drawn.items()}
     projections = {name: pair[1] for name, pair in drawn.items() if pair[1] is not None}
     batches = list(_column_batches(rng, 50))
 
     def alone(params, ids, target):
         tables, projections = params
-        owners = CONFIG.owners
+        owners = CONFIG.owner_of
         vectors = {
             name: qrhash.lookup(
                 tables[owners[name]], i, CONFIG.configs[name], projections.get(owners[name])
@@ -499,9 +508,10 @@ def test_a_step_with_several_look_ups_copies_no_table(merge_method):
         rows = [qrhash.gather(params[0], i) for i in (indices, others)]
         return sum((a + b).sum() for a, b in rows)
 
-    step = _by_rows(loss, (cfg.large_tables, False), tx, merge_method=merge_method)
+    step = _by_rows(loss, (cfg.large_tables, False), tx)
     state = jax.eval_shape(tx.init, params)
-    _assert_in_place(_compiled(step, params, state, (BATCH, BATCH), (BATCH, BATCH)))
+    with merging_by(merge_method):
+        _assert_in_place(_compiled(step, params, state, (BATCH, BATCH), (BATCH, BATCH)))
 
 
 def _large_collection():
@@ -567,8 +577,8 @@ def _pure_step(cfg, tx, take_rows):
     """A step in the pure form, as the README has it."""
 
     def step(tables, state, ids):
-        rows, indices = take_rows(tables, qrhash.row_numbers(ids, cfg))
-        loss = lambda rows: qrhash.vectors(rows, indices, cfg).sum()  # noqa: E731
+        rows, indices = take_rows(tables, cfg.indices(ids))
+        loss = lambda rows: qrhash.combine_rows(rows, indices, cfg).sum()  # noqa: E731
         value, grads = jax.value_and_grad(loss)(rows)
         grads = tuple(
             RowGrads(index, grad, table.shape[0])
@@ -594,12 +604,12 @@ def test_the_pure_form_copies_no_table():
 def test_the_check_sees_the_copy_of_reads_in_no_order(name, monkeypatch):
     """Plain gathers in place of `take_rows`, and of what `touched_rows` reads by."""
 
-    def plain(arrays, index, *, fill_value):
+    def plain(arrays, index):
         index = jnp.where((index >= 0) & (index < len(arrays[0])), index, len(arrays[0]))
-        return tuple(a.at[index].get(mode="fill", fill_value=fill_value) for a in arrays), index
+        return tuple(a.at[index].get(mode="fill", fill_value=0) for a in arrays), index
 
-    monkeypatch.setattr(qrhash.take, "read_rows", plain)
-    monkeypatch.setattr(qrhash.optim, "read_rows", plain)
+    monkeypatch.setattr(qrhash.local, "read_rows", plain)
+    monkeypatch.setattr(qrhash.storage, "read_rows", plain)
     cfg, tx = EmbedConfig(LARGE, FEATURES), TRANSFORMATIONS[name]
     params = tables, _ = _shapes_of(cfg)
     gather = lambda tables, indices: (qrhash.gather(tables, indices), indices)  # noqa: E731

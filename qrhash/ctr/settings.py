@@ -1,37 +1,18 @@
-"""Every option of a run, and the configuration file.
+"""Every option of a run.
 
 `Settings` is the one place where an option has its name, type, default, help and least value:
-the command line and the configuration file are both made from its fields. A file may hold the
-same names at its top level, and a section for each column that differs:
-
-    collisions = 8
-    [columns.C3]
-    partition = "mixed-radix"
-    radices = [100, 120]
+the command line and the configuration file are both made from its fields.
 """
 
-import math
-import tomllib
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal
 
 from qrhash import EmbedConfig
-from qrhash.ctr.block import CATEGORIES
+from qrhash.ctr.data.block import CATEGORIES
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
 
 PartitionName = Literal[
     "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
@@ -43,21 +24,8 @@ _MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 _AMOUNTS = ("compression", "collisions")
 DEFAULT_COLLISIONS = 4
 
-_T = TypeVar("_T")
-
-
-class Option(NamedTuple):
-    """What the command line says of an option, and its least and greatest values."""
-
-    panel: str
-    help: str
-    least: float = -math.inf
-    most: float = math.inf
-
-
-_PANELS = ("Data", "Embeddings", "Model", "Training", "Devices", "Output")
 _data, _embeddings, _model, _training, _devices, _output = (
-    partial(Option, panel) for panel in _PANELS
+    partial(Option, panel) for panel in PANELS
 )
 
 
@@ -125,7 +93,7 @@ class ColumnSettings(_ColumnOptions):
     ] = "float32"
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_values(self)
         for name, family in (("radices", "mixed-radix"), ("moduli", "chinese-remainder")):
             if getattr(self, name) is not None and self.partition != family:
                 raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
@@ -248,7 +216,7 @@ class Settings(_ColumnOptions):
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_values(self)
+        check_values(self)
         if not isinstance(self.columns, Mapping):
             raise UserError(f"columns must be sections, got {self.columns!r}.")
         if not 0 < self.test_fraction < 1:
@@ -280,70 +248,18 @@ class Settings(_ColumnOptions):
         section = self.columns.get(name, {})
         if not section.keys().isdisjoint(_AMOUNTS):
             shared |= dict.fromkeys(_AMOUNTS)
-        return _build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
+        return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the records of a run."""
         return asdict(self)
 
 
-def _options(kind: type) -> Iterator[tuple[str, Any, Option]]:
-    """(name, type, option) of every field that is an option."""
-    for name, annotation in get_type_hints(kind, include_extras=True).items():
-        if get_origin(annotation) is Annotated:
-            yield name, *get_args(annotation)
-
-
-# What a run that is resumed does not take over: it may be on another machine by now.
-_ANEW = {name for name, _, option in _options(Settings) if option.panel == "Devices"}
-_ANEW |= {"output_dir", "resume"}
-
-# What it may be given anew. It keeps its numbers so long as the data are the same, if elsewhere.
-_FREE = _ANEW | {"data", "max_bad_lines", "checkpoint_every", "keep_checkpoints"}
-
-
 def options() -> list[tuple[str, Any, Any, Option]]:
     """(name, type, default, option) of all that the command line offers, panel by panel."""
     defaults = {each.name: each.default for each in fields(Settings)}
-    offered = [(name, kind, defaults[name], option) for name, kind, option in _options(Settings)]
-    return sorted(offered, key=lambda each: _PANELS.index(each[-1].panel))
-
-
-def load(
-    config: Path | None, given: Mapping[str, Any], begun: Mapping[str, Any] | None = None
-) -> Settings:
-    """The settings of a run: defaults, under the file's, under the ones given.
-
-    Args:
-      config: a TOML file, or None.
-      given: option name -> value, from the command line.
-      begun: `Settings.as_dict` of the run to be resumed: stands in place of the defaults.
-
-    Raises:
-      UserError: the file cannot be read; an option is unknown or has a value it cannot have; a
-        run that is resumed is asked for other numbers than it began with.
-    """
-    contents: dict[str, Any] = {}
-    if config is not None:
-        try:
-            contents = tomllib.loads(config.read_text())
-        except OSError as error:
-            raise UserError(f"{config} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
-            raise UserError(f"{config} is not TOML: {error}.") from error
-    wanted = contents | dict(given)
-    if begun is None:
-        return _build(Settings, wanted, str(config))
-    before = _build(Settings, begun, "the run to be resumed")
-    kept = {name: getattr(before, name) for name in begun if name not in _ANEW}
-    settings = _build(Settings, kept | wanted, str(config))
-    for name in wanted:
-        if name not in _FREE and getattr(settings, name) != getattr(before, name):
-            raise UserError(
-                f"A run is resumed with the options that it began with: {name} was "
-                f"{getattr(before, name)!r}, got {getattr(settings, name)!r}."
-            )
-    return settings
+    offered = [(name, kind, defaults[name], option) for name, kind, option in options_of(Settings)]
+    return sorted(offered, key=lambda each: PANELS.index(each[-1].panel))
 
 
 def widths(name: str, text: str) -> tuple[int, ...]:
@@ -354,52 +270,9 @@ def widths(name: str, text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
-    known = get_type_hints(kind)
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
-    as_tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return kind(**as_tuples)
-
-
-def _check_values(settings: Any) -> None:
-    """Holds every option against its type and its least value."""
-    for name, kind, option in _options(type(settings)):
-        value = getattr(settings, name)
-        if not _fits(value, kind):
-            raise UserError(f"{name} must be {_describe(kind)}, got {value!r}.")
-        if isinstance(value, (int, float)) and not option.least <= value <= option.most:
-            bound = f"least {option.least}" if value < option.least else f"most {option.most}"
-            raise UserError(f"{name} must be at {bound}, got {value}.")
-
-
 def _check_amount(settings: _ColumnOptions) -> None:
     if settings.compression is not None and settings.collisions is not None:
         raise UserError(
             "compression (in bytes) and collisions (in rows) say the same thing in two ways: give "
             f"one of them, got {settings.compression} and {settings.collisions}."
         )
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin = get_origin(kind)
-    if origin is Literal:
-        return value in get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in get_args(kind))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(type(item) is int for item in value)
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind
-
-
-def _describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return _describe(get_args(kind)[0])
-    if get_origin(kind) is tuple:
-        return "a list of integers"
-    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[kind]

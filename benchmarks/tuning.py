@@ -1,0 +1,179 @@
+"""The choices of `qrhash.tuning`, each against its alternative, on this machine.
+
+    python benchmarks/tuning.py
+    python benchmarks/tuning.py --only merge slots
+
+Every line is a ratio: how many times as long the alternative takes as what `qrhash.tuning` chooses
+for the platform, the median of rounds that take turns. Above 1 the choice is right.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import qrhash
+from qrhash import tuning
+from qrhash.merge import merge_rows
+
+LOOKUPS = 16_384
+FEATURES = 16
+
+
+def _ids(vocabulary: int, count: int, seed: int = 0) -> jax.Array:
+    """Log-uniform ids, as frequent things come."""
+    drawn = np.exp(np.random.default_rng(seed).uniform(0, np.log(vocabulary), count))
+    return jnp.asarray(np.minimum(drawn.astype(np.int64), vocabulary) - 1, jnp.int32)
+
+
+def _ratio(chosen: Callable[[], Any], other: Callable[[], Any], rounds: int) -> float:
+    """How many times as long the other takes."""
+    ratios = []
+    for fun in (chosen, other):
+        jax.block_until_ready(fun())
+    for _ in range(rounds):
+        times = []
+        for fun in (chosen, other):
+            start = time.perf_counter()
+            for _ in range(5):
+                jax.block_until_ready(fun())
+            times.append(time.perf_counter() - start)
+        ratios.append(times[1] / times[0])
+    return statistics.median(ratios)
+
+
+def _compiled(choices: dict[str, Any], fun: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """A function compiled under these choices."""
+    patches = [mock.patch.object(tuning, name, value) for name, value in choices.items()]
+    for patch in patches:
+        patch.start()
+    try:
+        compiled = jax.jit(lambda *args: fun(*args)).lower(*args).compile()
+    finally:
+        for patch in patches:
+            patch.stop()
+    return lambda: compiled(*args)
+
+
+def _against(
+    name: str, other: Any, fun: Callable[..., Any], *args: Any
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A function compiled under the choices as they are, and with another one."""
+    return _compiled({}, fun, *args), _compiled({name: other}, fun, *args)
+
+
+def one_hot_rows(rounds: int) -> Iterator[tuple[str, float]]:
+    """The gradient of a small table: a product with one-hot rows, or a scatter-add."""
+    platform = tuning.traced_for()
+    for rows in (4, 64, 512, 2048):
+        chosen = tuning.one_hot_rows(platform)
+        other = 0 if rows <= chosen else rows
+        config = qrhash.EmbedConfig(qrhash.FullTable(rows), FEATURES)
+        (table,) = qrhash.init(jax.random.key(0), config)
+        gradient = jax.grad(lambda table, ids: qrhash.gather((table,), (ids,))[0].sum())
+        pair = _against(
+            "one_hot_rows", lambda _, other=other: other, gradient, table, _ids(rows, LOOKUPS)
+        )
+        yield f"{rows} rows, {LOOKUPS} look-ups", _ratio(*pair, rounds)
+
+
+def merge_method(rounds: int) -> Iterator[tuple[str, float]]:
+    """Duplicates: found by hashing, or by sorting."""
+    other = {"hash": "sort", "sort": "hash"}[tuning.merge_method(tuning.traced_for())]
+    for lookups in (2048, LOOKUPS, 131_072):
+        values = jnp.ones((lookups, FEATURES))
+        merge = lambda ids, values: merge_rows(ids, values, 10**6)  # noqa: E731
+        pair = _against("merge_method", lambda _: other, merge, _ids(10**6, lookups), values)
+        yield f"{lookups} look-ups, {other} instead", _ratio(*pair, rounds)
+
+
+def slots_per_lookup(rounds: int) -> Iterator[tuple[str, float]]:
+    """The scratch for hashing: slots for each look-up."""
+    for slots in (1, 2, 8, 16):
+        values = jnp.ones((LOOKUPS, FEATURES))
+        with mock.patch.object(tuning, "merge_method", return_value="hash"):
+            merge = lambda ids, values: merge_rows(ids, values, 10**6)  # noqa: E731
+            pair = _against("SLOTS_PER_LOOKUP", slots, merge, _ids(10**6, LOOKUPS), values)
+            yield f"{slots} in place of {tuning.SLOTS_PER_LOOKUP}", _ratio(*pair, rounds)
+
+
+def gathers_again(rounds: int) -> Iterator[tuple[str, float]]:
+    """Value and gradient of a look-up in small tables: rows gathered again, or kept."""
+    chosen = tuning.gathers_again(tuning.traced_for())
+    for rows in (1_000, 10_000):
+        partition = qrhash.QuotientRemainder(rows * rows, rows)
+        config = qrhash.EmbedConfig(partition, 64)
+        tables, ids = qrhash.init(jax.random.key(0), config), _ids(rows * rows, LOOKUPS)
+
+        def loss(tables: Any, ids: jax.Array, config: Any = config) -> jax.Array:
+            return (qrhash.lookup(tables, ids, config) ** 2).sum()
+
+        step = jax.value_and_grad(loss)
+        pair = _against("gathers_again", lambda _: not chosen, step, tables, ids)
+        yield f"two tables of {rows} rows, features 64", _ratio(*pair, rounds)
+
+
+def large_table_rows(rounds: int) -> Iterator[tuple[str, float]]:
+    """A step of Adagrad on one table: the whole of it, or the rows touched."""
+    for rows in (2_048, 8_192, 16_384, 65_536, 262_144):
+        steps = {}
+        for is_large in (True, False):
+            config = qrhash.EmbedConfig(qrhash.FullTable(rows), FEATURES)
+            tables, tx = qrhash.init(jax.random.key(0), config), optax.adagrad(0.05)
+            steps[is_large] = _step(tables, qrhash.touched_rows(tx), config, large=is_large)
+        is_large = rows >= tuning.LARGE_TABLE_ROWS
+        ratio = _ratio(steps[is_large], steps[not is_large], rounds)
+        what = "rows touched" if is_large else "whole table"
+        yield f"{rows} rows, {LOOKUPS} look-ups, {what}", ratio
+
+
+def _step(tables: Any, tx: Any, config: Any, *, large: bool) -> Callable[[], Any]:
+    """A donated step that goes on from where it is."""
+
+    def update(tables: Any, state: Any, ids: jax.Array) -> tuple[Any, Any]:
+        loss = lambda tables: (qrhash.lookup(tables, ids, config) ** 2).mean()  # noqa: E731
+        _, grads = qrhash.value_and_grad(loss, large=large)(tables)
+        updates, state = tx.update(grads, state, tables)
+        return qrhash.apply_updates(tables, updates), state
+
+    compiled = jax.jit(update, donate_argnums=(0, 1))
+    ids = _ids(config.num_embeddings, LOOKUPS)
+    now = [tables, tx.init(tables)]
+
+    def step() -> Any:
+        now[:] = compiled(*now, ids)
+        return now[0]
+
+    return step
+
+
+CHOICES = {
+    "one-hot": one_hot_rows,
+    "merge": merge_method,
+    "slots": slots_per_lookup,
+    "again": gathers_again,
+    "large": large_table_rows,
+}
+
+
+def main() -> None:
+    """Measures, and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=CHOICES, default=list(CHOICES))
+    parser.add_argument("--rounds", type=int, default=9)
+    given = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
+    for name in given.only:
+        for what, ratio in CHOICES[name](given.rounds):
+            print(f"{name:8} {what:48} {ratio:6.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

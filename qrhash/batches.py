@@ -1,0 +1,98 @@
+"""Feeding batches to a mesh, from one process or from several."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qrhash.layout import MeshLayout
+from qrhash.types import PyTree
+
+
+def put_batch(batch: PyTree, size: int, layout: MeshLayout) -> PyTree:
+    """A batch on the devices, of which this process gives the rows `process_rows`.
+
+    Args:
+      batch: a tree of NumPy arrays [rows of this process, ...]. JAX's types have 32 bits unless
+        jax_enable_x64 is set: 64-bit integers that fit go on, those that do not are refused, as
+        the `id_policy` that would have its say is not known here; floats are rounded.
+      size: rows of the whole batch.
+      layout: how it is split.
+
+    Returns:
+      The tree of global arrays [size, ...].
+
+    Raises:
+      ValueError: the size does not divide by the devices; an array of another number of rows;
+        integers that JAX would cut to 32 bits; what is no array of numbers.
+    """
+    mine = process_rows(size, layout)
+
+    def put(path: Any, part: np.ndarray) -> jax.Array:
+        if np.shape(part)[:1] != (mine.stop - mine.start,):
+            raise ValueError(
+                f"batch must be a tree of arrays of {mine.stop - mine.start} rows, those from "
+                f"{mine.start} to {mine.stop} of {size} that this process gives, got shape "
+                f"{np.shape(part)}."
+            )
+        part = as_device_has_it(path, part)
+        to = NamedSharding(layout.mesh, layout.batch_spec(part.ndim))
+        return jax.make_array_from_process_local_data(to, part, (size, *part.shape[1:]))
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def process_rows(size: int, layout: MeshLayout) -> slice:
+    """The rows of a batch of that size that this process is to give."""
+    check_batch(size, layout)
+    to = NamedSharding(layout.mesh, layout.batch_spec(1))
+    parts = to.addressable_devices_indices_map((size,)).values()
+    ends = [part.indices(size) for each in parts for part in each or ()]
+    return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
+
+
+def check_batch(size: int, layout: MeshLayout) -> None:
+    """Raises a ValueError unless a batch of that size can be split evenly."""
+    if size % layout.size(layout.batch_axes):
+        raise ValueError(
+            f"the batch size must divide by the {layout.size(layout.batch_axes)} devices of mesh "
+            f"axes {', '.join(layout.batch_axes)}, got {size}."
+        )
+
+
+def replicate(tree: PyTree, layout: MeshLayout) -> PyTree:
+    """Arrays on every device of the mesh.
+
+    Raises:
+      ValueError: integers that JAX would cut to 32 bits.
+    """
+    exact = jax.tree_util.tree_map_with_path(as_device_has_it, tree)
+    return jax.device_put(exact, NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def as_device_has_it(path: Any, leaf: Any) -> Any:
+    """A leaf of a tree in the type that it has on a device; integers change no value.
+
+    Raises:
+      ValueError: an integer does not fit, or the leaf is no array of numbers.
+    """
+    if isinstance(leaf, jax.Array):
+        return leaf
+    array, name = np.asarray(leaf), jax.tree_util.keystr(path)
+    where = f"batch{name}" if name else "batch"
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise ValueError(f"{where} must hold numbers, got an array of {array.dtype}.")
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and dtype != array.dtype:
+        limits = np.iinfo(dtype)
+        misfits = array[(array < limits.min) | (array > limits.max)]
+        if misfits.size:
+            raise ValueError(
+                f"{where} must hold integers that fit {dtype}, JAX's type for {array.dtype}, got "
+                f"{misfits[0]}, which would turn into {misfits[:1].astype(dtype)[0]}: compute row "
+                "numbers on the host, with partition.indices(ids), and give these; or set "
+                "jax_enable_x64."
+            )
+    return array.astype(dtype, copy=False)

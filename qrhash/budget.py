@@ -1,0 +1,130 @@
+"""Budgets: the partition and the widths that so many bytes allow, for any operation.
+
+What `EmbedConfig.fit` does, and says.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import jax.numpy as jnp
+
+from qrhash.arithmetic import as_size, ceil_div
+from qrhash.families import FullTable
+from qrhash.fields import as_float_dtype, default_widths, require_choice
+from qrhash.operations import OPERATIONS
+from qrhash.partitions import Partition
+
+# Of a budget: what a full table of narrow rows must use to be taken in place of shared rows.
+_WORTH_ITS_BYTES = 0.98
+
+
+def fit(
+    make: Callable[..., Any],
+    num_embeddings: int,
+    features: int,
+    operation: str,
+    *,
+    compression: float | None,
+    num_bytes: int | None,
+    num_params: int | None,
+    family: Callable[[int, int], Partition],
+    **options: Any,
+) -> Any:
+    """The config that a budget allows: see `EmbedConfig.fit`, whose arguments these are.
+
+    But for the first: (partition, features, operation, **options) -> config, an `EmbedConfig`.
+    """
+    num_embeddings = as_size("num_embeddings", num_embeddings)
+    features = as_size("features", features)
+    require_choice("operation", operation, OPERATIONS)
+    budget = _budget(
+        num_embeddings * features,
+        options.get("param_dtype", jnp.float32),
+        compression=compression,
+        num_bytes=num_bytes,
+        num_params=num_params,
+    )
+    if budget >= num_embeddings * features:
+        operation = "mult" if operation == "project" else operation
+        alone = {name: value for name, value in options.items() if name != "widths"}
+        return make(FullTable(num_embeddings), features, operation, **alone)
+
+    def of_rows(rows: int) -> Any:
+        partition = family(num_embeddings, rows)
+        widths = default_widths(operation, features, partition, ceil_div(budget, num_embeddings))
+        return make(partition, features, operation, **{"widths": widths, **options})
+
+    if operation == "project" and "widths" not in options:
+        narrow = _narrow(of_rows(1), budget)
+        if narrow is not None:
+            return narrow
+    return _largest(of_rows, min(num_embeddings, budget), budget)
+
+
+def _budget(
+    full: int,
+    param_dtype: Any,
+    *,
+    compression: float | None,
+    num_bytes: int | None,
+    num_params: int | None,
+) -> int:
+    """The parameters of a budget, of which exactly one form is given."""
+    given = {"compression": compression, "num_bytes": num_bytes, "num_params": num_params}
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(
+            "Exactly one budget must be given, compression, num_bytes or num_params, got "
+            + (", ".join(f"{n}={v!r}" for n, v in given.items() if v is not None) or "none")
+            + "."
+        )
+    if num_params is not None:
+        return as_size("num_params", num_params)
+    if num_bytes is not None:
+        dtype = as_float_dtype("param_dtype", param_dtype)
+        return as_size("num_bytes", num_bytes) // dtype.itemsize
+    is_number = isinstance(compression, (int, float)) and not isinstance(compression, bool)
+    if not is_number or not 1 <= (compression or 0) < math.inf:
+        raise ValueError(f"compression must be a number of at least 1, got {compression!r}.")
+    return int(full / Fraction(compression or 1))
+
+
+def _narrow(config: Any, budget: int) -> Any | None:
+    """A full table of narrow rows under the projection of a config, if it is worth its bytes."""
+    num_embeddings, features = config.num_embeddings, config.features
+    width = (budget - features * config.use_bias) // (num_embeddings + features)
+    if width < 1:
+        return None
+    partition = FullTable(num_embeddings)
+    narrow = dataclasses.replace(config, partition=partition, widths=(width,))
+    return narrow if narrow.num_params >= _WORTH_ITS_BYTES * budget else None
+
+
+def _largest(of_rows: Callable[[int], Any], most: int, budget: int) -> Any:
+    """The config with the most rows in its large table, at most so many, that keeps the budget."""
+    rows, too_many, config = max(1, most), most + 1, None
+    least = math.inf
+    while rows > 0 and config is None:
+        tried = of_rows(rows)
+        least = min(least, tried.num_params)
+        if tried.num_params <= budget:
+            config = tried
+        else:
+            rows, too_many = rows - ceil_div(rows, 16), rows
+    if config is None:
+        raise ValueError(
+            f"A budget of {budget:,} parameters is too small for {tried.num_embeddings:,} ids as "
+            f"{tried.operation!r} vectors of {tried.features} features: the smallest tables of "
+            f"{type(tried.partition).__name__} take {least:,}. Choose less compression, fewer "
+            "features, or another operation or family."
+        )
+    while too_many - rows > 1:
+        middle = (rows + too_many) // 2
+        tried = of_rows(middle)
+        if tried.num_params <= budget:
+            rows, config = middle, tried
+        else:
+            too_many = middle
+    return config

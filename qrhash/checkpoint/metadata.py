@@ -1,0 +1,88 @@
+"""What is saved beside the arrays: the configs that give the numbers their meaning, as JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qrhash.config import EmbedConfig
+from qrhash.stacks import CollectionConfig
+
+# What an id's numbers depend on. The names of logical axes, the mesh and the like do not matter.
+_FIELDS = ("partition", "operation", "features", "widths", "use_bias", "param_dtype")
+
+
+class MismatchError(ValueError):
+    """A checkpoint of another model, or none where one is wanted."""
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """The configs of features as JSON."""
+    if isinstance(config, Mapping):
+        config = CollectionConfig(config)
+    if isinstance(config, EmbedConfig):
+        return {"": _describe_one(config)}
+    if not isinstance(config, CollectionConfig):
+        raise ValueError(
+            "config must be an EmbedConfig, a CollectionConfig or a mapping of names to configs, "
+            f"got {config!r}."
+        )
+    return {
+        name: value if isinstance(value, str) else _describe_one(value)
+        for name, value in config.embeddings
+    }
+
+
+def _describe_one(config: EmbedConfig) -> dict[str, Any]:
+    return {field: _plain(getattr(config, field)) for field in _FIELDS}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bool, int, str)):
+        return value
+    return list(value) if isinstance(value, tuple) else str(value)
+
+
+def check_extra(extra: Any) -> None:
+    """Raises a ValueError unless JSON can hold it."""
+    try:
+        back = json.loads(json.dumps(extra))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"extra must be what JSON can hold: {error}.") from error
+    if not _same_keys(extra, back):
+        raise ValueError(
+            f"extra must be what JSON can hold, dictionaries whose keys are text, got {extra!r}."
+        )
+
+
+def _same_keys(value: Any, back: Any) -> bool:
+    """Whether dictionaries still have their keys: JSON makes text of numbers."""
+    if isinstance(value, dict):
+        return value.keys() == back.keys() and all(_same_keys(value[k], back[k]) for k in value)
+    if isinstance(value, (list, tuple)):
+        return all(map(_same_keys, value, back))
+    return True
+
+
+def compare(where: Path, what: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises a MismatchError unless both are the same."""
+    for name in {**saved, **wanted}:
+        if name not in saved or name not in wanted:
+            side, other = ("model", "checkpoint") if name in wanted else ("checkpoint", "model")
+            raise MismatchError(
+                f"{where} is of another model: {what} {name!r} is in the {side} alone, not in the "
+                f"{other}."
+            )
+        ours, theirs = wanted[name], saved[name]
+        if ours == theirs:
+            continue
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            pairs = {of: (ours.get(of), theirs.get(of)) for of in {**theirs, **ours}}
+            field = next(of for of, (our, their) in pairs.items() if our != their)
+            ours, theirs, named = *pairs[field], f"{field} of {what} {name!r}"
+        else:
+            named = f"{what} {name!r}"
+        raise MismatchError(
+            f"{where} is of another model: {named} is {theirs} in the checkpoint, {ours} in the "
+            "model."
+        )

@@ -1,0 +1,63 @@
+"""The settings of a run: defaults, under those of a file, under those of the command line.
+
+A file may hold the names of `Settings` at its top level, and a section for each column that
+differs:
+
+    collisions = 8
+    [columns.C3]
+    partition = "mixed-radix"
+    radices = [100, 120]
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.options import build, options_of
+from qrhash.ctr.settings import Settings
+
+# What a run that is resumed does not take over: it may be on another machine by now.
+_ANEW = {name for name, _, option in options_of(Settings) if option.panel == "Devices"}
+_ANEW |= {"output_dir", "resume"}
+
+# What it may be given anew. It keeps its numbers so long as the data are the same, if elsewhere.
+_FREE = _ANEW | {"data", "max_bad_lines", "checkpoint_every", "keep_checkpoints"}
+
+
+def load(
+    config: Path | None, given: Mapping[str, Any], begun: Mapping[str, Any] | None = None
+) -> Settings:
+    """The settings of a run: defaults, under the file's, under the ones given.
+
+    Args:
+      config: a TOML file, or None.
+      given: option name -> value, from the command line.
+      begun: `Settings.as_dict` of the run to be resumed: stands in place of the defaults.
+
+    Raises:
+      UserError: the file cannot be read; an option is unknown or has a value it cannot have; a
+        run that is resumed is asked for other numbers than it began with.
+    """
+    contents: dict[str, Any] = {}
+    if config is not None:
+        try:
+            contents = tomllib.loads(config.read_text())
+        except OSError as error:
+            raise UserError(f"{config} cannot be read: {error.strerror}.") from error
+        except ValueError as error:
+            raise UserError(f"{config} is not TOML: {error}.") from error
+    wanted = contents | dict(given)
+    if begun is None:
+        return build(Settings, wanted, str(config))
+    before = build(Settings, begun, "the run to be resumed")
+    kept = {name: getattr(before, name) for name in begun if name not in _ANEW}
+    settings = build(Settings, kept | wanted, str(config))
+    for name in wanted:
+        if name not in _FREE and getattr(settings, name) != getattr(before, name):
+            raise UserError(
+                f"A run is resumed with the options that it began with: {name} was "
+                f"{getattr(before, name)!r}, got {getattr(settings, name)!r}."
+            )
+    return settings

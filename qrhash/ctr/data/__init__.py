@@ -1,0 +1,1 @@
+"""Rows of click data: read, decoded, numbered, batched."""

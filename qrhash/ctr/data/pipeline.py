@@ -1,0 +1,105 @@
+"""Blocks -> batches of a fixed shape, prefetched in the background by grain.
+
+The last batch is padded with rows of weight 0: no row is lost, and the compiled step sees one
+shape only.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from grain import experimental as grain_experimental
+
+from qrhash.ctr.data.block import CATEGORIES, Block, Source
+from qrhash.ctr.data.vocabulary import Ids
+
+_PREFETCHED = 4  # batches made ahead of the step
+
+
+class Batch(NamedTuple):
+    """What a step takes.
+
+    Attributes:
+      labels: [batch] float32, 0 or 1.
+      weights: [batch] float32, 1 for a row, 0 for padding.
+      numbers: [batch, 13] float32, log(1 + max(x, 0)), 0 for a missing integer.
+      ids: [batch, columns] int32.
+    """
+
+    labels: np.ndarray
+    weights: np.ndarray
+    numbers: np.ndarray
+    ids: np.ndarray
+
+
+def encode(block: Block, ids: Mapping[str, Ids]) -> Batch:
+    """Rows as a model takes them; `ids` names the columns of the model, in order."""
+    numbers = np.log1p(np.maximum(np.nan_to_num(block.numbers), 0))
+    places = {name: CATEGORIES.index(name) for name in ids}
+    columns = [
+        of_keys(block.keys[:, places[name]], block.missing[:, places[name]])
+        for name, of_keys in ids.items()
+    ]
+    rows = len(block.labels)
+    return Batch(
+        labels=block.labels,
+        weights=np.ones(rows, np.float32),
+        numbers=numbers,
+        ids=np.stack(columns, axis=1) if columns else np.zeros((rows, 0), np.int32),
+    )
+
+
+@contextlib.contextmanager
+def batches(
+    source: Source, start: int, stop: int, ids: Mapping[str, Ids], batch_size: int
+) -> Iterator[grain.DatasetIterator[Batch]]:
+    """The rows of lines [start, stop) as batches of `batch_size`; on exit prefetching ends."""
+
+    def pad(batch: Batch) -> Batch:
+        missing = batch_size - len(batch.labels)
+        return Batch(*(np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in batch))
+
+    blocks: grain.IterDataset[Any] = _Blocks(source, start, stop)
+    encoded = blocks.map(lambda block: encode(block, ids))
+    batched = grain_experimental.RebatchIterDataset(encoded, batch_size).map(pad)
+    prefetched = grain_experimental.ThreadPrefetchIterDataset(
+        batched, prefetch_buffer_size=_PREFETCHED
+    )
+    with contextlib.closing(iter(prefetched)) as iterator:
+        yield iterator
+
+
+class _Blocks(grain.IterDataset[Block]):
+    """The blocks of a source that hold any rows, as a grain dataset."""
+
+    def __init__(self, source: Source, start: int, stop: int) -> None:
+        super().__init__()
+        self._range = (source, start, stop)
+
+    def __iter__(self) -> grain.DatasetIterator[Block]:
+        return _BlockIterator(*self._range)
+
+
+class _BlockIterator(grain.DatasetIterator[Block]):
+    def __init__(self, source: Source, start: int, stop: int) -> None:
+        super().__init__()
+        self._range = (source, start, stop)
+        self._state: dict[str, Any] = {}
+        self.set_state({"blocks": 0})
+
+    def __next__(self) -> Block:
+        block = next(self._blocks)
+        self._state = {"blocks": self._state["blocks"] + 1}
+        return block
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        source, start, stop = self._range
+        self._blocks = (block for block in source.blocks(start, stop) if len(block.labels))
+        self._state = state
+        for _ in range(state["blocks"]):
+            next(self._blocks)

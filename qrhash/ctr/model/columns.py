@@ -1,0 +1,261 @@
+"""Settings and vocabulary sizes -> one EmbedConfig for each categorical column.
+
+A column is compressed by rows or by bytes. `collisions` = c means the same for every family: of
+the n ids of a column, c share each row of the largest table, which has ceil(n / c) rows, and the
+other tables, if the family has any, tell them apart. So the tables have about n / c rows together,
+but never fewer than the family's balanced ones, the fewest there can be. What that is in bytes
+goes by the operation: "concat" has rows of half the width, "project" of a quarter.
+
+`compression` = x means that all embeddings together have x times fewer bytes than full tables,
+whatever the operation. Columns that are not compressed are paid first, and so are the projections;
+the others share the rest in proportion to their full tables.
+
+Ids are numbered by falling frequency, and the largest table is indexed by id mod ceil(n / c):
+the ids that share a row are far apart, a frequent one with rare ones. Measured on Criteo, that
+is better than id // c, by which neighbours share it (the paper's layout, in which the quotients
+are the large table).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qrhash import (
+    ChineseRemainder,
+    EmbedConfig,
+    FullTable,
+    HashTrick,
+    MeshLayout,
+    MixedRadix,
+    Partition,
+    QuotientRemainder,
+)
+from qrhash.arithmetic import ceil_div, ceil_root
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import DEFAULT_COLLISIONS, ColumnSettings, Settings
+
+# Options of a column's section that leave its embedding to the run's own options.
+_SHARED = frozenset({"min_count", "hash_size", "init_stddev"})
+
+FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
+
+
+def embed_configs(
+    settings: Settings, sizes: Mapping[str, int], layout: MeshLayout | None = None
+) -> dict[str, EmbedConfig]:
+    """The embeddings of a model.
+
+    Args:
+      settings: the options of the run.
+      sizes: column name -> number of ids.
+      layout: how large tables are split over devices.
+
+    Returns:
+      {column name: config}, without the columns that are dropped.
+
+    Raises:
+      UserError: a column cannot have the embedding that its options ask for; or all together
+        cannot be compressed as far as asked for.
+    """
+    columns, configs = {}, {}
+    for name, size in sizes.items():
+        section, options = settings.columns.get(name, {}), settings.column(name)
+        is_named = not _SHARED.issuperset(section)
+        if not is_named and size <= settings.threshold:
+            options = replace(options, partition="full")
+        if options.partition == "drop":
+            continue
+        columns[name] = column = _Column(name, size, settings.features, options)
+        if not options.is_sized_by_bytes:
+            configs[name] = column.by_rows(may_be_full=not is_named)
+        elif "compression" in section:
+            assert options.compression is not None  # What sized by bytes means.
+            configs[name] = column.of_bytes(column.full_bytes / options.compression)
+    # A run of partition full or drop is a baseline: nothing in it need be compressed.
+    is_baseline = settings.partition in ("full", "drop")
+    if len(configs) < len(columns) or (settings.compression is not None and not is_baseline):
+        configs |= _of_bytes_in_all(settings, columns, configs)
+    return {
+        name: replace(configs[name], large_table_rows=settings.large_table_rows, layout=layout)
+        for name in columns
+    }
+
+
+def num_bytes(config: EmbedConfig) -> int:
+    """The memory of an embedding's tables and projection."""
+    return config.num_params * config.param_dtype.itemsize
+
+
+class _Column(NamedTuple):
+    """A categorical column of the model.
+
+    Attributes:
+      name: its name.
+      size: number of ids.
+      features: width of the vectors.
+      options: what the settings say of it.
+    """
+
+    name: str
+    size: int
+    features: int
+    options: ColumnSettings
+
+    @property
+    def full_bytes(self) -> int:
+        """The bytes of a full table."""
+        return self.size * self.features * FULL_DTYPE.itemsize
+
+    @property
+    def projection_bytes(self) -> int:
+        """The bytes of the parameters besides the tables, if it is compressed."""
+        with self._named():
+            config = self._config(self._of_rows(self._fewest_rows))
+        in_tables = sum(rows * width for rows, width in config.table_shapes)
+        return num_bytes(config) - in_tables * config.param_dtype.itemsize
+
+    def by_rows(self, *, may_be_full: bool) -> EmbedConfig:
+        """With as many ids to a row as the options say.
+
+        Args:
+          may_be_full: whether to take a full table if it has no more rows.
+        """
+        with self._named():
+            partition = self._partition()
+            if may_be_full and sum(partition.num_rows) >= self.size:
+                partition = FullTable(self.size)
+            return self._config(partition)
+
+    def of_bytes(self, budget: float) -> EmbedConfig:
+        """With the tables that so many bytes allow."""
+        with self._named():
+            single = self.options.partition == "hash-trick"
+            options = self._unsized()
+            if self.options.widths is not None:
+                options["widths"] = self.options.widths
+            return EmbedConfig.fit(
+                self.size,
+                self.features,
+                "mult" if single else self.options.operation,
+                num_bytes=max(1, math.floor(budget)),
+                family=lambda _, rows: self._of_rows(rows),
+                **options,
+            )
+
+    def smallest(self) -> EmbedConfig:
+        """With the fewest rows that the family can have; a full table, if that takes no more."""
+        with self._named():
+            fewest = self._config(self._of_rows(self._fewest_rows))
+            full = self._config(FullTable(self.size))
+        return min(full, fewest, key=num_bytes)
+
+    def _config(self, partition: Partition) -> EmbedConfig:
+        # A single table is its own vector: nothing to combine or to project.
+        combined = partition.num_tables > 1
+        return EmbedConfig(
+            partition,
+            self.features,
+            self.options.operation if combined else "mult",
+            widths=self.options.widths if combined else None,
+            **self._unsized(),
+        )
+
+    def _unsized(self) -> dict[str, Any]:
+        return {
+            "dtype": "float32",
+            "param_dtype": self.options.param_dtype,
+            "use_bias": self.options.use_bias,
+            "init_stddev": self.options.init_stddev,
+        }
+
+    def _partition(self) -> Partition:
+        options = self.options
+        if options.partition == "full":
+            return FullTable(self.size)
+        if options.radices is not None:
+            return MixedRadix(self.size, options.radices)
+        if options.moduli is not None:
+            return ChineseRemainder(self.size, options.moduli)
+        collisions = DEFAULT_COLLISIONS if options.collisions is None else options.collisions
+        if collisions == 0 and options.partition == "hash-trick":
+            raise ValueError("the hash trick needs collisions of at least 1, got 0.")
+        rows = ceil_div(self.size, max(1, collisions))
+        # More ids to a row than this, and the other tables would be the longer ones.
+        return self._of_rows(self._fewest_rows if collisions == 0 else rows)
+
+    @property
+    def _fewest_rows(self) -> int:
+        """Rows of the largest table, when there are fewest in all."""
+        if self.options.partition == "hash-trick":
+            return 1
+        return ceil_root(self.size, self._num_tables)
+
+    @property
+    def _num_tables(self) -> int:
+        return 2 if self.options.partition == "quotient-remainder" else self.options.num_tables
+
+    def _of_rows(self, rows: int) -> Partition:
+        """The family's partition with so many rows in the largest table."""
+        size, k, c = self.size, self._num_tables, ceil_div(self.size, rows)
+        # Fewer rows than this, and the other tables would be the longer ones.
+        balanced = rows <= ceil_root(size, k)
+        match self.options.partition:
+            case "hash-trick":
+                return HashTrick(size, rows)
+            case "quotient-remainder":
+                return QuotientRemainder(size) if balanced else QuotientRemainder(size, rows)
+            case "mixed-radix":
+                if balanced:
+                    return MixedRadix.balanced(size, k)
+                small = (c,) if k == 2 else MixedRadix.balanced(c, k - 1).radices
+                return MixedRadix(size, (rows, *small))
+        if balanced:
+            return ChineseRemainder.balanced(size, k)
+        small = (c,) if k == 2 else ChineseRemainder.balanced(c, k - 1).moduli
+        while any(math.gcd(rows, modulus) > 1 for modulus in small):
+            rows += 1
+        return ChineseRemainder(size, (rows, *small))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the core, with the column they are about."""
+        try:
+            yield
+        except ValueError as error:
+            raise UserError(f"Column {self.name}, {self.size} ids: {error}") from error
+
+
+def _of_bytes_in_all(
+    settings: Settings, columns: Mapping[str, _Column], configs: Mapping[str, EmbedConfig]
+) -> dict[str, EmbedConfig]:
+    """The columns without configs: with what the others leave of the bytes of all columns."""
+    assert settings.compression is not None
+    budget = sum(column.full_bytes for column in columns.values()) / settings.compression
+    left = budget - sum(map(num_bytes, configs.values()))
+    others = {name: column for name, column in columns.items() if name not in configs}
+    smallest = {name: column.smallest() for name, column in others.items()}
+    projections = {name: column.projection_bytes for name, column in others.items()}
+    least = budget - left + sum(map(num_bytes, smallest.values()))
+    if least > budget:
+        raise UserError(
+            f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but "
+            f"the smallest ones take {least:,.0f}: ask for less, or for another operation, or let "
+            f"shorter columns be compressed too, by a threshold below {settings.threshold}."
+        )
+    while others:
+        tables = left - sum(projections[name] for name in others)
+        share = tables / sum(column.full_bytes for column in others.values())
+        wanted = {
+            name: share * column.full_bytes + projections[name] for name, column in others.items()
+        }
+        fixed = {name for name in others if wanted[name] <= num_bytes(smallest[name])}
+        if not fixed:
+            return smallest | {name: each.of_bytes(wanted[name]) for name, each in others.items()}
+        # What cannot be as small as its share leaves less to the others.
+        left -= sum(num_bytes(smallest[name]) for name in fixed)
+        others = {name: column for name, column in others.items() if name not in fixed}
+    return smallest

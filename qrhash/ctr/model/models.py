@@ -1,0 +1,139 @@
+"""DLRM and DCN-v2 in Flax NNX.
+
+Both take the integers of a row and one vector for each categorical column, and give the logit
+of a click. DLRM (Naumov et al., arXiv 1906.00091) lets the vectors meet in pairs, by their dot
+products; DCN-v2 (Wang et al., arXiv 2008.13535) multiplies their concatenation x_0 with linear
+maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qrhash import EmbedConfig
+from qrhash.ctr.data.block import INTEGERS
+from qrhash.ctr.settings import Settings, widths
+from qrhash.nnx import EmbedCollection
+
+
+class MLP(nnx.Module):
+    """Linear layers, each with a relu."""
+
+    def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List(nnx.Linear(m, n, rngs=rngs) for m, n in itertools.pairwise(sizes))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, sizes[0]] -> [batch, sizes[-1]]."""
+        for layer in self.layers:
+            x = nnx.relu(layer(x))
+        return x
+
+
+class Embeddings(nnx.Module):
+    """One embedding for each column, all of them in few stacked tables."""
+
+    def __init__(self, configs: Mapping[str, EmbedConfig], *, rngs: nnx.Rngs) -> None:
+        self.names = tuple(configs)
+        self.columns = EmbedCollection(configs, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> list[jax.Array]:
+        """Ids [batch, columns] -> one [batch, features] for each column."""
+        if ids.ndim != 2 or ids.shape[1] != len(self.names):
+            raise ValueError(
+                f"ids must have shape [batch, {len(self.names)}], of the columns "
+                f"{', '.join(self.names)}, got {ids.shape}."
+            )
+        vectors = self.columns({name: ids[:, j] for j, name in enumerate(self.names)})
+        return [vectors[name] for name in self.names]
+
+
+class DLRM(nnx.Module):
+    """The deep learning recommendation model.
+
+    Args:
+      configs: of the categorical columns, by name, all `features` wide.
+      features: width of the vectors, and of what the bottom MLP makes of the integers.
+      bottom: hidden widths of the bottom MLP.
+      top: hidden widths of the top MLP.
+      rngs: random number generators.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, EmbedConfig],
+        *,
+        features: int,
+        bottom: Sequence[int],
+        top: Sequence[int],
+        rngs: nnx.Rngs,
+    ) -> None:
+        vectors = len(configs) + 1
+        self.embeddings = Embeddings(configs, rngs=rngs)
+        self.bottom = MLP((len(INTEGERS), *bottom, features), rngs=rngs)
+        top_sizes = (features + vectors * (vectors - 1) // 2, *top)
+        self.top = MLP(top_sizes, rngs=rngs)
+        self.logit = nnx.Linear(top_sizes[-1], 1, rngs=rngs)
+
+    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
+        """Numbers [batch, 13], ids [batch, columns] -> logits [batch]."""
+        dense = self.bottom(numbers)
+        vectors = jnp.stack([dense, *self.embeddings(ids)], axis=1)
+        products = jnp.einsum("bif,bjf->bij", vectors, vectors)
+        pairs = products[:, *jnp.triu_indices(vectors.shape[1], k=1)]
+        return self.logit(self.top(jnp.concatenate([dense, pairs], axis=1)))[:, 0]
+
+
+class DCN(nnx.Module):
+    """The deep and cross network, version 2, with full matrices.
+
+    Args:
+      configs: of the categorical columns, by name.
+      cross_layers: number of cross layers.
+      deep: hidden widths of the MLP beside them.
+      rngs: random number generators.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, EmbedConfig],
+        *,
+        cross_layers: int,
+        deep: Sequence[int],
+        rngs: nnx.Rngs,
+    ) -> None:
+        inputs = len(INTEGERS) + sum(config.features for config in configs.values())
+        deep_sizes = (inputs, *deep)
+        self.embeddings = Embeddings(configs, rngs=rngs)
+        self.cross = nnx.List(nnx.Linear(inputs, inputs, rngs=rngs) for _ in range(cross_layers))
+        self.deep = MLP(deep_sizes, rngs=rngs)
+        self.logit = nnx.Linear(inputs + deep_sizes[-1], 1, rngs=rngs)
+
+    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
+        """Numbers [batch, 13], ids [batch, columns] -> logits [batch]."""
+        x0 = jnp.concatenate([numbers, *self.embeddings(ids)], axis=1)
+        x = x0
+        for layer in self.cross:
+            x = x0 * layer(x) + x
+        return self.logit(jnp.concatenate([x, self.deep(x0)], axis=1))[:, 0]
+
+
+def build_model(settings: Settings, configs: Mapping[str, EmbedConfig]) -> DLRM | DCN:
+    """The model the settings name, with the embeddings of `configs`."""
+    rngs = nnx.Rngs(settings.seed)
+    if settings.model == "dcn":
+        return DCN(
+            configs,
+            cross_layers=settings.cross_layers,
+            deep=widths("deep_mlp", settings.deep_mlp),
+            rngs=rngs,
+        )
+    return DLRM(
+        configs,
+        features=settings.features,
+        bottom=widths("bottom_mlp", settings.bottom_mlp),
+        top=widths("top_mlp", settings.top_mlp),
+        rngs=rngs,
+    )

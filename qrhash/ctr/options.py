@@ -1,0 +1,86 @@
+"""Options: fields of a dataclass, each with its help and the values that it may have.
+
+`Annotated[int, Option("Model", "Number of layers.", least=1)]` is the one place where an option has
+its type, help and bounds: the command line and the configuration file are both made from it.
+"""
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from qrhash.ctr.errors import UserError
+
+_T = TypeVar("_T")
+
+PANELS = ("Data", "Embeddings", "Model", "Training", "Devices", "Output")
+
+
+class Option(NamedTuple):
+    """What the command line says of an option, and its least and greatest values."""
+
+    panel: str
+    help: str
+    least: float = -math.inf
+    most: float = math.inf
+
+
+def options_of(kind: type) -> Iterator[tuple[str, Any, Option]]:
+    """(name, type, option) of every field that is an option."""
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        if get_origin(annotation) is Annotated:
+            yield name, *get_args(annotation)
+
+
+def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    """Options of these values; raises a UserError for one that is unknown."""
+    known = get_type_hints(kind)
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
+    as_tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return kind(**as_tuples)
+
+
+def check_values(settings: Any) -> None:
+    """Holds every option against its type and its least value."""
+    for name, kind, option in options_of(type(settings)):
+        value = getattr(settings, name)
+        if not _fits(value, kind):
+            raise UserError(f"{name} must be {_describe(kind)}, got {value!r}.")
+        if isinstance(value, (int, float)) and not option.least <= value <= option.most:
+            bound = f"least {option.least}" if value < option.least else f"most {option.most}"
+            raise UserError(f"{name} must be at {bound}, got {value}.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in get_args(kind))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return _describe(get_args(kind)[0])
+    if get_origin(kind) is tuple:
+        return "a list of integers"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[kind]

@@ -1,0 +1,1 @@
+"""A run: its devices, its steps, its records, from the first line to the last."""

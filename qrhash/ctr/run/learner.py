@@ -1,0 +1,140 @@
+"""Parameters, optimizers and the compiled step.
+
+The model is split once into its structure and two groups of parameters; a step is a pure
+function of them. Its cost goes by the batch: large tables are differentiated and updated by the
+rows touched, unless `settings.dense_updates`. Tables learn by Adagrad. With a mean loss the
+squared gradients of a row are near 1e-8, hence the tiny initial accumulator: the usual 0.1 would
+freeze the tables. All other parameters learn by Adam, at a rate that falls linearly to zero: the
+noise of the last batches then averages out.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qrhash import MeshLayout, apply_updates, touched_rows, value_and_grad
+from qrhash.batches import process_rows, put_batch
+from qrhash.checkpoint import Checkpoints, Restored
+from qrhash.ctr.data.pipeline import Batch
+from qrhash.ctr.settings import Settings
+from qrhash.nnx import Table, as_table, shardings
+
+
+class Learner:
+    """A model in training.
+
+    Args:
+      build: makes the model, which takes numbers [batch, 13] and ids [batch, columns] and gives
+        logits [batch].
+      settings: learning rates and the initial accumulator.
+      num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
+      layout: how large tables and the batch are split over devices.
+
+    Attributes:
+      params: {"tables": tables, "dense": all other parameters}.
+      steps: how many steps were taken.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nnx.Module],
+        settings: Settings,
+        *,
+        num_steps: int,
+        layout: MeshLayout | None = None,
+    ) -> None:
+        graph, *shapes = nnx.split(nnx.eval_shape(build), Table, ...)
+        places = None if layout is None else tuple(shardings(each, layout) for each in shapes)
+        create = jax.jit(lambda: tuple(nnx.split(build(), Table, ...)[1:]), out_shardings=places)
+        tables, dense = create()
+        groups = {"tables": "tables", "dense": "dense"}
+        optimizer = touched_rows(
+            optax.partition(
+                {
+                    "tables": optax.adagrad(
+                        settings.table_lr, initial_accumulator_value=settings.table_accumulator
+                    ),
+                    "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
+                },
+                groups,
+            )
+        )
+        large: dict[str, Any] = {"tables": False, "dense": False}
+        if not settings.dense_updates:
+            large["tables"] = nnx.map_state(lambda _, table: table.replace(table.is_large), tables)
+        self.params: dict[str, Any] = {"tables": tables, "dense": dense}
+        self.steps = 0
+        self._state = optimizer.init(self.params)
+        self._layout = layout
+
+        def logits_of(params: dict[str, Any], batch: Batch) -> jax.Array:
+            return nnx.merge(graph, *params.values())(batch.numbers, batch.ids)
+
+        def loss(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+            logits = logits_of(params, batch)
+            losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)
+            return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights), logits
+
+        loss_and_gradients = value_and_grad(loss, large, has_aux=True)
+
+        def step(params: dict[str, Any], state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+            (_, logits), gradients = loss_and_gradients(params, batch)
+            updates, state = optimizer.update(gradients, state, params)
+            return apply_updates(params, updates), state, logits
+
+        if layout is None:
+            self._step = jax.jit(step, donate_argnums=(0, 1))
+            self._logits = jax.jit(logits_of)
+        else:
+            everywhere = NamedSharding(layout.mesh, PartitionSpec())
+            places = jax.tree.map(lambda array: array.sharding, (self.params, self._state))
+            self._step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*places, everywhere))
+            self._logits = jax.jit(logits_of, out_shardings=everywhere)
+
+    def step(self, batch: Batch) -> jax.Array:
+        """Learns from a batch; returns the logits [batch] given before."""
+        on_devices = self._on_devices(batch)
+        self.params, self._state, logits = self._step(self.params, self._state, on_devices)
+        self.steps += 1
+        return logits
+
+    def logits(self, batch: Batch) -> jax.Array:
+        """The logits [batch] of a batch."""
+        return self._logits(self.params, self._on_devices(batch))
+
+    def save(self, checkpoints: Checkpoints, extra: Any) -> None:
+        """Saves parameters, optimizer state and number of steps, and what is given beside them."""
+        checkpoints.save(self.steps, (self.params, self._state), extra)
+
+    def restore(self, checkpoints: Checkpoints) -> Restored:
+        """Takes over the last checkpoint that can be read."""
+        like = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            (self.params, self._state),
+        )
+        jax.tree.map(lambda array: array.delete(), (self.params, self._state))
+        restored = checkpoints.restore(like)
+        (self.params, self._state), self.steps = restored.state, restored.step
+        return restored
+
+    def _on_devices(self, batch: Batch) -> Batch:
+        """A batch that every process has the whole of, split over the mesh if there is one."""
+        if self._layout is None:
+            return batch
+        size = len(batch.labels)
+        mine = process_rows(size, self._layout)
+        return put_batch(Batch(*(column[mine] for column in batch)), size, self._layout)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters in all."""
+        variables = jax.tree.leaves(
+            self.params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        )
+        return sum(math.prod(as_table(variable).shape) for variable in variables)

@@ -1,0 +1,120 @@
+"""Where a training stands: its counts, its running scores, its learning curve."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from qrhash.ctr.data.pipeline import Batch
+from qrhash.ctr.model.metrics import Scores, scores
+
+Record = Callable[[dict[str, Any]], None]
+
+_WINDOW_ROWS = 10_000  # the running scores and rows/s are over about so many rows
+
+
+class Progress:
+    """Counts what was trained on and records the points of the learning curve.
+
+    Args:
+      record: called with every point.
+      batch_size: rows of a batch.
+    """
+
+    def __init__(self, record: Record, batch_size: int) -> None:
+        self.rows = 0
+        self.points = 0
+        self._clicks = 0.0
+        self._record = record
+        self._first_rows, self._start = 0, math.nan
+        self._window: deque[tuple[float, Batch, Any]] = deque(maxlen=1 + _WINDOW_ROWS // batch_size)
+
+    def add(self, batch: Batch, logits: jax.Array) -> None:
+        """Takes note of a step: its batch, and the logits [batch] given before learning it."""
+        self.rows += int(batch.weights.sum())
+        if math.isnan(self._start):
+            self._first_rows, self._start = self.rows, time.monotonic()
+        self._clicks += float(batch.labels @ batch.weights)
+        self._window.append((time.monotonic(), batch, logits))
+
+    @property
+    def click_rate(self) -> float:
+        """Clicks per row so far."""
+        return self._clicks / self.rows
+
+    @property
+    def seconds(self) -> float:
+        """Since the first step: the compilation is over then; evaluations are included."""
+        return time.monotonic() - self._start
+
+    @property
+    def rows_per_second(self) -> float:
+        """Speed since the first step."""
+        return (self.rows - self._first_rows) / max(1e-9, self.seconds)
+
+    def running(self) -> Scores:
+        """Scores of the last rows, each from before it was learnt."""
+        return scores(*collect((batch, logits) for _, batch, logits in self._window))
+
+    def note(self) -> str:
+        """Speed and running scores, in words."""
+        last = self.running()
+        rate = last.rows / max(1e-9, time.monotonic() - self._window[0][0])
+        return f"{rate:,.0f} rows/s  log loss {last.log_loss:.4f}  AUC {last.auc:.4f}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it but the learning curve, as JSON can hold it."""
+        window = []
+        for _, batch, logits in self._window:
+            labels, of_batch = collect([(batch, logits)])
+            window.append([labels.tolist(), of_batch.tolist()])
+        return {
+            "rows": self.rows,
+            "points": self.points,
+            "first_rows": self._first_rows,
+            "seconds": self.seconds,
+            "clicks": self._clicks,
+            "window": window,
+        }
+
+    def take_over(self, saved: dict[str, Any]) -> None:
+        """Stands where `as_dict` was taken."""
+        now = time.monotonic()
+        self.rows, self._first_rows = saved["rows"], saved["first_rows"]
+        self.points = saved["points"]
+        self._clicks, self._start = saved["clicks"], now - saved["seconds"]
+        for labels, logits in saved["window"]:
+            weights, none = np.ones(len(labels), np.float32), np.empty(0)
+            batch = Batch(np.array(labels, np.float32), weights, none, none)
+            self._window.append((now, batch, np.array(logits, np.float32)))
+
+    def point(self, test: Scores) -> None:
+        """Records a point of the learning curve."""
+        train = self.running()
+        self.points += 1
+        self._record(
+            {
+                "kind": "progress",
+                "rows": self.rows,
+                "seconds": round(self.seconds, 3),
+                "train_log_loss": train.log_loss,
+                "train_auc": train.auc,
+                "test_log_loss": test.log_loss,
+                "test_auc": test.auc,
+                "test_rows": test.rows,
+            }
+        )
+
+
+def collect(pairs: Iterable[tuple[Batch, jax.Array]]) -> tuple[np.ndarray, np.ndarray]:
+    """Batches with their logits -> all labels [rows] and logits [rows], padding left out."""
+    labels, logits = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
+    for batch, batch_logits in pairs:
+        real = batch.weights > 0
+        labels.append(batch.labels[real])
+        logits.append(np.asarray(batch_logits)[real])
+    return np.concatenate(labels), np.concatenate(logits)

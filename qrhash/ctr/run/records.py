@@ -1,0 +1,72 @@
+"""What is kept of a run: its records, and what came of it in the end."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qrhash.ctr.model.metrics import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What came of a run.
+
+    Attributes:
+      train_rows: rows trained on, over all epochs.
+      bad_lines: malformed lines skipped.
+      embedding_params: parameters of the embeddings: tables and projections.
+      embedding_rows: rows of all their tables.
+      embedding_bytes: their memory.
+      full_params: parameters of full tables for all 26 columns.
+      full_rows: rows of such tables.
+      full_bytes: their memory in float32.
+      dense_params: all other parameters.
+      rows_per_second: of the training after its first step, which compiles; evaluations included.
+      test: scores of the model on the test rows.
+      constant: those of always saying the training rows' click rate.
+      truth: those of the true click rates; None for real data.
+    """
+
+    train_rows: int
+    bad_lines: int
+    embedding_params: int
+    embedding_rows: int
+    embedding_bytes: int
+    full_params: int
+    full_rows: int
+    full_bytes: int
+    dense_params: int
+    rows_per_second: float
+    test: Scores
+    constant: Scores
+    truth: Scores | None
+
+    def as_record(self) -> dict[str, Any]:
+        """The last record of a run."""
+        values = asdict(self)
+        for name in ("test", "constant", "truth"):
+            part = values.pop(name)
+            if part is not None:
+                values |= {f"{name}_log_loss": part.log_loss, f"{name}_auc": part.auc}
+        return {"kind": "summary", "test_rows": self.test.rows, **values}
+
+
+class Keeper:
+    """What keeps the records of a run and knows where its checkpoints go: this one, nothing."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Called with the settings, the points of the learning curve, and the summary."""
+
+    def rewind(self, points: int) -> None:
+        """Drops all after so many points of the learning curve: the run goes on from there."""
+
+    @property
+    def source(self) -> Mapping[str, int] | None:
+        """What was recorded of the data, if the run is one that is resumed."""
+        return None
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Their directory, once the settings are recorded; None: no checkpoints."""
+        return None

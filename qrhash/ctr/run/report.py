@@ -1,0 +1,233 @@
+"""What a run leaves behind: JSON lines, the picture of the learning curve, the final table.
+
+`metrics.jsonl` holds one record a line, by "kind": first the settings, then the points of the
+learning curve ("progress"), last the "summary".
+"""
+
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from rich.table import Table
+
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.metrics import Scores
+from qrhash.ctr.run.records import Keeper, Summary
+
+METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
+RUNS = Path("runs")
+
+
+class RunDirectory(Keeper):
+    """The directory of one run; made when the first record arrives.
+
+    However the run ends, the records stay and the picture shows the points there are.
+
+    Args:
+      wanted: a directory without an earlier run; by default a new one, runs/<date-time>.
+      resume: whether it is that of an earlier run, which is to go on; by default the last one.
+      is_writer: whether this process writes the records: of several, one does.
+      begun: called when there is something to keep.
+
+    Attributes:
+      path: the directory, once it is made.
+
+    Raises:
+      UserError: the directory holds an earlier run; or, to resume, it holds none.
+    """
+
+    def __init__(
+        self,
+        wanted: str | None,
+        *,
+        resume: bool = False,
+        is_writer: bool = True,
+        begun: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.path: Path | None = None
+        self._wanted = None if wanted is None else Path(wanted)
+        self._is_writer = is_writer
+        self._begun = begun
+        self._records: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+        if resume:
+            self.path = self._wanted or _latest(RUNS)
+            self._records = _read(self.path / METRICS)
+            begun()
+        elif self._wanted is not None and (self._wanted / METRICS).exists():
+            raise UserError(
+                f"{self._wanted} holds an earlier run; choose another --output-dir, or go on with "
+                "it: --resume."
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None and self.path is not None:
+            self._file.close()
+            draw(self._records, self.path / PICTURE)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that the run began with."""
+        others = ("kind", "source")
+        return {name: value for name, value in self._records[0].items() if name not in others}
+
+    @property
+    def source(self) -> dict[str, int] | None:
+        """What was recorded of the data that the run began with."""
+        return self._records[0].get("source")
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """Where the checkpoints go, once there is a directory."""
+        return None if self.path is None else self.path / CHECKPOINTS
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Appends a record to the metrics, written out at once."""
+        if self.path is None:
+            self._create()
+        plain = {name: _json_value(value) for name, value in record.items()}
+        self._records.append(plain)
+        if self._is_writer:
+            self._write("a", [plain])
+
+    def rewind(self, points: int) -> None:
+        """Drops all after so many points of the learning curve, from the file too."""
+        # First the settings, and the summary last.
+        self._records = kept = self._records[: 1 + points]
+        if self._is_writer and self.path is not None:
+            part = self.path / f"{METRICS}.part"
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            part.replace(self.path / METRICS)
+            self._write("a", [])
+
+    def _create(self) -> None:
+        path = self._wanted or _unused(RUNS)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.path = path
+            if self._is_writer:
+                self._write("x", [])
+            self._begun()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+    def _write(self, mode: str, records: Sequence[dict[str, Any]]) -> None:
+        assert self.path is not None
+        if self._file is None:
+            self._file = (self.path / METRICS).open(mode)
+        self._file.writelines(json.dumps(record) + "\n" for record in records)
+        self._file.flush()
+
+
+def _latest(parent: Path) -> Path:
+    """The last run that can be resumed."""
+    runs = sorted(
+        (path.parent for path in parent.glob(f"*/{CHECKPOINTS}")),
+        key=lambda run: (run / CHECKPOINTS).stat().st_mtime,
+    )
+    if not runs:
+        raise UserError(f"There is no run with checkpoints under {parent} to resume.")
+    return runs[-1]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of an earlier run; a last line that was cut off is left out."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} holds no records of a run: {error}.") from error
+    if not records or records[0].get("kind") != "settings":
+        raise UserError(f"{path} does not begin with the settings of a run.")
+    return records
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Draws the learning curve of a run's records, log loss and AUC over rows, as a PNG."""
+    # Slow to import, and used here only.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    points = [record for record in records if record["kind"] == "progress"]
+    summary = next((record for record in records if record["kind"] == "summary"), {})
+    rows = [point["rows"] for point in points]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, metric, title in zip(
+        figure.subplots(1, 2), ("log_loss", "auc"), ("log loss", "AUC"), strict=True
+    ):
+        for part, name in (("train", "training rows, before each step"), ("test", "test rows")):
+            values = [point[f"{part}_{metric}"] for point in points]
+            axes.plot(rows, np.array(values, float), marker="o", markersize=3, label=name)
+        for part, name, color in (
+            ("constant", "constant predictor", "gray"),
+            ("truth", "ground truth", "black"),
+        ):
+            if (value := summary.get(f"{part}_{metric}")) is not None:
+                axes.axhline(value, color=color, linestyle="--", linewidth=1, label=name)
+        axes.set(xlabel="rows trained on", ylabel=title)
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def final_table(summary: Summary) -> Table:
+    """The table a run ends with."""
+    table = Table(title=f"{summary.train_rows:,} rows trained on, {summary.test.rows:,} tested on")
+    table.add_column("")
+    table.add_column("this model", justify="right")
+    table.add_column("to compare with")
+    for kind in ("rows", "params", "bytes"):
+        ours, full = (getattr(summary, f"{of}_{kind}") for of in ("embedding", "full"))
+        title = {"rows": "rows of tables", "params": "embedding parameters"}.get(
+            kind, "their bytes"
+        )
+        times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
+        table.add_row(title, f"{ours:,}", times)
+    table.add_row("dense parameters", f"{summary.dense_params:,}", "")
+    table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
+    table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
+    table.add_section()
+    for metric, title in (("log_loss", "test log loss"), ("auc", "test AUC")):
+        table.add_row(title, _number(summary.test, metric), _comparison(summary, metric))
+    return table
+
+
+def _comparison(summary: Summary, metric: str) -> str:
+    text = f"{_number(summary.constant, metric)} constant predictor"
+    if summary.truth is not None:
+        text += f", {_number(summary.truth, metric)} ground truth"
+    return text
+
+
+def _number(part: Scores, metric: str) -> str:
+    value = getattr(part, metric)
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
+
+
+def _json_value(value: Any) -> Any:
+    """JSON has no nan: an undefined score is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _unused(parent: Path) -> Path:
+    """A path named after date and time that does not exist yet."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(parent / name for name in names if not (parent / name).exists())

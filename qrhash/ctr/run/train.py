@@ -1,0 +1,283 @@
+"""The run from the first line to the last.
+
+One pass counts the lines, one finds the categories of the training lines, one (or `epochs`)
+trains, one tests. Rows are taken in the order of the file, and tested on are the last ones:
+a model of clicks is judged by days it has not seen.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from qrhash import EmbedConfig
+from qrhash.arithmetic import ceil_div
+from qrhash.checkpoint import Checkpoints, MismatchError
+from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.pipeline import Batch, batches
+from qrhash.ctr.data.sources import BadLines, open_source
+from qrhash.ctr.data.synthetic import SyntheticSource
+from qrhash.ctr.data.vocabulary import Ids, build_ids
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
+from qrhash.ctr.model.metrics import Scores, constant_logit, scores
+from qrhash.ctr.model.models import build_model
+from qrhash.ctr.run.devices import make_layout
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.progress import Progress, collect
+from qrhash.ctr.run.records import Keeper, Summary
+from qrhash.ctr.settings import Settings
+
+_Rows = TypeVar("_Rows", Block, Batch)
+
+
+def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
+    """Trains and tests a model; takes up the last checkpoint if `settings.resume`.
+
+    Args:
+      settings: the options.
+      display: is told how far the run is.
+      keeper: keeps the records.
+
+    Raises:
+      UserError: the data or the options cannot be used.
+    """
+    layout = make_layout(settings)  # a mesh that cannot be is told before the data are read
+    source, bad_lines = _open(settings, display)
+    if settings.resume:
+        _check_source(source, keeper.source)
+    split = split_line(settings, source.num_lines)
+    ids = build_ids(settings, _shown(source.blocks(0, split), display, "vocabulary", split))
+    sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
+    configs = embed_configs(settings, sizes, layout)
+    embedding_params = sum(config.num_params for config in configs.values())
+    data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
+    display.phase("building the model", split)
+    learner = Learner(
+        lambda: build_model(settings, configs),
+        settings,
+        num_steps=settings.epochs * ceil_div(split, settings.batch_size),
+        layout=layout,
+    )
+
+    if not settings.resume:
+        of_data = {"lines": source.num_lines, "checksum": source.checksum}
+        keeper.record({"kind": "settings", **settings.as_dict(), "source": of_data})
+    with _checkpoints(settings, configs, keeper) as checkpoints:
+        progress = _train(settings, data, learner, display, keeper, checkpoints)
+    rows_per_second = progress.rows_per_second
+    constant = constant_logit(progress.click_rate)
+    test, constant_scores = _test(data, learner, constant, display)
+    progress.point(test)
+    summary = Summary(
+        train_rows=progress.rows,
+        bad_lines=len(bad_lines),
+        full_params=(full_params := sum(sizes.values()) * settings.features),
+        full_rows=sum(sizes.values()),
+        full_bytes=full_params * FULL_DTYPE.itemsize,
+        embedding_params=embedding_params,
+        embedding_rows=sum(sum(config.partition.num_rows) for config in configs.values()),
+        embedding_bytes=sum(map(num_bytes, configs.values())),
+        dense_params=learner.num_params - embedding_params,
+        rows_per_second=rows_per_second,
+        test=test,
+        constant=constant_scores,
+        truth=_truth(source, split) if settings.data is None else None,
+    )
+    keeper.record(summary.as_record())
+    return summary
+
+
+def split_line(settings: Settings, num_lines: int) -> int:
+    """The first line to test on; lines are counted from 0 and include malformed ones."""
+    test_lines = settings.test_rows or max(1, round(num_lines * settings.test_fraction))
+    if test_lines >= num_lines:
+        raise UserError(
+            f"Testing on the last {test_lines} of {num_lines} lines leaves none to train on."
+        )
+    return num_lines - test_lines
+
+
+class _Data(NamedTuple):
+    source: Source
+    split: int
+    ids: Mapping[str, Ids]
+    batch_size: int
+
+    def training(self) -> AbstractContextManager[Any]:
+        return batches(self.source, 0, self.split, self.ids, self.batch_size)
+
+    def test(self, rows: int | None = None) -> AbstractContextManager[Iterator[Batch]]:
+        """All the test rows, or those of the first so many lines."""
+        stop = self.source.num_lines if rows is None else self.split + rows
+        stop = min(stop, self.source.num_lines)
+        return batches(self.source, self.split, stop, self.ids, self.batch_size)
+
+
+def _open(settings: Settings, display: Display) -> tuple[Source, Sized]:
+    if settings.data is None:
+        return SyntheticSource(settings.synthetic_rows, settings.seed), ()
+    path = Path(settings.data)
+    bad_lines = BadLines(path, settings.max_bad_lines, display.line)
+    return open_source(path, bad_lines), bad_lines
+
+
+def _check_source(source: Source, begun: Mapping[str, int] | None) -> None:
+    """Raises UserError unless these are the data that a run began with."""
+    if begun is None:  # It began with an earlier version
+        return
+    rule = "A run is resumed with the data that it began with"
+    if begun["lines"] != source.num_lines:
+        raise UserError(
+            f"{rule}: they had {begun['lines']:,} lines, {source.name} has {source.num_lines:,}."
+        )
+    if begun["checksum"] != source.checksum:
+        raise UserError(
+            f"{rule}: {source.name} has as many lines, {source.num_lines:,}, but its contents are "
+            "others."
+        )
+
+
+def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> Iterator[_Rows]:
+    """The same blocks or batches, with `display` told of them."""
+    display.phase(phase, total)
+    rows = 0
+    for item in items:
+        yield item
+        rows += len(item.labels)
+        if display.is_due:
+            display.update(rows)
+
+
+def _checkpoints(
+    settings: Settings, configs: Mapping[str, EmbedConfig], keeper: Keeper
+) -> AbstractContextManager[Checkpoints | None]:
+    directory = keeper.checkpoints
+    if directory is None or (settings.checkpoint_every == 0 and not settings.resume):
+        return nullcontext()
+    return Checkpoints(directory, configs, max_to_keep=settings.keep_checkpoints)
+
+
+def _train(
+    settings: Settings,
+    data: _Data,
+    learner: Learner,
+    display: Display,
+    keeper: Keeper,
+    checkpoints: Checkpoints | None,
+) -> Progress:
+    """Trains; adds a point to the learning curve now and then, but not the last one."""
+    with data.test(settings.eval_rows) as stream:
+        sample = list(stream)
+    total = data.split * settings.epochs
+    points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
+    progress = Progress(keeper.record, settings.batch_size)
+    first_epoch, position = 0, None
+    if settings.resume and checkpoints is not None:
+        first_epoch, position = _resume(learner, checkpoints, progress, display)
+        keeper.rewind(progress.points)
+        points = [point for point in points if point > progress.rows]
+    display.phase("training", total)
+    for epoch in range(first_epoch, settings.epochs):
+        with data.training() as stream:
+            if position is not None:
+                stream.set_state(position)
+                position = None
+            where = _Position(epoch, stream)
+            for batch in stream:
+                # What comes of a position at the end of the data: nothing but padding.
+                if not batch.weights.any():
+                    continue
+                progress.add(batch, learner.step(batch))
+                if display.is_due:
+                    display.update(progress.rows, progress.note())
+                is_point = bool(points) and progress.rows >= points[0]
+                if is_point:
+                    points = [point for point in points if point > progress.rows]
+                    test = scores(*collect((batch, learner.logits(batch)) for batch in sample))
+                    progress.point(test)
+                    display.line(
+                        f"after {progress.rows:,} rows: test log loss {test.log_loss:.4f}, "
+                        f"AUC {test.auc:.4f}"
+                    )
+                if _is_due(settings.checkpoint_every, learner.steps, is_point):
+                    _save(learner, checkpoints, where, progress)
+            is_last = epoch == settings.epochs - 1
+            if is_last and settings.checkpoint_every != 0 and progress.rows:
+                _save(learner, checkpoints, where, progress)
+    jax.block_until_ready(learner.params)  # the clock stops when the work has
+    if not progress.rows:
+        raise UserError(f"{data.source.name}: none of the {data.split} training lines can be read.")
+    return progress
+
+
+class _Position(NamedTuple):
+    """Where in the data a run stands."""
+
+    epoch: int
+    stream: Any
+
+
+def _is_due(every: int | None, step: int, is_point: bool) -> bool:
+    """Whether a checkpoint is to be saved after a step; by default at the points of the curve."""
+    if every is None:
+        return is_point
+    return every > 0 and step % every == 0
+
+
+def _save(
+    learner: Learner, checkpoints: Checkpoints | None, where: _Position, progress: Progress
+) -> None:
+    if checkpoints is None:
+        return
+    position = {"epoch": where.epoch, "position": where.stream.get_state()}
+    learner.save(checkpoints, position | {"progress": progress.as_dict()})
+
+
+def _resume(
+    learner: Learner,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    display: Display,
+) -> tuple[int, Any]:
+    """Takes up the last checkpoint that can be read; returns the epoch and the position in it."""
+    if not checkpoints.steps:
+        display.line(f"{checkpoints.directory} holds no complete checkpoint: starting anew")
+        return 0, None
+    try:
+        restored = learner.restore(checkpoints)
+    except MismatchError as error:
+        raise UserError(
+            f"{error} A run is resumed with the data that it began with, and with this version of "
+            "qrhash: has one of them changed?"
+        ) from error
+    except OSError as error:
+        raise UserError(str(error)) from error
+    for sentence in restored.damaged:
+        display.line(f"Warning: {sentence}")
+    progress.take_over(restored.extra["progress"])
+    display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
+    return restored.extra["epoch"], restored.extra["position"]
+
+
+def _test(
+    data: _Data, learner: Learner, constant: float, display: Display
+) -> tuple[Scores, Scores]:
+    """Scores on all test rows, of the model and of a constant logit."""
+    lines = data.source.num_lines - data.split
+    with data.test() as stream:
+        shown = _shown(stream, display, "testing", lines)
+        labels, logits = collect((batch, learner.logits(batch)) for batch in shown)
+    if not len(labels):
+        raise UserError(f"{data.source.name}: none of the last {lines} lines can be read.")
+    return scores(labels, logits), scores(labels, np.full(len(labels), constant))
+
+
+def _truth(source: Source, split: int) -> Scores:
+    pairs = [(block.labels, block.truth) for block in source.blocks(split, source.num_lines)]
+    labels, truth = (np.concatenate(column) for column in zip(*pairs, strict=True))
+    return scores(labels, truth)

@@ -1,0 +1,26 @@
+"""The interface of DeepRec's Multi-Hash Variable, for models that are carried over.
+
+`get_multihash_variable` takes DeepRec's arguments in DeepRec's order, and `embedding_lookup`
+looks ids up. What it returns is a Flax NNX module, so it trains like any other.
+
+DeepRec's strategy "Q-R" computes id // rows_q and id % rows_r. That gives every id rows of its
+own only if rows_q <= rows_r, and only ids below rows_q**2 have a quotient row. Here such sizes
+are refused with the ids that collide, unless `allow_collisions=True` asks for them.
+
+DeepRec's ids have 64 bits, JAX's have 32 unless jax_enable_x64 is set. Then the default vocabulary
+ends at 2**31; ids beyond it need a `num_embeddings` that says so, and NumPy's integers.
+"""
+
+from qrhash.deeprec.interface import AUTO, NONE, get_multihash_variable
+from qrhash.deeprec.variable import FrozenTable, MultiHashVariable, embedding_lookup
+from qrhash.families import DeepRecQuotientRemainder
+
+__all__ = [
+    "AUTO",
+    "NONE",
+    "DeepRecQuotientRemainder",
+    "FrozenTable",
+    "MultiHashVariable",
+    "embedding_lookup",
+    "get_multihash_variable",
+]

@@ -1,0 +1,287 @@
+"""How tables start: initializers matched to the operation, drawn into their place.
+
+By default every row is drawn from a key of its own, so that a table starts with the same numbers on
+any mesh, and a part of a stack with those that it would have alone. `per_row` makes such an
+initializer of any of Flax's.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from qrhash.arithmetic import ceil_div
+from qrhash.batches import replicate
+from qrhash.config import EmbedConfig
+from qrhash.layout import MeshLayout, Shard, owner_and_place
+from qrhash.sharded import ShardedTable
+from qrhash.tuning import DRAWN_AT_ONCE
+from qrhash.types import Initializer, Key, Scalar, wide_dtype
+
+
+def per_row(initializer: Initializer) -> "PerRow":
+    """A Flax initializer that draws every row of a table with the given one, from a key of its own.
+
+    Args:
+      initializer: a Flax initializer; it is called for one row [width] at a time.
+
+    >>> from flax import linen as nn
+    >>> init = per_row(nn.initializers.normal(0.02))
+    >>> init(jax.random.key(0), (10, 8), jnp.float32).shape
+    (10, 8)
+    """
+    return PerRow(initializer)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerRow:
+    """See `per_row`.
+
+    Attributes:
+      initializer: a Flax initializer of one row.
+    """
+
+    initializer: Initializer
+
+    def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """All rows of a table of this shape."""
+        return self.rows(key, jnp.arange(shape[0]), shape[1:], dtype)
+
+    def rows(self, key: Key, index: jax.Array, width: tuple[int, ...], dtype: Any) -> jax.Array:
+        """The rows of these numbers."""
+        # The steps of a narrow type would shift the mean.
+        wide = wide_dtype(dtype)
+
+        def row(number: jax.Array) -> jax.Array:
+            return self.initializer(jax.random.fold_in(key, number), width, wide)
+
+        return jax.vmap(row)(index).astype(dtype)
+
+
+# --- matched to the operation ---------------------------------------------------------------------
+
+
+def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
+    """The initializer of each table: the config's, or the default matched to the operation."""
+    initializer = config.embedding_init or per_row(_SymmetricUniform(_row_stddev(config)))
+    if isinstance(initializer, tuple):
+        return initializer
+    if config.operation != "mult" or config.embedding_init is not None:
+        return (initializer,) * config.num_tables
+    num_rows = config.partition.num_rows
+    largest = num_rows.index(max(num_rows))
+    signs = per_row(_signs)
+    return tuple(initializer if j == largest else signs for j in range(config.num_tables))
+
+
+def kernel_initializer(config: EmbedConfig) -> Initializer:
+    """The initializer of the kernel of operation "project"."""
+    return per_row(_SymmetricUniform(_kernel_stddev(config)))
+
+
+def _row_stddev(config: EmbedConfig) -> float:
+    """Standard deviation of the tables' entries that gives the vectors `config.stddev`."""
+    if config.operation == "add":
+        return config.stddev * config.num_tables**-0.5
+    if config.operation == "project":
+        return _project_row_stddev(config)
+    return config.stddev
+
+
+def _project_row_stddev(config: EmbedConfig) -> float:
+    """Through the kernel come k rows and, for k > 1, their product: of variances v and v**k."""
+    k, width = config.num_tables, config.table_shapes[0][1]
+    wanted = (config.stddev / _kernel_stddev(config)) ** 2 / width
+    if k == 1:
+        return wanted**0.5
+    low, high = 0.0, wanted / k
+    for _ in range(100):
+        variance = (low + high) / 2
+        is_enough = k * variance + variance**k >= wanted
+        low, high = (low, variance) if is_enough else (variance, high)
+    return high**0.5
+
+
+def _kernel_stddev(config: EmbedConfig) -> float:
+    """Twice one over the root of the number of inputs: by measurement, between two that are worse.
+
+    With half of it, rows learn slowly where Adagrad makes steps of one size; with unit entries, a
+    kernel trained by Adam is slow to turn. `benchmarks/quality.py` compares them.
+    """
+    assert config.projection_shape is not None
+    return 2 * config.projection_shape[0] ** -0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class _SymmetricUniform:
+    """The Flax initializer of a uniform distribution around zero."""
+
+    stddev: float
+
+    def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        limit = 3**0.5 * self.stddev
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _signs(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The Flax initializer of random signs with some noise, of about unit variance."""
+    sign_key, size_key = jax.random.split(key)
+    # A choice and no product, and steps that are powers of two: nothing is rounded in another way
+    # where it is fused, and tables start with the same bits wherever they are drawn.
+    steps = jax.random.randint(size_key, shape, -128, 129).astype(dtype)
+    size = 1 + steps / 1024  # a standard deviation of 0.073
+    return jnp.where(jax.random.bernoulli(sign_key, shape=shape), size, -size)
+
+
+# --- drawn into place -----------------------------------------------------------------------------
+
+
+class Draw(NamedTuple):
+    """A part of a table yet to be created.
+
+    Attributes:
+      key: a JAX random key.
+      initializer: a Flax initializer.
+      offset: first row of the part.
+      rows: its number of rows.
+    """
+
+    key: Key
+    initializer: Initializer
+    offset: int
+    rows: int
+
+
+def create(
+    draws: Sequence[Draw],
+    shape: tuple[int, int],
+    dtype: Any,
+    layout: MeshLayout | None,
+    *,
+    is_large: bool,
+) -> Any:
+    """Creates a table [rows, width] part by part in its place.
+
+    On a mesh a large one is a `ShardedTable`, a small one on every device.
+    """
+    if layout is not None and not is_large:
+        return replicate(create(draws, shape, dtype, None, is_large=False), layout)
+    num_rows, width = shape
+    if layout is not None:
+        array = _empty_on_mesh(layout, layout.array_shape(num_rows, width), dtype)
+    elif len(draws) == 1 and _is_drawn_in_one_go(draws[0], is_large):
+        return draws[0].initializer(draws[0].key, shape, dtype)
+    else:
+        array = jnp.empty(shape, dtype)
+    for draw in draws:
+        fill = _fill_per_row if isinstance(draw.initializer, PerRow) else _fill_at_once
+        # Inside a transformation the array is not ours to donate: jax.vmap makes many of it.
+        in_place = not isinstance(draw.key, jax.core.Tracer)
+        array = _jitted(fill, in_place=in_place)(array, *draw, layout)
+    return array if layout is None else ShardedTable(array, num_rows, layout)
+
+
+def _is_drawn_in_one_go(draw: Draw, is_large: bool) -> bool:
+    """Inside `jax.jit` also rows of keys of their own: what splits the table then splits the draw.
+
+    Blocks of a table that is split by its rows would make every device gather all of it.
+    """
+    may_be_split = is_large and isinstance(draw.key, jax.core.Tracer) and jax.device_count() > 1
+    return may_be_split or not isinstance(draw.initializer, PerRow)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_on_mesh(layout: MeshLayout, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    local = (1, shape[1], shape[2] // layout.num_columns)
+    return layout.run(lambda: jnp.empty(local, dtype), (), layout.table_spec())()
+
+
+def _fill_per_row(
+    array: jax.Array,
+    key: Key,
+    initializer: PerRow,
+    offset: int,
+    rows: int,
+    layout: MeshLayout | None,
+) -> jax.Array:
+    """Draws block by block: random bits on their way need several times the memory of a table."""
+
+    def fill(
+        shard: Shard, array: jax.Array, key: Key, offset: jax.Array, rows: jax.Array
+    ) -> jax.Array:
+        places, width = array.shape
+        at_once = min(places, max(1, DRAWN_AT_ONCE // (width * shard.num_columns)))
+        first, end = _places(offset, rows, shard.num_shards)
+
+        def block(number: jax.Array, array: jax.Array) -> jax.Array:
+            start = jnp.minimum(first + number * at_once, places - at_once)
+            index = shard.indices(start + jnp.arange(at_once)) - offset
+            drawn = initializer.rows(key, index, (width * shard.num_columns,), array.dtype)
+            drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
+            return _put_where((index >= 0) & (index < rows), array, drawn, start)
+
+        return jax.lax.fori_loop(0, ceil_div(end - first, at_once), block, array)
+
+    return _on_mesh(fill, layout)(array, key, jnp.asarray(offset), jnp.asarray(rows))
+
+
+def _fill_at_once(
+    array: jax.Array,
+    key: Key,
+    initializer: Initializer,
+    offset: int,
+    rows: int,
+    layout: MeshLayout | None,
+) -> jax.Array:
+    """Calls an initializer for all the rows that a device has of the part, with its own key."""
+
+    def fill(shard: Shard, array: jax.Array, key: Key) -> jax.Array:
+        places, width = array.shape
+        first, end = _places(offset, rows, shard.num_shards)
+        end = min(end, places)
+        key = key if shard.num_shards == 1 else jax.random.fold_in(key, shard.number)
+        drawn = initializer(key, (end - first, width * shard.num_columns), array.dtype)
+        drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
+        index = shard.indices(jnp.arange(first, end)) - offset
+        return _put_where((index >= 0) & (index < rows), array, drawn, first)
+
+    return _on_mesh(fill, layout)(array, key)
+
+
+def _places(offset: Any, rows: Any, num_shards: int) -> tuple[Any, Any]:
+    """Between which places a shard has all its rows of a part, and perhaps one of another part."""
+    _, first = owner_and_place(offset, num_shards)
+    return first, ceil_div(offset + rows, num_shards)
+
+
+@functools.cache
+def _jitted(fill: Callable[..., jax.Array], *, in_place: bool) -> Callable[..., jax.Array]:
+    static = ["initializer", "layout"] + ["offset", "rows"] * (fill is _fill_at_once)
+    return jax.jit(fill, static_argnames=static, donate_argnums=(0,) * in_place)
+
+
+def _on_mesh(fill: Callable[..., jax.Array], layout: MeshLayout | None) -> Callable[..., jax.Array]:
+    """A function of what a device holds and of its rows [R, width], as one of the whole array."""
+    if layout is None:
+        return functools.partial(fill, Shard())
+
+    def on_device(array: jax.Array, *others: jax.Array) -> jax.Array:
+        return fill(layout.shard(), array[0], *others)[None]
+
+    def on_mesh(array: jax.Array, *others: jax.Array) -> jax.Array:
+        spec = layout.table_spec()
+        in_specs = (spec, *[PartitionSpec()] * len(others))
+        return layout.run(on_device, in_specs, spec)(array, *others)
+
+    return on_mesh
+
+
+def _put_where(wanted: jax.Array, array: jax.Array, rows: jax.Array, start: Scalar) -> jax.Array:
+    """The array [R, width] with these rows [m, width] from `start` on, where wanted [m]."""
+    old = jax.lax.dynamic_slice_in_dim(array, start, rows.shape[0], axis=0)
+    new = jnp.where(wanted[:, None], rows, old)
+    return jax.lax.dynamic_update_slice_in_dim(array, new, start, axis=0)

@@ -1,0 +1,47 @@
+"""The one door to the kinds of table: what a user gives, as a `Table`, and the other way round."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qrhash.batches import replicate
+from qrhash.layout import MeshLayout
+from qrhash.local import LocalTable
+from qrhash.protocol import Table, TableLike
+from qrhash.replicated import ReplicatedTable
+from qrhash.sharded import ShardedTable
+from qrhash.types import Array
+
+
+def as_table(table: TableLike, layout: MeshLayout | None = None) -> Table:
+    """A table as the look-up knows it.
+
+    Args:
+      table: a `Table`, or an array [num_rows, width] of one device.
+      layout: of an array that is on every device of a mesh, how the batch is split.
+    """
+    if isinstance(table, Table):
+        table.warn_if_elsewhere()
+        return table
+    array = jnp.asarray(table)
+    return LocalTable(array) if layout is None else ReplicatedTable(array, layout)
+
+
+def whole_table(table: TableLike) -> Array:
+    """A table as one array [num_rows, width], however it is kept."""
+    return table.to_array() if isinstance(table, Table) else table
+
+
+def put_table(array: Array, layout: MeshLayout | None, *, is_large: bool) -> Any:
+    """An array [num_rows, width] as it stands in parameters.
+
+    On a mesh a large one is split by rows, a small one is on every device.
+    """
+    if layout is None:
+        return jnp.asarray(array)
+    if not is_large:
+        return replicate(jnp.asarray(array), layout)
+    if not isinstance(array, np.ndarray):
+        array = jnp.asarray(array)
+    return ShardedTable.from_array(array, layout)

@@ -1,0 +1,135 @@
+"""Merging: the gradients of rows named several times are summed.
+
+"hash" finds the duplicates of a row by hashing row numbers into a scratch of a few words for each
+row looked up; "sort" by sorting the row numbers. Which one is `qrhash.tuning`'s choice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qrhash import tuning
+from qrhash.rows import across, add_rows, rows_or_end, zeros_beside
+from qrhash.types import wide_dtype
+
+
+def merge_rows(indices: jax.Array, values: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Sums the values of rows named several times.
+
+    Args:
+      indices: row numbers [m]; those outside [0, num_rows) name no row.
+      values: [m, width].
+      num_rows: rows of the table.
+
+    Returns:
+      Row numbers [m] and values [m, width], in which every row is named at most once. The other
+      positions have row number num_rows and values of zero.
+    """
+    m = values.shape[0]
+    if isinstance(m, int) and m == 0:
+        return indices, values
+
+    def method(platform: str) -> str:
+        # In a program exported for any batch, m is a symbol: there is no telling how to sort it.
+        return tuning.merge_method(platform) if isinstance(m, int) else "hash"
+
+    def merge(method: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        by = {"hash": _merge_by_hash, "sort": _merge_by_sort}[method]
+        return lambda indices, values: by(indices, values, num_rows)
+
+    indices = rows_or_end(indices, num_rows)
+    # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
+    named = jnp.where(across(indices < num_rows, values), values, 0)
+    wide = named.astype(wide_dtype(values.dtype))
+    indices, sums = tuning.by_platform(method, merge, indices, wide)
+    return indices, sums.astype(values.dtype)
+
+
+def _merge_by_hash(
+    rows: jax.Array, values: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    distinct, chosen = distinct_rows(rows, num_rows)
+    # The sums start from what stands for its row: only duplicates are added, one by one.
+    is_chosen = chosen == jnp.arange(rows.shape[0], dtype=chosen.dtype)
+    first = jnp.where(across(is_chosen, values), values, 0)
+    others = jnp.where(is_chosen, rows.shape[0], chosen)
+    return distinct, add_rows(first, others, values, is_merged=False)
+
+
+def distinct_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Row numbers [m] named once each, num_rows elsewhere; and for each position, where its row is.
+
+    Every position is written into the slot of its row, where the last one written stands for
+    all. What was read back under another row number met a collision, and tries again with the next
+    hash function; after the first round about one position in ten is left.
+    """
+    chosen = _representatives(rows, num_rows)
+    positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
+    return jnp.where(chosen == positions, rows, num_rows), chosen
+
+
+def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
+    """For each position [m], one position of all that name the same row."""
+    m = rows.shape[0]
+    positions = jnp.arange(m, dtype=jnp.int32)
+    is_symbol = not isinstance(m, int)
+    if not is_symbol and num_rows < tuning.SLOTS_PER_LOOKUP * m:
+        # Few rows: each has a slot of its own, and there are no collisions.
+        return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
+    num_slots = tuning.SLOTS_PER_LOOKUP * m if is_symbol else _power_of_two(m)
+
+    def slots_of(hashes: jax.Array) -> jax.Array:
+        if is_symbol:
+            return hashes % jnp.asarray(num_slots, jnp.uint32)
+        return hashes >> (33 - num_slots.bit_length())  # the upper bits are mixed best
+
+    def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, chosen, left = state
+        # Claim: each position still without an answer writes itself into the slot of its row.
+        slots = slots_of(_hash(rows, count)).astype(jnp.int32)
+        scratch = zeros_beside(rows, (num_slots,), jnp.int32)
+        scratch = scratch.at[jnp.where(left, slots, num_slots)].set(
+            positions, mode="drop", wrap_negative_indices=False
+        )
+        # Check: whoever owns the slot now stands for the row, if it names the same one.
+        candidates = scratch.at[slots].get(mode="promise_in_bounds")
+        found = left & (rows.at[candidates].get(mode="promise_in_bounds") == rows)
+        return count + 1, jnp.where(found, candidates, chosen), left & ~found
+
+    everything = zeros_beside(rows, (m,), jnp.int32)
+    start = attempt((jnp.uint32(0), positions + everything, everything == 0))
+    return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
+
+
+def _power_of_two(lookups: int) -> int:
+    """Slots for so many look-ups."""
+    return 1 << max(1, (tuning.SLOTS_PER_LOOKUP * lookups - 1).bit_length())
+
+
+def _hash(rows: jax.Array, seed: jax.Array) -> jax.Array:
+    """Mixes 32 bits, differently for each seed: the finalizer of MurmurHash3."""
+    bits = rows.astype(jnp.uint32) ^ (seed * jnp.uint32(0x9E3779B9))
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)
+
+
+def _merge_by_sort(
+    rows: jax.Array, values: jax.Array, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sorts, and sums each run of equal row numbers by a scan: no scatter, no atomics."""
+    order = jnp.argsort(rows, stable=True)
+    rows, values = rows[order], values[order]
+    changes = rows[1:] != rows[:-1]
+    starts = jnp.concatenate((jnp.ones(1, bool), changes))
+    ends = jnp.concatenate((changes, jnp.ones(1, bool)))
+
+    def join(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[Any, Any]:
+        (starts, sums), (later_starts, later_sums) = left, right
+        sums = jnp.where(across(later_starts, sums), later_sums, sums + later_sums)
+        return starts | later_starts, sums
+
+    _, sums = jax.lax.associative_scan(join, (starts, values))
+    return jnp.where(ends, rows, num_rows), jnp.where(across(ends, sums), sums, 0)

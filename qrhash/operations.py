@@ -1,0 +1,136 @@
+"""Combining: the k rows of an id -> one vector.
+
+The operations of Shi et al. 2020, section 4.1, on rows z_1, ..., z_k gathered from k tables:
+
+    add       e = z_1 + ... + z_k
+    mult      e = z_1 * ... * z_k             (elementwise)
+    concat    e = [z_1; ...; z_k]
+    project   e = W [z_1; ...; z_k; z_1 * ... * z_k] + b
+
+`project` keeps the rows narrow, so that the same memory holds more of them, and lets one small
+matrix, shared by all ids of a feature, widen them to the vector.
+"""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from qrhash.types import Array
+
+OPERATIONS = ("add", "mult", "concat", "project")
+
+
+class Projection(NamedTuple):
+    """The dense parameters of operation "project", shared by all ids of a feature.
+
+    Attributes:
+      kernel: W transposed, [num_inputs, features]. `num_inputs` is (k + 1) * width for k > 1
+        rows of that width, and the row's width for k = 1.
+      bias: b, [features], or None.
+    """
+
+    kernel: Any
+    bias: Any = None
+
+
+def combine(
+    rows: Sequence[Array],
+    operation: str,
+    projection: Projection | Array | None = None,
+) -> Any:
+    """Combines the k rows of each id into its vector.
+
+    Args:
+      rows: k arrays [*shape, width_j] of one dtype; equal widths but for "concat".
+      operation: "add", "mult", "concat" or "project".
+      projection: for "project" alone, its `Projection` or just the kernel.
+
+    Returns:
+      Vectors [*shape, features]; features is the common width, for "concat" the sum of the
+      widths, for "project" the kernel's.
+
+    Raises:
+      ValueError: unknown operation, no rows, a projection missing or out of place, or shapes
+        that do not fit together.
+
+    Source: Shi et al. 2020, section 4.1 (operation-based compositional embeddings).
+
+    >>> q, r = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    >>> combine((q, r), "mult").tolist(), combine((q, r), "concat").tolist()
+    ([3.0, 8.0], [1.0, 2.0, 3.0, 4.0])
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, got {operation!r}.")
+    if not rows:
+        raise ValueError("rows must hold the rows of at least one table, got none.")
+    check_projection(projection, operation)
+    _check_rows(rows, operation)
+    if operation == "concat":
+        return jnp.concatenate(rows, axis=-1)
+    if operation == "add":
+        return functools.reduce(operator.add, rows)
+    product = functools.reduce(operator.mul, rows)
+    if operation == "mult":
+        return product
+    inputs = jnp.concatenate((*rows, product), axis=-1) if len(rows) > 1 else product
+    check_projection(projection, operation, num_inputs=inputs.shape[-1])
+    kernel, bias = as_projection(projection)
+    vectors = inputs @ kernel
+    return vectors if bias is None else vectors + jnp.expand_dims(bias, range(vectors.ndim - 1))
+
+
+def as_projection(projection: Any) -> Projection:
+    """A projection, also from just its kernel."""
+    return projection if isinstance(projection, Projection) else Projection(projection)
+
+
+def check_projection(
+    projection: Any,
+    operation: str,
+    *,
+    num_inputs: int | None = None,
+    features: int | None = None,
+) -> None:
+    """Raises a ValueError unless the projection is there for "project", and of that shape."""
+    if operation != "project":
+        if projection is not None:
+            raise ValueError(
+                f"projection goes with operation 'project' alone, got one with {operation!r}."
+            )
+        return
+    if projection is None:
+        raise ValueError(
+            "projection is missing: operation 'project' widens rows by its `Projection`, as from "
+            "qrhash.init_projection, and was called without one."
+        )
+    kernel, bias = as_projection(projection)
+    got = getattr(kernel, "shape", None)
+    wanted = f"[{num_inputs or 'num_inputs'}, {features or 'features'}]"
+    if (
+        got is None
+        or len(got) != 2
+        or any(
+            want not in (None, size) for want, size in zip((num_inputs, features), got, strict=True)
+        )
+    ):
+        raise ValueError(f"projection must have a kernel of shape {wanted}, got {got or kernel!r}.")
+    if bias is not None and getattr(bias, "shape", None) != got[1:]:
+        raise ValueError(
+            f"projection must have a bias of shape {got[1:]} beside a kernel of shape {got}, got "
+            f"{getattr(bias, 'shape', bias)}."
+        )
+
+
+def _check_rows(rows: Sequence[Array], operation: str) -> None:
+    """Raises a ValueError unless the rows go together: nothing is broadcast."""
+    shapes = [tuple(row.shape) for row in rows]
+    if operation == "concat":
+        if any(not shape or shape[:-1] != shapes[0][:-1] for shape in shapes):
+            raise ValueError(f"rows must have shapes [*shape, width_j], got {shapes}.")
+    elif any(not shape or shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"rows must have one shape [*shape, width] for {operation!r}, got {shapes}."
+        )

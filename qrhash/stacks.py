@@ -1,0 +1,329 @@
+"""`CollectionConfig`: the embeddings of many features, and the few stacked tables that keep them.
+
+All tables of one width, dtype and kind (large and trained by rows, or small and dense) are put on
+top of each other. Which rows of a stack are a feature's own is known when the config is built.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qrhash.arithmetic import as_fields
+from qrhash.config import EmbedConfig
+from qrhash.kinds import put_table, whole_table
+from qrhash.layout import MeshLayout
+from qrhash.types import INT32_MAX, Array
+
+
+class Span(NamedTuple):
+    """Where a table of a feature stands.
+
+    Attributes:
+      feature: name of the feature.
+      table: number of the table among the feature's.
+      offset: its first row in the stack.
+      rows: its number of rows.
+    """
+
+    feature: str
+    table: int
+    offset: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A table made of other tables, on top of each other.
+
+    Attributes:
+      name: "large_" or "small_", width and dtype, such as "large_16_float32".
+      is_large: whether it is trained by rows: what `qrhash.value_and_grad` asks for.
+      width: width of its rows.
+      dtype: of its entries.
+      axes: axis names of its array, or None, see `EmbedConfig.table_axes`.
+      spans: the tables in it, from the first row on.
+      layout: how the batch is split over a mesh and, if it is large, the stack.
+    """
+
+    name: str
+    is_large: bool
+    width: int
+    dtype: np.dtype
+    axes: tuple[Any, ...] | None
+    spans: tuple[Span, ...]
+    layout: MeshLayout | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, width]."""
+        return (self.spans[-1].offset + self.spans[-1].rows, self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectionConfig:
+    """The embeddings of many features.
+
+    Attributes:
+      embeddings: feature name -> its `EmbedConfig`, or the name of another feature, whose tables
+        and projection it then shares. A mapping, kept as a tuple of pairs.
+
+    Raises:
+      ValueError: a feature shares with one that is not there, or that itself shares; or tables of
+        one stack differ in their logical axes.
+
+    >>> from qrhash.families import FullTable, QuotientRemainder
+    >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 16)
+    >>> day = EmbedConfig(FullTable(7), 16)
+    >>> config = CollectionConfig({"item": item, "last_item": "item", "day": day})
+    >>> config.large_tables  # large of `qrhash.value_and_grad`
+    {'large_16_float32': True, 'small_16_float32': False}
+    >>> [(stack.name, stack.shape) for stack in config.stacks]
+    [('large_16_float32', (250000, 16)), ('small_16_float32', (11, 16))]
+    """
+
+    embeddings: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.embeddings, (Mapping, tuple)):
+            raise ValueError(
+                f"embeddings must be a mapping of names to EmbedConfigs, got {self.embeddings!r}."
+            )
+        pairs = self.embeddings.items() if isinstance(self.embeddings, Mapping) else self.embeddings
+        embeddings = dict(pairs)
+        for name, value in embeddings.items():
+            if not isinstance(name, str):
+                raise ValueError(f"embeddings must have names, got {name!r}.")
+            shared = embeddings.get(value) if isinstance(value, str) else value
+            if not isinstance(shared, EmbedConfig):
+                raise ValueError(
+                    f"embeddings[{name!r}] must be an EmbedConfig or the name of a feature that "
+                    f"has one, got {value!r}."
+                )
+        object.__setattr__(self, "embeddings", tuple(embeddings.items()))
+        _ = self.stacks  # raises now if tables do not go together
+
+    @property
+    def own_configs(self) -> dict[str, EmbedConfig]:
+        """Feature name -> config, of the features that have tables of their own."""
+        return {name: value for name, value in self.embeddings if isinstance(value, EmbedConfig)}
+
+    @property
+    def owner_of(self) -> dict[str, str]:
+        """Feature name -> name of the feature whose tables it uses: its own, or shared."""
+        return {name: value if isinstance(value, str) else name for name, value in self.embeddings}
+
+    @property
+    def configs(self) -> dict[str, EmbedConfig]:
+        """Feature name -> config, of every feature."""
+        own = self.own_configs
+        return {name: own[owner] for name, owner in self.owner_of.items()}
+
+    @functools.cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacked tables: one per width, dtype and kind."""
+        return tuple(_stacks(self.own_configs))
+
+    @functools.cached_property
+    def spans(self) -> dict[tuple[str, int], tuple[str, Span]]:
+        """Feature name and number of a table -> name of its stack, and where it stands there."""
+        return {
+            (span.feature, span.table): (stack.name, span)
+            for stack in self.stacks
+            for span in stack.spans
+        }
+
+    @property
+    def large_tables(self) -> dict[str, bool]:
+        """Stack name -> whether it is trained by rows: `large` of `qrhash.value_and_grad`."""
+        return {stack.name: stack.is_large for stack in self.stacks}
+
+    @property
+    def num_params(self) -> int:
+        """Parameters in all, tables and projections."""
+        return sum(config.num_params for config in self.own_configs.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON has it; see `EmbedConfig.to_dict`."""
+        return {
+            name: value if isinstance(value, str) else value.to_dict()
+            for name, value in self.embeddings
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, devices: Sequence[Any] | None = None) -> Self:
+        """The config of which `to_dict` made these values; see `EmbedConfig.from_dict`."""
+        embeddings = {
+            name: value if isinstance(value, str) else EmbedConfig.from_dict(value, devices=devices)
+            for name, value in as_fields("config", values).items()
+        }
+        return cls(embeddings)
+
+
+def as_collection_config(config: Any) -> CollectionConfig:
+    """A config of many features, also from a mapping."""
+    return config if isinstance(config, CollectionConfig) else CollectionConfig(config)
+
+
+def unstack(stacks: Mapping[str, Any], config: CollectionConfig) -> dict[str, tuple[Array, ...]]:
+    """The tables of each feature.
+
+    Args:
+      stacks: {stack name: array [rows, ...]}: stacked tables, or optimizer state laid out as they
+        are.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {feature name: k arrays [rows_j, ...]}, of the features that have tables of their own.
+    """
+    whole = {name: whole_table(table) for name, table in stacks.items()}
+    parts = {
+        of_table: whole[name][span.offset : span.offset + span.rows]
+        for of_table, (name, span) in config.spans.items()
+    }
+    return {
+        name: tuple(parts[name, j] for j in range(owned.num_tables))
+        for name, owned in config.own_configs.items()
+    }
+
+
+def stack(tables: Mapping[str, tuple[Array, ...]], config: CollectionConfig) -> dict[str, Any]:
+    """The stacks of the features' tables: the inverse of `unstack`.
+
+    Args:
+      tables: {feature name: k arrays [rows_j, ...]}, of all features that have tables of their own.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {stack name: array [rows, ...]}.
+
+    Raises:
+      ValueError: a feature is missing or unknown, a table has another number of rows, or tables of
+        one stack differ in width or dtype.
+    """
+    if not isinstance(tables, Mapping):
+        raise ValueError(f"tables must be a mapping of features to tables, got {type(tables)}.")
+    unknown = [name for name in tables if name not in config.own_configs]
+    if unknown:
+        raise ValueError(
+            f"tables must be of features that have their own, {', '.join(config.own_configs)}, got "
+            f"{unknown[0]!r}."
+        )
+    for name, owned in config.own_configs.items():
+        of_feature = tables.get(name, ())
+        if hasattr(of_feature, "shape"):
+            raise ValueError(
+                f"tables[{name!r}] must be a tuple of {owned.num_tables} arrays, got one array of "
+                f"shape {of_feature.shape}."
+            )
+        if not isinstance(of_feature, Sequence) or not all(
+            hasattr(table, "shape") for table in of_feature
+        ):
+            raise ValueError(
+                f"tables[{name!r}] must be a tuple of {owned.num_tables} arrays, got "
+                f"{of_feature!r}."
+            )
+        got = tuple(table.shape[0] for table in of_feature)
+        if got != owned.partition.num_rows:
+            raise ValueError(
+                f"tables[{name!r}] must have {owned.partition.num_rows} rows, got {got}."
+            )
+    stacks: dict[str, Any] = {}
+    for each in config.stacks:
+        parts = [whole_table(tables[span.feature][span.table]) for span in each.spans]
+        _check_alike(each, parts)
+        # On the host where the parts are: from there every device gets its own rows alone.
+        xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+        layout = each.layout if each.is_large else None
+        stacks[each.name] = put_table(xp.concatenate(parts), layout, is_large=each.is_large)
+    return stacks
+
+
+def as_stacks(tables: Mapping[str, tuple[Array, ...]], config: CollectionConfig) -> dict[str, Any]:
+    """The stacks made of given tables, such as pre-trained ones, in place of `init`.
+
+    Args:
+      tables: {feature name: k arrays [rows_j, width_j] of `param_dtype`}, as `qrhash.as_tables`
+        takes them, of all features that have tables of their own.
+      config: the `CollectionConfig`.
+
+    Returns:
+      {stack name: array [rows, width]}, as from `init`.
+
+    Raises:
+      ValueError: a feature is missing or unknown, or a table has another shape or dtype.
+    """
+    stacks = stack(tables, config)
+    for each in config.stacks:
+        made = stacks[each.name]
+        dtype = jax.dtypes.canonicalize_dtype(made.dtype)
+        if (made.shape, dtype) != (each.shape, each.dtype):
+            raise ValueError(
+                f"tables must stack up to {each.dtype} {each.shape} in {each.name!r}, got "
+                f"{dtype} {made.shape}."
+            )
+        if not each.is_large:
+            stacks[each.name] = put_table(made, each.layout, is_large=False)
+    return stacks
+
+
+def _check_alike(stack: Stack, parts: Sequence[Any]) -> None:
+    """Raises a ValueError unless the tables of a stack are alike but for their rows."""
+    kinds = [(part.shape[1:], jax.dtypes.canonicalize_dtype(part.dtype)) for part in parts]
+    for span, (shape, dtype) in zip(stack.spans, kinds, strict=True):
+        if (shape, dtype) != kinds[0]:
+            first = stack.spans[0]
+            raise ValueError(
+                f"tables[{span.feature!r}][{span.table}] must be of width and dtype of the other "
+                f"tables in stack {stack.name!r}, {kinds[0][1]} {kinds[0][0]} of "
+                f"tables[{first.feature!r}][{first.table}], got {dtype} {shape}."
+            )
+
+
+def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
+    groups: dict[str, list[tuple[str, int]]] = {}
+    sizes: collections.Counter[str] = collections.Counter()
+    for name, config in owned.items():
+        for j, (rows, width) in enumerate(config.table_shapes):
+            kind = "large" if config.large_tables[j] else "small"
+            key = base = f"{kind}_{width}_{config.param_dtype.name}"
+            # Row numbers are 32 bits wide: what grows beyond that starts another stack.
+            for count in itertools.count(2):
+                if not sizes[key] or sizes[key] + rows <= INT32_MAX:
+                    break
+                key = f"{base}_{count}"
+            groups.setdefault(key, []).append((name, j))
+            sizes[key] += rows
+    for key, members in sorted(groups.items()):
+        first, j = members[0]
+        axes = {owned[name].table_axes(i) for name, i in members}
+        shardings = {owned[name].layout for name, _ in members}
+        if len(shardings) > 1:
+            raise ValueError(
+                f"layout must agree for the tables of one stack, {key}, got "
+                f"{' and '.join(sorted(map(repr, shardings)))}."
+            )
+        if len(axes) > 1:
+            raise ValueError(
+                f"logical_axes must agree for the tables of one stack, {key}, got "
+                f"{' and '.join(map(str, sorted(axes, key=str)))}."
+            )
+        spans, offset = [], 0
+        for name, i in members:
+            spans.append(Span(name, i, offset, owned[name].partition.num_rows[i]))
+            offset += spans[-1].rows
+        yield Stack(
+            name=key,
+            is_large=owned[first].large_tables[j],
+            width=owned[first].table_shapes[j][1],
+            dtype=owned[first].param_dtype,
+            axes=axes.pop(),
+            spans=tuple(spans),
+            layout=shardings.pop(),
+        )

@@ -1,0 +1,87 @@
+"""Every choice that depends on the platform, with the measurement behind it.
+
+None of them changes what is computed, only how fast. Where two platforms differ, `by_platform`
+leaves the choice to the lowering: a program exported for several has both ways in it, and one
+compiled for a GPU while the process's default is the CPU has the GPU's.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+CPU, ACCELERATOR = "cpu", "accelerator"
+
+# Rows from which on a table is trained by rows, and split over a mesh. About a batch's number of
+# look-ups: a table with fewer rows is updated faster as a whole.
+LARGE_TABLE_ROWS = 16384
+
+# Entries of the one-hot matrix of one product, at most: 256 MB of float32.
+ONE_HOT_ENTRIES = 2**26
+
+# Slots of the scratch in which duplicates are found by hashing, for each look-up: with 4, nine
+# positions in ten are settled in the first round. A table of fewer rows than that needs no hashing:
+# every row has its slot.
+SLOTS_PER_LOOKUP = 4
+
+# Random numbers drawn at once: bits on their way need several times the memory of a table. Creating
+# 5e7 x 16 rows peaked at 13 GB in one go, at 6.7 GB in blocks of this size, at no loss of speed.
+DRAWN_AT_ONCE = 2**22
+
+
+def one_hot_rows(platform: str) -> int:
+    """Up to how many rows a table's gradient is a product with one-hot rows, and no scatter-add.
+
+    On an accelerator a scatter-add of a batch's rows waits for itself at every duplicate. On the
+    CPU it is a plain loop over rows, and faster for a table of any length: five times for 4 rows.
+    """
+    return 0 if platform == CPU else 2048
+
+
+def merge_method(platform: str) -> str:
+    """How rows named several times are summed: by "hash" or by "sort".
+
+    On the CPU hashing is the faster. On a GPU sums after hashing need atomics, in no fixed order;
+    sorting is fast and deterministic.
+    """
+    return "hash" if platform == CPU else "sort"
+
+
+def gathers_again(platform: str) -> bool:
+    """Whether the derivative of a look-up in small tables gathers the rows it needs again.
+
+    On the CPU rows of small tables come faster from the tables, in its caches, than from where the
+    look-up would have kept them: 1.5 times on two tables of 10,000 rows.
+    """
+    return platform == CPU
+
+
+def by_platform(
+    choose: Callable[[str], Hashable], run: Callable[[Any], Callable[..., Any]], *args: Any
+) -> Any:
+    """Runs, on every platform, what is chosen for it.
+
+    Args:
+      choose: platform, `CPU` or `ACCELERATOR` -> choice.
+      run: choice -> function of the arguments; all return arrays of the same types.
+      *args: trees of arrays.
+    """
+    on_cpu, elsewhere = choose(CPU), choose(ACCELERATOR)
+    if on_cpu == elsewhere:
+        return run(on_cpu)(*args)
+    return jax.lax.platform_dependent(*args, cpu=run(on_cpu), default=run(elsewhere))
+
+
+def traced_for() -> str:
+    """The platform that a computation is most likely traced for.
+
+    For choices that shape the program before it is lowered, such as what a derivative keeps: of
+    the mesh in use, of `jax.default_device`, or the process's default.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = device or getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        platform = jax.default_backend()
+    else:
+        platform = device if isinstance(device, str) else device.platform
+    return CPU if platform == CPU else ACCELERATOR
