@@ -20,13 +20,20 @@ ADDED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("notebooks/*.ipynb")]
+NOTEBOOKS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("notebooks/*.ipynb"))]
 OWN = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/**/*.md")]
 PAGES = {**ADDED, **{each: each for each in NOTEBOOKS}, **{p: p.removeprefix("docs/") for p in OWN}}
 # Named in pages, but none themselves: links to them become plain names.
 FILES = ("CITATION.cff", "LICENSE")
 
 _LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+
+
+def on_config(config: Any) -> None:
+    """Lists the notebooks in the navigation."""
+    for entry in config.nav:
+        if "Notebooks" in entry:
+            entry["Notebooks"] = NOTEBOOKS
 
 
 @event_priority(100)  # before the plugin that renders notebooks
