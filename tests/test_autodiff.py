@@ -6,14 +6,14 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import FEATURES, OPERATIONS, assert_close, parameters, quick_jit
-from cases import config as make_config
 from jax.sharding import PartitionSpec
 
 import qrhash
 from qrhash import RowGrads
+from support import oracle
+from support.cases import FEATURES, OPERATIONS, assert_close, parameters, quick_jit
+from support.cases import config as make_config
 
 CONFIG = make_config("mixed radix", "project", large_table_rows=3)  # rows 2, 5, 3
 

@@ -18,33 +18,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import training_process
 from flax import nnx
 from jax.sharding import AxisType
 
 import qrhash
-from qrhash import EmbedConfig, MeshLayout, ShardedTable, checkpoint
+from qrhash import EmbedConfig, ShardedTable, checkpoint
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.nnx import EmbedCollection, Optimizer, Table, as_table
 from qrhash.protocol import is_table
+from support import training_process
+from support.meshes import BOTH, make_layout
 
-BOTH = ("data", "model")
 IN, OF = "in the checkpoint", "in the model"
-
-
-def _layout(shape, names, kind=AxisType.Auto, **options):
-    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-    return MeshLayout(mesh=mesh, **options)
 
 
 LAYOUTS = {
     "one device": None,
-    "8 model": _layout((8,), ("model",)),
-    "2x4": _layout((2, 4), BOTH),
-    "8 data, all rows": _layout((8,), ("data",), row_axes=()),
-    "both": _layout((2, 4), BOTH, row_axes=BOTH, batch_axes=BOTH),
-    "columns": _layout((2, 2, 2), (*BOTH, "c"), column_axis="c"),
-    "explicit": _layout((2, 4), BOTH, AxisType.Explicit),
+    "8 model": make_layout((8,), ("model",)),
+    "2x4": make_layout((2, 4), BOTH),
+    "8 data, all rows": make_layout((8,), ("data",), row_axes=()),
+    "both": make_layout((2, 4), BOTH, row_axes=BOTH, batch_axes=BOTH),
+    "columns": make_layout((2, 2, 2), (*BOTH, "c"), column_axis="c"),
+    "explicit": make_layout((2, 4), BOTH, AxisType.Explicit),
 }
 
 NUM_IDS = 1003

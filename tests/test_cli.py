@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 
-import ctr_files
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +13,7 @@ from qrhash import cli
 from qrhash.ctr.data.block import CATEGORIES
 from qrhash.ctr.run.report import CHECKPOINTS, METRICS, PICTURE
 from qrhash.ctr.settings import options
+from support import ctr_files
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 

@@ -7,14 +7,14 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import FAMILIES, assert_close, parameters, quick_jit
 from flax import linen as nn
 from flax import nnx
 
 import qrhash
 from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
+from support import oracle
+from support.cases import FAMILIES, assert_close, parameters, quick_jit
 
 _embed = functools.partial(EmbedConfig, large_table_rows=3)
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import OPERATIONS, SHAPES, assert_close
 
 import qrhash
+from support import oracle
+from support.cases import OPERATIONS, SHAPES, assert_close
 
 BAD = [
     (2, "sum", False, ["operation", "add", "mult", "concat", "project", "'sum'"]),

@@ -5,7 +5,14 @@ import time
 
 import jax
 import pytest
-from training_process import (
+
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.run import devices, report
+from qrhash.ctr.run import train as fitting
+from qrhash.ctr.run.devices import make_layout, mesh_sizes
+from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.settings import Settings
+from support.training_process import (
     assert_same_curve,
     command_line,
     compiled_once,
@@ -14,13 +21,6 @@ from training_process import (
     train,
     until,
 )
-
-from qrhash.ctr.errors import UserError
-from qrhash.ctr.run import devices, report
-from qrhash.ctr.run import train as fitting
-from qrhash.ctr.run.devices import make_layout, mesh_sizes
-from qrhash.ctr.run.learner import Learner
-from qrhash.ctr.settings import Settings
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 

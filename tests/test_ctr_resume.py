@@ -6,9 +6,12 @@ import json
 import shutil
 import signal
 
-import ctr_files
 import pytest
-from training_process import (
+
+from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.report import RunDirectory
+from support import ctr_files
+from support.training_process import (
     assert_same_curve,
     command_line,
     compiled_once,
@@ -17,9 +20,6 @@ from training_process import (
     train,
     until,
 )
-
-from qrhash.ctr.run.learner import Learner
-from qrhash.ctr.run.report import RunDirectory
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 

@@ -2,7 +2,6 @@
 
 import gzip
 
-import ctr_files
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -15,6 +14,7 @@ from qrhash.ctr.data.block import CATEGORIES, COLUMNS, Block
 from qrhash.ctr.data.cells import decode
 from qrhash.ctr.data.sources import BadLines, open_source
 from qrhash.ctr.errors import UserError
+from support import ctr_files
 
 FORMATS = {
     "text": ctr_files.write_text,

@@ -3,7 +3,6 @@
 import io
 import json
 
-import ctr_files
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -21,6 +20,7 @@ from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, draw, final_table
 from qrhash.ctr.run.train import fit, split_line
 from qrhash.ctr.settings import Settings
+from support import ctr_files
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 

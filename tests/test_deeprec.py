@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from cases import assert_close, quick_jit
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec
 
 import qrhash
 from qrhash.deeprec import embedding_lookup, get_multihash_variable
+from support import oracle
+from support.cases import assert_close, quick_jit
 
 ones = nn.initializers.ones
 SQUARE = [[3, 4], [3, 4]]

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters
-from cases import config as make_config
 from flax import linen as nn
 from flax import nnx
 from flax.nnx import bridge
@@ -18,6 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qrhash
 from qrhash import CollectionConfig, EmbedConfig, QuotientRemainder
+from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters
+from support.cases import config as make_config
 
 STANDARD_PROMOTION = True  # Flax's own sums
 

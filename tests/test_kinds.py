@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import OPERATIONS, assert_close, quick_jit
 
 import qrhash
 from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
 from qrhash.local import LocalTable
 from qrhash.protocol import LookUps, Table
+from support.cases import OPERATIONS, assert_close, quick_jit
+from support.meshes import whole
 
 
 @functools.partial(
@@ -107,13 +108,6 @@ def _halved(tables):
     return (Halves.of(tables[0]), *tables[1:])
 
 
-def _whole(tree):
-    is_table = lambda node: isinstance(node, Table)  # noqa: E731
-    return jax.tree.map(
-        lambda node: node.to_array() if is_table(node) else node, tree, is_leaf=is_table
-    )
-
-
 def _config(operation="mult", num_embeddings=29, **options):
     partition = qrhash.QuotientRemainder(num_embeddings, 3)
     return EmbedConfig(partition, 8, operation, large_table_rows=5, id_policy="zero", **options)
@@ -141,7 +135,7 @@ def test_ordinary_gradients_and_vmap(rng):
     mapped = lambda tables, ids: jax.vmap(loss, (None, 0))(tables, ids).sum()  # noqa: E731
     for fun in (loss, mapped):
         got, want = (quick_jit(jax.grad(fun))(each, ids) for each in (_halved(tables), tables))
-        jax.tree.map(assert_close, _whole(got), want)
+        jax.tree.map(assert_close, whole(got), want)
     many = jax.tree.map(lambda *each: jnp.stack(each), *[_halved(tables)] * 4)
     got = jax.vmap(lambda tables, ids: qrhash.lookup(tables, ids, cfg))(many, ids)
     assert_close(got, qrhash.lookup(tables, ids, cfg))
@@ -174,7 +168,7 @@ def test_it_trains_by_rows_to_the_numbers_of_a_plain_array(tx, rng):
             qrhash.init(jax.random.key(0), cfg),
         )
     )
-    jax.tree.map(assert_close, _whole(got[0]), want[0])
+    jax.tree.map(assert_close, whole(got[0]), want[0])
 
 
 def _is_row_grads(node):

@@ -1,18 +1,17 @@
 """The linen module: the pure core with parameters in the places where Flax looks for them."""
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from cases import FAMILIES, FEATURES, OPERATIONS, assert_close, quick_jit
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
 import qrhash
 from qrhash.linen import MultiHashEmbed
+from support import cases, oracle
+from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, quick_jit
 
 AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))

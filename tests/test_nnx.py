@@ -1,19 +1,18 @@
 """The NNX module: the pure core with variables that NNX filters, optimizers and meshes know."""
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from cases import FAMILIES, FEATURES, OPERATIONS, assert_close, quick_jit
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import qrhash
 from qrhash.nnx import MultiHashEmbed, Optimizer, Table, as_table
+from support import cases, oracle
+from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, quick_jit
 
 AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_close
 from flax import linen as nn
 from flax import nnx
 
 import qrhash
 from qrhash import RowGrads
+from support.cases import assert_close
 
 STANDARD_PROMOTION = True  # Flax's own sums
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_close, quick_jit
 
 import qrhash
 from qrhash import RowGrads
+from support.cases import assert_close, quick_jit
 
 STANDARD_PROMOTION = True  # optax's Adam and schedules add int32 and float32
 

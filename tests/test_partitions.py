@@ -5,16 +5,15 @@ import itertools
 import math
 import time
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import qrhash
+from support import cases, oracle
 
 SIZES = [1, 2, 3, 15, 16, 17, 97, 10**4 - 1, 10**4, 10**4 + 1, 2**24 + 1, 10**8]
 EDGES = [2**31 - 1, 2**31, 2**31 + 1, 2**32 + 1, 2**62, 2**63 - 1, 2**63]

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import assert_close, merging_by, quick_jit
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qrhash
 from qrhash import RowGrads
+from support.cases import assert_close, merging_by, quick_jit
+from support.meshes import dense
 
 INT32_MAX = 2**31 - 1
 METHODS = ("hash", "sort")
@@ -320,7 +321,7 @@ def test_microbatches_add_up_to_the_whole_batch(is_sharded, rng):
     batches = jnp.asarray(rng.integers(0, 1000, (3, 8)), jnp.int32)
     loss = lambda tables, ids: (qrhash.lookup(tables, ids, cfg) ** 2).sum()  # noqa: E731
     step = qrhash.value_and_grad(loss, cfg.large_tables)
-    want = _whole(step(tables, batches.reshape(-1))[1])
+    want = jax.tree.leaves(dense(step(tables, batches.reshape(-1))[1]))
 
     by_loop = qrhash.add_grads(*(step(tables, ids)[1] for ids in batches))
     _, stacked = quick_jit(
@@ -328,27 +329,13 @@ def test_microbatches_add_up_to_the_whole_batch(is_sharded, rng):
     )(tables)
     mapped = quick_jit(qrhash.sum_grads)(stacked)
     for got in (by_loop, mapped):
-        jax.tree.map(assert_close, _whole(got), want)
+        jax.tree.map(assert_close, jax.tree.leaves(dense(got)), want)
         assert_close(qrhash.global_norm(got), optax.global_norm(want))
     halves = [0.5 * grad for grad in mapped]
     both = [a + b for a, b in zip(halves, halves, strict=True)]
     for got in (both, [sum(pair) for pair in zip(halves, halves, strict=True)]):
         assert [type(grad) for grad in got] == [type(grad) for grad in mapped]
-        jax.tree.map(assert_close, _whole(got), want)
-
-
-def _whole(grads):
-    """Dense gradients, in the order of their rows."""
-
-    def whole(grad):
-        if isinstance(grad, qrhash.ShardedTable):
-            array = grad.array
-            dense = array.to_dense() if isinstance(array, RowGrads) else array
-            return grad.with_array(dense).to_array()
-        return grad.to_dense() if isinstance(grad, RowGrads) else grad
-
-    is_leaf = lambda node: isinstance(node, (RowGrads, qrhash.ShardedTable))  # noqa: E731
-    return [whole(grad) for grad in jax.tree.leaves(grads, is_leaf=is_leaf)]
+        jax.tree.map(assert_close, jax.tree.leaves(dense(got)), want)
 
 
 def test_sums_that_do_not_fit_are_refused_in_words(rng):

@@ -10,33 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from cases import FEATURES, assert_close, parameters, quick_jit
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qrhash
 from qrhash import CollectionConfig, EmbedConfig, MeshLayout, RowGrads, ShardedTable, collection
 from qrhash.sharded import MeshStorage
+from support import oracle
+from support.cases import FEATURES, assert_close, parameters, quick_jit
+from support.meshes import BOTH, dense, layout_2x4, make_layout, whole
 
-
-def _layout(shape, names, kind=AxisType.Auto, **options):
-    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
-    return MeshLayout(mesh=mesh, **options)
-
-
-BOTH = ("data", "model")
-_2x4 = functools.partial(_layout, (2, 4), BOTH)
 LAYOUTS = {
-    "8 model": _layout((8,), ("model",)),
-    "8 data": _layout((8,), ("data",)),
-    "8 data, all rows": _layout((8,), ("data",), row_axes=()),
-    "reduce": _2x4(exchange="reduce"),
-    "all to all": _2x4(exchange="all_to_all"),
-    "overflow": _2x4(exchange="all_to_all", capacity=1),
-    "both": _2x4(row_axes=BOTH, batch_axes=BOTH, exchange="all_to_all"),
-    "columns": _layout((2, 2, 2), (*BOTH, "c"), column_axis="c", exchange="all_to_all"),
+    "8 model": make_layout((8,), ("model",)),
+    "8 data": make_layout((8,), ("data",)),
+    "8 data, all rows": make_layout((8,), ("data",), row_axes=()),
+    "reduce": layout_2x4(exchange="reduce"),
+    "all to all": layout_2x4(exchange="all_to_all"),
+    "overflow": layout_2x4(exchange="all_to_all", capacity=1),
+    "both": layout_2x4(row_axes=BOTH, batch_axes=BOTH, exchange="all_to_all"),
+    "columns": make_layout((2, 2, 2), (*BOTH, "c"), column_axis="c", exchange="all_to_all"),
 }
 per_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -65,19 +58,6 @@ def _is_sharded(node):
     return isinstance(node, ShardedTable)
 
 
-def _whole(tree):
-    """With arrays [rows, width] in place of the tables on a mesh."""
-    of = lambda node: node.to_array() if _is_sharded(node) else node  # noqa: E731
-    return jax.tree.map(of, tree, is_leaf=_is_sharded)
-
-
-def _dense(grads):
-    """With arrays in place of `RowGrads`, wherever they stand."""
-    is_leaf = lambda node: isinstance(node, RowGrads)  # noqa: E731
-    of = lambda node: node.to_dense() if is_leaf(node) else node  # noqa: E731
-    return _whole(jax.tree.map(of, grads, is_leaf=is_leaf))
-
-
 def _scan(step, params, state, batches, layout):
     """Parameters, state and losses, from one program: XLA's host devices, which share their
     threads, can block each other when several steps are in flight.
@@ -91,7 +71,7 @@ def _scan(step, params, state, batches, layout):
     def run(params, state, batches):
         body = lambda carry, batch: ((out := step(*carry, *batch))[:2], out[2])  # noqa: E731
         (params, state), losses = jax.lax.scan(body, (params, state), batches)
-        return _whole(params), losses
+        return whole(params), losses
 
     return run(params, state, batches)
 
@@ -109,7 +89,7 @@ def _scan(step, params, state, batches, layout):
     ],
 )
 def test_rows_go_over_model_and_the_batch_over_data(names, rows, batch):
-    layout = _layout((1,) * len(names), names)
+    layout = make_layout((1,) * len(names), names)
     assert (layout.row_axes, layout.batch_axes, layout.column_axis) == (rows, batch, None)
     assert (layout.exchange, layout.capacity) == ("auto", None)
 
@@ -132,7 +112,7 @@ def test_rows_go_over_model_and_the_batch_over_data(names, rows, batch):
 )
 def test_what_a_sharding_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
-        _2x4(**options)
+        layout_2x4(**options)
 
 
 @pytest.mark.parametrize("mesh", ["data", None])
@@ -150,8 +130,8 @@ def test_a_config_takes_no_other_sharding():
 
 def test_equal_shardings_are_one_key_and_none_can_be_changed():
     layout = LAYOUTS["overflow"]
-    assert {layout: 1}[_2x4(exchange="all_to_all", capacity=1)] == 1
-    assert layout not in {_2x4(exchange="all_to_all", capacity=2): 2}
+    assert {layout: 1}[layout_2x4(exchange="all_to_all", capacity=1)] == 1
+    assert layout not in {layout_2x4(exchange="all_to_all", capacity=2): 2}
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.capacity = 2
 
@@ -167,7 +147,7 @@ def test_row_r_is_row_r_div_s_of_shard_r_mod_s(layout, num_rows):
     array = np.asarray(sharded.array)
     for r, row in enumerate(table):
         np.testing.assert_array_equal(array[r % shards, r // shards], row)
-    np.testing.assert_array_equal(quick_jit(_whole)(sharded), table)
+    np.testing.assert_array_equal(quick_jit(whole)(sharded), table)
     assert jax.tree.leaves(sharded) == [sharded.array]
 
 
@@ -185,7 +165,7 @@ def test_init_gives_the_numbers_of_one_device_and_each_device_its_shard(layout):
     cfg = _config(layout)
     tables = qrhash.init(jax.random.key(0), cfg)
     want = qrhash.init(jax.random.key(0), _config(None))
-    jax.tree.map(np.testing.assert_array_equal, quick_jit(_whole)(tables), want)
+    jax.tree.map(np.testing.assert_array_equal, quick_jit(whole)(tables), want)
     large, small = tables
     assert isinstance(large, ShardedTable)
     assert isinstance(small, jax.Array)
@@ -205,14 +185,14 @@ def test_custom_initializers_fill_their_tables(name):
         for table in tables:
             _assert_split(table.array, LAYOUTS[name])
         for table, shape, value in zip(
-            quick_jit(_whole)(tables), cfg.table_shapes, want, strict=True
+            quick_jit(whole)(tables), cfg.table_shapes, want, strict=True
         ):
             np.testing.assert_array_equal(table, np.full(shape, value))
 
 
 def test_a_random_initializer_draws_every_row_anew():
     cfg = _config(LAYOUTS["columns"], embedding_init=nn.initializers.normal(1.0))
-    table = np.asarray(quick_jit(_whole)(qrhash.init(jax.random.key(0), cfg)[0]))
+    table = np.asarray(quick_jit(whole)(qrhash.init(jax.random.key(0), cfg)[0]))
     assert len(np.unique(table)) == table.size
     assert abs(table.std() - 1) < 0.1
 
@@ -324,7 +304,7 @@ def test_look_ups_and_gradients_are_those_of_loops_over_ids(name, k, operation, 
         dense, vectors = jax.grad(loss, has_aux=True)(params, ids)
         by_rows = qrhash.value_and_grad(loss, (cfg.large_tables, False), has_aux=True)
         (_, again), grads = by_rows(params, ids)
-        return (vectors, _whole(dense)), (again, _dense(grads))
+        return (vectors, whole(dense)), (again, dense(grads))
 
     grads, of_projection = oracle.gradient(tables, ids, weights, cfg, projection)
     for vectors, got in both_ways((_on_mesh(tables, cfg), projection), ids):
@@ -369,7 +349,7 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
 
     @quick_jit
     def algebra(table, *index):
-        dense = [_whole(jax.grad(loss)(table, each)) for each in index]
+        dense = [whole(jax.grad(loss)(table, each)) for each in index]
         a, b = dense
         g, h = (qrhash.value_and_grad(loss, True)(table, each)[1].array for each in index)
         with pytest.raises(ValueError, match="before they are merged"):
@@ -390,7 +370,7 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
         ]
         got, want = ([*each] for each in zip(*pairs, strict=True))
         norms = [qrhash.global_norm((table.with_array(g), a)), optax.global_norm((a, a))]
-        return ([_dense(table.with_array(each)) for each in got], want), norms
+        return ([dense(table.with_array(each)) for each in got], want), norms
 
     for got, want in algebra(ShardedTable.from_array(table, LAYOUTS[name]), *index):
         jax.tree.map(assert_close, got, want)
@@ -527,7 +507,7 @@ def _now_and_then(steps=10):
         yield 3 * rows.reshape(16, 3).astype(np.int32), targets
 
 
-NOW_AND_THEN = _2x4(exchange="all_to_all", capacity=2)
+NOW_AND_THEN = layout_2x4(exchange="all_to_all", capacity=2)
 
 
 def test_an_exchange_overflows_now_and_then():
@@ -606,8 +586,8 @@ def _of_one_shard(rng):
         _, grads = qrhash.value_and_grad(loss, cfg.large_tables)(tables)
         updates, _ = tx.update(grads, tx.init(tables), tables)
         blank = jax.tree.map(jnp.zeros_like, tables)
-        after = _whole(qrhash.apply_updates(blank, updates))
-        return qrhash.lookup(tables, ids, cfg), after, _dense(updates)
+        after = whole(qrhash.apply_updates(blank, updates))
+        return qrhash.lookup(tables, ids, cfg), after, dense(updates)
 
     rows = [np.asarray(t)[i] for t, i in zip(tables, (ids // 3, ids % 3), strict=True)]
     grads, _ = oracle.gradient(tables, [ids], [weights], cfg)
@@ -630,7 +610,7 @@ def _updates_of_an_overflow(tx, rng):
         loss = lambda table: (gather((table,), (with_none,))[0] ** 2).sum()  # noqa: E731
         _, grads = qrhash.value_and_grad(loss, True)(table)
         updates, _ = tx.update(grads, tx.init(table), table)
-        return qrhash.global_norm(updates), _dense(updates)
+        return qrhash.global_norm(updates), dense(updates)
 
     want = np.zeros(table.shape, np.float32)
     want[index] = 2 * np.asarray(table)[index]
@@ -738,7 +718,7 @@ def _copies(text, rows):
 
 @pytest.mark.parametrize("exchange", ["reduce", "all_to_all"])
 def test_a_step_moves_and_copies_no_table(exchange):
-    layout = _2x4(exchange=exchange)
+    layout = layout_2x4(exchange=exchange)
     compiled = _compiled(layout, 64)
     text, rows = compiled.as_text(), layout.rows_per_shard(40_003)
     _assert_moves_no_table(text, rows)
@@ -758,7 +738,7 @@ def test_the_check_sees_the_copy_of_reads_in_no_order(monkeypatch):
         return tuple(a.at[index].get(mode="fill", fill_value=0) for a in arrays), index
 
     monkeypatch.setattr(qrhash.exchange, "read_rows", plain)
-    layout = _2x4(exchange="reduce")
+    layout = layout_2x4(exchange="reduce")
     assert _copies(_compiled(layout, 64).as_text(), layout.rows_per_shard(40_003))
 
 
@@ -791,7 +771,7 @@ def _collectives(computations, name):
 def test_a_device_receives_the_less_the_more_devices_there_are():
     received = []
     for devices in (2, 4, 8):
-        layout = _layout((devices,), ("data",), exchange="all_to_all")
+        layout = make_layout((devices,), ("data",), exchange="all_to_all")
         computations = _computations(_compiled(layout, 4096, quick_jit).as_text())
         collectives = _collectives(computations, list(computations)[-1])
         assert sum(each.operation == "all-to-all" for each in collectives) >= 4
@@ -822,7 +802,7 @@ def test_batches_of_one_shape_need_one_compilation(name, large_table_rows):
         tables, state, loss = jax.block_until_ready(step(tables, state, *batch))
         losses.append(loss)
     assert len(COMPILATIONS) == 1
-    _assert_same_end((quick_jit(_whole)(tables), np.array(losses)), want)
+    _assert_same_end((quick_jit(whole)(tables), np.array(losses)), want)
 
 
 def test_place_says_where_a_jitted_init_puts_tables_and_state():
@@ -873,7 +853,7 @@ def _pure_step(cfg, tx):
     ids=["pure, all large", "one small"],
 )
 def test_explicit_axes_give_the_same_vectors_and_steps(make, large_table_rows, exchange, rng):
-    layout = _2x4(kind=AxisType.Explicit, exchange=exchange)
+    layout = layout_2x4(kind=AxisType.Explicit, exchange=exchange)
     ids = rng.integers(0, NUM_IDS, 16, np.int32)
     targets = rng.standard_normal((16, FEATURES)).astype(np.float32)
     ends = []
@@ -894,5 +874,5 @@ def test_explicit_axes_give_the_same_vectors_and_steps(make, large_table_rows, e
 
 def test_explicit_axes_give_the_whole_table(rng):
     table = rng.standard_normal((29, FEATURES)).astype(np.float32)
-    sharded = ShardedTable.from_array(table, _2x4(kind=AxisType.Explicit))
+    sharded = ShardedTable.from_array(table, layout_2x4(kind=AxisType.Explicit))
     np.testing.assert_array_equal(sharded.to_array(), table)

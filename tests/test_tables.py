@@ -6,9 +6,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import (
+from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.experimental import checkify
+
+import qrhash
+from support import oracle
+from support.cases import (
     CASES,
     FAMILIES,
     FEATURES,
@@ -19,13 +25,7 @@ from cases import (
     parameters,
     quick_jit,
 )
-from cases import config as make_config
-from flax import linen as nn
-from hypothesis import given
-from hypothesis import strategies as st
-from jax.experimental import checkify
-
-import qrhash
+from support.cases import config as make_config
 
 per_operation = pytest.mark.parametrize("operation", OPERATIONS)
 per_family = pytest.mark.parametrize("family", FAMILIES)

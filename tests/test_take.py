@@ -5,12 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters, quick_jit
-from cases import config as make_config
 
 import qrhash
+from support import oracle
+from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters, quick_jit
+from support.cases import config as make_config
 
 
 def _gather(table, index):

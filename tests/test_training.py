@@ -8,9 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
-from cases import (
+from flax import linen as nn
+from flax import nnx
+
+import qrhash
+from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
+from support import oracle
+from support.cases import (
     FAMILIES,
     FEATURES,
     OPERATIONS,
@@ -19,11 +24,6 @@ from cases import (
     parameters,
     quick_jit,
 )
-from flax import linen as nn
-from flax import nnx
-
-import qrhash
-from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
 
 per_operation = pytest.mark.parametrize("operation", OPERATIONS)
 

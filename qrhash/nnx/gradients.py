@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,10 @@ def value_and_grad(
 
     @functools.wraps(f)
     def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return _Call(f, args, kwargs, argnums, wrt, options, has_aux=has_aux).differentiate()
+        call = _call_of(f, args, kwargs, argnums, wrt, options, has_aux=has_aux)
+        value, grads = _differentiate(call)
+        is_single = isinstance(argnums, (int, nnx.DiffState))
+        return value, grads[0] if is_single else tuple(grads)
 
     return differentiated
 
@@ -81,176 +84,192 @@ def grad(
     return differentiated
 
 
-class _Call:
+class _Call(NamedTuple):
     """A function with its arguments, to be differentiated.
 
-    Its program is traced from the state of all modules among the arguments, and from the arrays
-    that it is to be differentiated with respect to; other arguments stay what they are, ids of the
-    host too. `nnx.value_and_grad` then differentiates the program in place of the function.
+    Attributes:
+      f: the function.
+      args: its positional arguments.
+      kwargs: the others.
+      wanted: with respect to what, of which arguments.
+      has_aux: whether it returns a pair.
+      options: of `nnx.value_and_grad`.
     """
 
-    def __init__(
-        self,
-        f: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        argnums: Any,
-        wrt: Any,
-        options: dict[str, Any],
-        *,
-        has_aux: bool,
-    ) -> None:
-        self._f, self._has_aux, self._options = f, has_aux, options
-        self._args, self._kwargs = _positional(f, args, kwargs)
-        self._is_single = isinstance(argnums, (int, nnx.DiffState))
-        self._wanted = [
-            each if isinstance(each, nnx.DiffState) else nnx.DiffState(each, wrt)
-            for each in ((argnums,) if self._is_single else argnums)
-        ]
-        for each in self._wanted:
-            if not 0 <= each.argnum < len(self._args):
-                raise ValueError(
-                    f"argnums must be of the {len(self._args)} positional arguments, got "
-                    f"{each.argnum}."
-                )
-        graph, graph_updates = (
-            current.current_value() if options.get(name) is None else options[name]
-            for name, current in (
-                ("graph", nnx.set_graph_mode),
-                ("graph_updates", nnx.set_graph_updates),
+    f: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    wanted: list[nnx.DiffState]
+    has_aux: bool
+    options: dict[str, Any]
+
+    @property
+    def is_tree(self) -> bool:
+        """Flax's tree mode: modules are ordinary trees, of which everything is differentiated."""
+        modes = (("graph", nnx.set_graph_mode), ("graph_updates", nnx.set_graph_updates))
+        given = (self.options.get(name) for name, _ in modes)
+        return not all(
+            current.current_value() if value is None else value
+            for value, (_, current) in zip(given, modes, strict=True)
+        )
+
+    @property
+    def plain(self) -> list[int]:
+        """Which of the arguments wanted hold no modules: arrays and trees of them."""
+        numbers = sorted({each.argnum for each in self.wanted})
+        return [number for number in numbers if not _has_modules(self.args[number])]
+
+
+def _call_of(
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    argnums: Any,
+    wrt: Any,
+    options: dict[str, Any],
+    *,
+    has_aux: bool,
+) -> _Call:
+    args, kwargs = _positional(f, args, kwargs)
+    wanted = [
+        each if isinstance(each, nnx.DiffState) else nnx.DiffState(each, wrt)
+        for each in ((argnums,) if isinstance(argnums, (int, nnx.DiffState)) else argnums)
+    ]
+    for each in wanted:
+        if not 0 <= each.argnum < len(args):
+            raise ValueError(
+                f"argnums must be of the {len(args)} positional arguments, got {each.argnum}."
             )
-        )
-        # Modules are ordinary trees then, and all of an argument is differentiated.
-        self._is_tree = not (graph and graph_updates)
-        differentiated = {each.argnum for each in self._wanted}
-        self._plain = [n for n in sorted(differentiated) if not _has_modules(self._args[n])]
-        self._graph, state = nnx.split(self._modules_in(self._args, self._kwargs))
-        arrays, self._tree = jax.tree.flatten(state)
-        self._num_of_modules = len(arrays)
-        self._arrays = [*arrays, *jax.tree.leaves([self._args[n] for n in self._plain])]
-        self._paths, tables = self._large_tables(state)
-        self._program = Program.of(self._on_arrays, self._arrays, tables, has_aux=True)
+    return _Call(f, args, kwargs, wanted, has_aux, options)
 
-    def differentiate(self) -> tuple[Any, Any]:
-        """Value, with aux if there is any, and gradients."""
-        args = list(self._args)
-        argnums: list[Any]
-        if self._is_tree:
-            argnums = [each.argnum for each in self._wanted]
-            for number in argnums:
-                args[number] = self._without_tables(number)
-        else:
-            left_out = [
-                nnx.All(each.filter, nnx.Not(self._is_by_rows(each.argnum)))
-                for each in self._wanted
-            ]
-            argnums = [
-                each.argnum if each.argnum in self._plain else nnx.DiffState(each.argnum, kept)
-                for each, kept in zip(self._wanted, left_out, strict=True)
-            ]
-        program, last = self._program, len(args) + 1
 
-        def with_offsets(*everything: Any) -> tuple[Any, Any]:
-            *args, kwargs, offsets = everything
-            modules = self._modules_in(args, kwargs)
-            arrays = jax.tree.leaves(nnx.split(modules)[1])
-            arrays += jax.tree.leaves([args[n] for n in self._plain])
-            for number in program.by_rows:
-                arrays[number] = self._arrays[number]
-            value, rest, found = program.run(arrays, offsets)
-            _, changed = program.aux(rest)
-            nnx.update(modules, changed)
-            return value, (rest, found)
+def _differentiate(call: _Call) -> tuple[Any, list[Any]]:
+    """Value, with aux if there is any, and the gradients of the arguments wanted."""
+    # 1. The program is traced from the state of all modules among the arguments, and from the
+    #    arrays wanted; other arguments stay what they are, ids of the host too.
+    graph, state = nnx.split(_modules_in(call.args, call.kwargs))
+    of_modules, tree = jax.tree.flatten(state)
+    arrays = [*of_modules, *jax.tree.leaves([call.args[n] for n in call.plain])]
+    paths, tables = _large_tables(call, state)
+    on_arrays = functools.partial(_on_arrays, call, graph, tree)
+    program = Program.of(on_arrays, arrays, tables, has_aux=True)
 
-        differentiate = nnx.value_and_grad(
-            with_offsets, argnums=(*argnums, last), has_aux=True, **self._options
-        )
-        result = differentiate(*args, self._kwargs, program.offsets())
-        (value, (rest, found)), (*grads, of_offsets) = result
-        for number, of_table in program.row_grads(self._arrays, found, of_offsets).items():
-            grads = self._with_grad(grads, self._paths[number], of_table)
-        aux, _ = program.aux(rest)
-        return ((value, aux) if self._has_aux else value), (
-            grads[0] if self._is_single else tuple(grads)
-        )
+    # 2. In place of the function, flax differentiates the program, with respect to the offsets and
+    #    to all that was wanted but for the tables that it has by rows.
+    def with_offsets(*everything: Any) -> tuple[Any, Any]:
+        *args, kwargs, offsets = everything
+        modules = _modules_in(args, kwargs)
+        now = jax.tree.leaves(nnx.split(modules)[1])
+        now += jax.tree.leaves([args[n] for n in call.plain])
+        for number in program.by_rows:
+            now[number] = arrays[number]
+        value, rest, found = program.run(now, offsets)
+        _, changed = program.aux(rest)
+        nnx.update(modules, changed)
+        return value, (rest, found)
 
-    def _on_arrays(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
-        """The function of arrays: its value, and its aux with the state that it changes."""
-        of_modules, of_plain = arrays[: self._num_of_modules], arrays[self._num_of_modules :]
-        state = jax.tree.unflatten(self._tree, of_modules)
-        modules = nnx.merge(self._graph, state, copy=True)
-        plain_tree = jax.tree.structure([self._args[n] for n in self._plain])
-        plain = dict(zip(self._plain, jax.tree.unflatten(plain_tree, of_plain), strict=True))
-        args = [
-            plain.get(number, modules.get(str(number), arg))
-            for number, arg in enumerate(self._args)
-        ]
-        kwargs = {name: modules.get(name, arg) for name, arg in self._kwargs.items()}
-        result = self._f(*args, **kwargs)
-        value, aux = result if self._has_aux else (result, None)
-        before = set(map(id, of_modules))
-        changed = [
-            (path, variable)
-            for path, variable in nnx.to_flat_state(nnx.split(modules)[1])
-            if not before.issuperset(map(id, jax.tree.leaves(variable)))
-        ]
-        return value, (aux, nnx.from_flat_state(changed))
+    by_rows = {paths[number] for number in program.by_rows}
+    args, argnums = _without_tables(call, by_rows)
+    last = len(args) + 1  # behind the keyword arguments
+    differentiate = nnx.value_and_grad(
+        with_offsets, argnums=(*argnums, last), has_aux=True, **call.options
+    )
+    result = differentiate(*args, call.kwargs, program.offsets())
+    (value, (rest, found)), (*grads, of_offsets) = result
 
-    def _modules_in(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Number or name of an argument -> the argument, of those that hold modules."""
-        named = {str(number): arg for number, arg in enumerate(args)} | dict(kwargs)
-        return {name: arg for name, arg in named.items() if _has_modules(arg)}
+    # 3. The gradients of these tables, in their places.
+    for number, of_table in program.row_grads(arrays, found, of_offsets).items():
+        grads = _with_grad(call, grads, paths[number], of_table)
+    aux, _ = program.aux(rest)
+    return ((value, aux) if call.has_aux else value), grads
 
-    def _large_tables(self, state: Any) -> tuple[dict[int, tuple[Any, ...]], dict[int, Marked]]:
-        """Number of an array -> path, and table, of the large ones to be differentiated."""
-        takes = {
-            str(each.argnum): nnx.filterlib.to_predicate(nnx.All(each.filter, _is_large))
-            for each in self._wanted
-        }
-        paths: dict[int, tuple[Any, ...]] = {}
-        tables: dict[int, Marked] = {}
-        number = 0
-        for path, variable in _variables(state):
-            if path[0] in takes and takes[path[0]](path[1:], variable):
-                paths[number] = path
-                name = ".".join(map(str, path[1:]))
-                tables |= dict(enumerate(marked(as_table(variable), name), start=number))
-            number += len(jax.tree.leaves(variable))
-        return paths, tables
 
-    def _is_by_rows(self, argnum: int) -> Callable[[Any, Any], bool]:
-        """A filter of an argument's tables that are differentiated at the rows looked up."""
-        paths = {self._paths[number] for number in self._program.by_rows}
+def _on_arrays(call: _Call, graph: Any, tree: Any, arrays: Sequence[Any]) -> tuple[Any, Any]:
+    """The function of arrays: its value, and its aux with the state that it changes."""
+    of_modules, of_plain = arrays[: tree.num_leaves], arrays[tree.num_leaves :]
+    modules = nnx.merge(graph, jax.tree.unflatten(tree, of_modules), copy=True)
+    plain_tree = jax.tree.structure([call.args[n] for n in call.plain])
+    plain = dict(zip(call.plain, jax.tree.unflatten(plain_tree, of_plain), strict=True))
+    args = [
+        plain.get(number, modules.get(str(number), arg)) for number, arg in enumerate(call.args)
+    ]
+    kwargs = {name: modules.get(name, arg) for name, arg in call.kwargs.items()}
+    result = call.f(*args, **kwargs)
+    value, aux = result if call.has_aux else (result, None)
+    before = set(map(id, of_modules))
+    changed = [
+        (path, variable)
+        for path, variable in nnx.to_flat_state(nnx.split(modules)[1])
+        if not before.issuperset(map(id, jax.tree.leaves(variable)))
+    ]
+    return value, (aux, nnx.from_flat_state(changed))
+
+
+def _modules_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Number or name of an argument -> the argument, of those that hold modules."""
+    named = {str(number): arg for number, arg in enumerate(args)} | dict(kwargs)
+    return {name: arg for name, arg in named.items() if _has_modules(arg)}
+
+
+def _large_tables(call: _Call, state: Any) -> tuple[dict[int, tuple[Any, ...]], dict[int, Marked]]:
+    """Number of an array -> path, and table, of the large ones to be differentiated."""
+    takes = {
+        str(each.argnum): nnx.filterlib.to_predicate(nnx.All(each.filter, _is_large))
+        for each in call.wanted
+    }
+    paths: dict[int, tuple[Any, ...]] = {}
+    tables: dict[int, Marked] = {}
+    number = 0
+    for path, variable in _variables(state):
+        if path[0] in takes and takes[path[0]](path[1:], variable):
+            name = ".".join(map(str, path[1:]))
+            of_table = dict(enumerate(marked(as_table(variable), name), start=number))
+            tables |= of_table
+            paths |= dict.fromkeys(of_table, path)
+        number += len(jax.tree.leaves(variable))
+    return paths, tables
+
+
+def _without_tables(call: _Call, paths: set[tuple[Any, ...]]) -> tuple[list[Any], list[Any]]:
+    """Arguments and argnums for flax, which leave out the tables at these paths."""
+
+    def is_left_out(argnum: int) -> Callable[[Any, Any], bool]:
         return lambda path, _: (str(argnum), *path) in paths
 
-    def _without_tables(self, argnum: int) -> Any:
-        """The argument with nothing in the tables that are differentiated at the rows."""
-        is_by_rows = self._is_by_rows(argnum)
+    if not call.is_tree:
+        kept = [nnx.All(each.filter, nnx.Not(is_left_out(each.argnum))) for each in call.wanted]
+        return list(call.args), [
+            each.argnum if each.argnum in call.plain else nnx.DiffState(each.argnum, of_argument)
+            for each, of_argument in zip(call.wanted, kept, strict=True)
+        ]
+    # There is no filter in tree mode: nothing is left in these tables instead.
+    args = list(call.args)
+    for argnum in (each.argnum for each in call.wanted):
+        leaves_out = is_left_out(argnum)
 
-        def of(path: Any, variable: Any) -> Any:
-            if not is_by_rows(_plain_path(path), variable):
+        def of(path: Any, variable: Any, leaves_out: Any = leaves_out) -> Any:
+            if not leaves_out(_plain_path(path), variable):
                 return variable
             return variable.replace(jnp.zeros(0, variable.get_value().dtype))
 
-        return jax.tree_util.tree_map_with_path(of, self._args[argnum], is_leaf=_is_variable)
+        args[argnum] = jax.tree_util.tree_map_with_path(of, args[argnum], is_leaf=_is_variable)
+    return args, [each.argnum for each in call.wanted]
 
-    def _with_grad(self, grads: list[Any], path: tuple[Any, ...], grad: Any) -> list[Any]:
-        """The gradients of all arguments with that of a table in its place."""
-        place = next(n for n, each in enumerate(self._wanted) if str(each.argnum) == path[0])
-        if self._is_tree:
 
-            def of(of_path: Any, variable: Any) -> Any:
-                return variable.replace(grad) if _plain_path(of_path) == path[1:] else variable
+def _with_grad(call: _Call, grads: list[Any], path: tuple[Any, ...], grad: Any) -> list[Any]:
+    """The gradients of all arguments with that of a table in its place."""
+    place = next(n for n, each in enumerate(call.wanted) if str(each.argnum) == path[0])
+    if call.is_tree:
 
-            new = jax.tree_util.tree_map_with_path(of, grads[place], is_leaf=_is_variable)
-        else:
-            variable = self._variable_at(path)
-            new = _put(grads[place], path[1:], variable.replace(grad))
-        return [*grads[:place], new, *grads[place + 1 :]]
+        def of(of_path: Any, variable: Any) -> Any:
+            return variable.replace(grad) if _plain_path(of_path) == path[1:] else variable
 
-    def _variable_at(self, path: tuple[Any, ...]) -> nnx.Variable:
-        modules = self._modules_in(self._args, self._kwargs)
-        return dict(_variables(nnx.split(modules)[1]))[path]
+        new = jax.tree_util.tree_map_with_path(of, grads[place], is_leaf=_is_variable)
+    else:
+        state = nnx.split(_modules_in(call.args, call.kwargs))[1]
+        variable = dict(_variables(state))[path]
+        new = _put(grads[place], path[1:], variable.replace(grad))
+    return [*grads[:place], new, *grads[place + 1 :]]
 
 
 def _positional(

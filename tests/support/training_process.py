@@ -68,7 +68,7 @@ def compiled_once(directory):
 
 def small_run(directory, *, name="clicks", rows=None):
     """The options of a small run, in many blocks of data."""
-    import ctr_files
+    from support import ctr_files
 
     config, data = directory / "small.toml", directory / name
     config.write_text(SMALL + "".join(map(LEFT_OUT.format, range(3, 27))))
