@@ -13,6 +13,7 @@ large table with the quotients given: what it costs to fetch the rows at all.
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ import torch.nn.functional as F  # noqa: N812
 
 import qrhash
 
+_Batch = TypeVar("_Batch")
 
-def block_median(call: Callable[[object], object], batches: Iterable[object]) -> float:
+
+def block_median(call: Callable[[_Batch], object], batches: Iterable[_Batch]) -> float:
     """Median seconds of a call over fresh batches, the first few not counted."""
     seconds = []
     for batch in batches:

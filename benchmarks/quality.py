@@ -37,6 +37,7 @@ from qrhash.ctr.config_file import load
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.records import Keeper
 from qrhash.ctr.run.train import fit
+from qrhash.types import Array
 
 OPERATIONS = ("mult", "concat", "project", "add", "hash trick")
 FEATURES = 32  # of ratings; of clicks what `qrhash train` has
@@ -167,7 +168,7 @@ class Rater(nnx.Module):
             nnx.Linear(m, n, rngs=rngs) for m, n in ((3 * FEATURES, 128), (128, 64), (64, 1))
         )
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Array) -> jax.Array:
         """Users and items [batch, 2] -> logits [batch]."""
         vectors = self.embed({"user": ids[:, 0], "item": ids[:, 1]})
         user, item = vectors["user"], vectors["item"]
@@ -200,10 +201,10 @@ def ratings(ids: np.ndarray, good: np.ndarray, options: dict[str, Any], seed: in
         ),
     )
 
-    def loss(model: Rater, ids: jax.Array, good: jax.Array) -> jax.Array:
+    def loss(model: Rater, ids: Array, good: Array) -> jax.Array:
         return optax.sigmoid_binary_cross_entropy(model(ids), good).mean()
 
-    def step(model: Rater, optimizer: Any, ids: jax.Array, good: jax.Array) -> None:
+    def step(model: Rater, optimizer: Any, ids: Array, good: Array) -> None:
         optimizer.update(model, qrhash.nnx.grad(loss)(model, ids, good))
 
     step = nnx.cached_partial(nnx.jit(step, donate_argnums=(0, 1)), model, optimizer)

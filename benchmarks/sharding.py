@@ -175,7 +175,9 @@ def compiled(mesh: Mesh, batch_size: int, exchange: str | None) -> Program:
     jitted = jax.jit(
         step, in_shardings=(*to, batch, batch), out_shardings=(*to, batch), donate_argnums=(0, 1)
     )
-    return Program(jitted.lower(*trained, ids, cotangent).compile().as_text())
+    text = jitted.lower(*trained, ids, cotangent).compile().as_text()
+    assert text is not None
+    return Program(text)
 
 
 def imbalance(devices: int, count: int) -> tuple[float, float]:

@@ -449,7 +449,7 @@ def criteo(rounds: int) -> Lines:
     collisions, features, batch_size = 4, 16, 2048
     configs = {}
     for column, size in enumerate(CRITEO_SIZES):
-        partition = qrhash.FullTable(size)
+        partition: qrhash.Partition = qrhash.FullTable(size)
         if size > CRITEO_THRESHOLD:
             partition = qrhash.QuotientRemainder(size, collisions)
         configs[f"c{column + 1}"] = qrhash.EmbedConfig(partition, features, "mult")

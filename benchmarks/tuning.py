@@ -62,9 +62,11 @@ def _compiled(choices: dict[str, Any], fun: Callable[..., Any], *args: Any) -> C
     return lambda: compiled(*args)
 
 
-def _against(name: str, other: Any, fun: Callable[..., Any], *args: Any) -> Iterator[Any]:
-    yield _compiled({}, fun, *args)
-    yield _compiled({name: other}, fun, *args)
+def _against(
+    name: str, other: Any, fun: Callable[..., Any], *args: Any
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A function compiled under the choices as they are, and with another one."""
+    return _compiled({}, fun, *args), _compiled({name: other}, fun, *args)
 
 
 def one_hot_rows(rounds: int) -> Iterator[tuple[str, float]]:
