@@ -214,8 +214,8 @@ def test_stacks_are_few_and_say_what_they_hold():
 
 def test_every_table_has_a_place_of_its_own():
     for stack in CONFIG.stacks:
-        taken = list(itertools.chain(*(range(p.offset, p.offset + p.num_rows) for p in stack.spans)))
-        assert taken == list(range(stack.shape[0]))
+        spans = (range(span.offset, span.offset + span.num_rows) for span in stack.spans)
+        assert list(itertools.chain(*spans)) == list(range(stack.shape[0]))
     places = [(p.feature, p.table) for stack in CONFIG.stacks for p in stack.spans]
     assert len(places) == len(set(places)) == sum(c.num_tables for c in CONFIG.own_configs.values())
 
