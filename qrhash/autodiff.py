@@ -36,9 +36,10 @@ def value_and_grad(
 
     Raises (the function returned):
       ValueError: a table marked is looked up where its rows cannot be told apart: inside
-        `jax.lax.while_loop`, `jax.shard_map` or a function with a derivative of its own.
-      ValueError: `large` does not fit the parameters.
+        `jax.lax.while_loop`, `jax.shard_map` or a function with a derivative of its own; or
+        `large` does not fit the parameters.
 
+    >>> import jax.numpy as jnp
     >>> from qrhash.vectors import gather
     >>> table = jnp.ones((1000, 2))
     >>> loss = lambda params: jnp.sum(gather((params,), (jnp.array([7, 9]),))[0] ** 2)

@@ -143,6 +143,7 @@ class MixedRadix(Partition):
 
     Source: Shi et al. 2020, section 3.1 (generalised quotient-remainder).
 
+    >>> import numpy as np
     >>> MixedRadix(1000, (10, 10, 10)).indices(np.array(123))[0]
     array(3, dtype=int32)
     """
@@ -207,6 +208,7 @@ class ChineseRemainder(Partition):
 
     Source: Shi et al. 2020, section 3.1 (Chinese remainder); the inverse is Garner's algorithm.
 
+    >>> import numpy as np
     >>> ChineseRemainder(12, (3, 4)).indices(np.array(7))
     (array(1, dtype=int32), array(3, dtype=int32))
     """
