@@ -120,7 +120,7 @@ def _broken_doors(path):
                 yield f"{here} imports {name} from the package, not from its room"
         elif rooms.index(there) > rooms.index(here):
             yield f"{here} imports {name}, a room below it"
-        elif there == here and path.name != "__init__.py":
+        elif there == here and path != PACKAGE / here / "__init__.py":
             yield from _broken_doors_inside(here, path, rest)
 
 
@@ -129,7 +129,9 @@ def _broken_doors_inside(room, path, dotted):
     parts = dotted.split(".")[1:]
     there = next((n for n in ("/".join(parts[:2]), parts[0]) if n in inside), None)
     here = _name(path).partition("/")[2]
-    if there is None:
+    if here not in inside:
+        yield f"{here} imports {dotted}, and is no room that could"
+    elif there is None:
         yield f"{here} imports {dotted}, which is no room of {room}"
     elif inside.index(there) >= inside.index(here):
         yield f"{here} imports {there}, a room of {room} that is not above it"
