@@ -97,19 +97,13 @@ class LocalTable(Table):
         values = cotangents[0] if len(cotangents) == 1 else flatten_rows(indices, cotangents)
         values = values.astype(wide_dtype(values.dtype))
 
-        def products(platform: str) -> tuple[bool, ...]:
-            is_matrix = len(self.shape) == 2
-            return tuple(
-                is_matrix and _is_for_one_hot(each, platform) for each in look_ups.segments
-            )
+        def by_product(platform: str) -> tuple[bool, ...]:
+            if len(self.shape) != 2:
+                return (False,) * len(look_ups.segments)
+            return tuple(_is_for_one_hot(each, platform) for each in look_ups.segments)
 
-        def add(by_product: tuple[bool, ...]) -> Any:
-            if any(by_product):
-                kinds = tuple(zip(by_product, look_ups.segments, strict=True))
-                return functools.partial(_add_by_products, self.shape, kinds)
-            return functools.partial(_add, self.shape)
-
-        return self.with_array(tuning.by_platform(products, add, index, values))
+        static = (tuple(self.shape), look_ups.segments)
+        return self.with_array(tuning.by_platform(by_product, _sums, static, index, values))
 
     def _gradient_on_explicit_axes(
         self, indices: Sequence[jax.Array], cotangents: Sequence[jax.Array], look_ups: LookUps
@@ -154,8 +148,22 @@ def _is_for_one_hot(segment: Segment, platform: str) -> bool:
     return segment.num_rows <= tuning.one_hot_rows(platform) and entries <= tuning.ONE_HOT_ENTRIES
 
 
+def _sums(
+    by_product: tuple[bool, ...],
+    shape: tuple[int, ...],
+    segments: tuple[Segment, ...],
+    index: jax.Array,
+    values: jax.Array,
+) -> jax.Array:
+    """The sum of values [*shape, ...] onto the rows named, of some segments by products."""
+    if any(by_product):
+        kinds = tuple(zip(by_product, segments, strict=True))
+        return _add_by_products(shape, kinds, index, values)
+    return _add(shape, index, values)
+
+
 def _add(shape: tuple[int, ...], index: jax.Array, values: jax.Array) -> jax.Array:
-    """The sum of values [*shape, ...] onto the rows named, by one scatter-add."""
+    """By one scatter-add."""
     zeros = zeros_beside(values, shape, values.dtype)
     return add_rows(zeros, index, values, is_merged=False)
 
@@ -166,7 +174,7 @@ def _add_by_products(
     index: jax.Array,
     values: jax.Array,
 ) -> jax.Array:
-    """The same, where the part of the table is small by a product with one-hot rows.
+    """Where the part of the table is small, by a product with one-hot rows.
 
     Neighbouring parts of one size are one batched product; what is left, one scatter-add.
     """

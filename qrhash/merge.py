@@ -4,7 +4,6 @@
 row looked up; "sort" by sorting the row numbers. Which one is `qrhash.tuning`'s choice.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,16 +34,19 @@ def merge_rows(indices: jax.Array, values: jax.Array, num_rows: int) -> tuple[ja
         # In a program exported for any batch, m is a symbol: there is no telling how to sort it.
         return tuning.merge_method(platform) if isinstance(m, int) else "hash"
 
-    def merge(method: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        by = {"hash": _merge_by_hash, "sort": _merge_by_sort}[method]
-        return lambda indices, values: by(indices, values, num_rows)
-
     indices = rows_or_end(indices, num_rows)
     # NaN where there is no row, as the look-up of a bad id leaves behind, must not be summed.
     named = jnp.where(across(indices < num_rows, values), values, 0)
     wide = named.astype(wide_dtype(values.dtype))
-    indices, sums = tuning.by_platform(method, merge, indices, wide)
+    indices, sums = tuning.by_platform(method, _merge_by, (num_rows,), indices, wide)
     return indices, sums.astype(values.dtype)
+
+
+def _merge_by(
+    method: str, num_rows: int, indices: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    merge = {"hash": _merge_by_hash, "sort": _merge_by_sort}[method]
+    return merge(indices, values, num_rows)
 
 
 def _merge_by_hash(

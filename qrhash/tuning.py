@@ -6,6 +6,7 @@ its alternative, and the figures here are its own, of two CPU cores. Where two p
 and one compiled for a GPU while the process's default is the CPU has the GPU's.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -60,19 +61,39 @@ def gathers_again(platform: str) -> bool:
 
 
 def by_platform(
-    choose: Callable[[str], Hashable], run: Callable[[Any], Callable[..., Any]], *args: Any
+    choose: Callable[[str], Hashable],
+    fun: Callable[..., Any],
+    static: tuple[Hashable, ...],
+    *args: Any,
 ) -> Any:
     """Runs, on every platform, what is chosen for it.
 
     Args:
       choose: platform, `CPU` or `ACCELERATOR` -> choice.
-      run: choice -> function of the arguments; all return arrays of the same types.
+      fun: (choice, *static, *args) -> arrays, of the same types for every choice.
+      static: what is known before tracing.
       *args: trees of arrays.
     """
     on_cpu, elsewhere = choose(CPU), choose(ACCELERATOR)
     if on_cpu == elsewhere:
-        return run(on_cpu)(*args)
-    return jax.lax.platform_dependent(*args, cpu=run(on_cpu), default=run(elsewhere))
+        return fun(on_cpu, *static, *args)
+    return _when_lowered(fun, on_cpu, elsewhere, static, *args)
+
+
+# Jitted for its cache: outside of `jax.jit`, JAX would compile both branches anew at every call.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _when_lowered(
+    fun: Callable[..., Any],
+    on_cpu: Hashable,
+    elsewhere: Hashable,
+    static: tuple[Hashable, ...],
+    *args: Any,
+) -> Any:
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=functools.partial(fun, on_cpu, *static),
+        default=functools.partial(fun, elsewhere, *static),
+    )
 
 
 def traced_for() -> str:
