@@ -47,7 +47,7 @@ def gather(
     >>> gather((jnp.arange(6.0).reshape(3, 2),), (np.array([2, 3]),))[0].tolist()
     [[4.0, 5.0], [nan, nan]]
     """
-    check_one_index_per_table(tables, indices)
+    _check_one_per_table(tables, indices=indices)
     return tuple(
         take_filled(table, index, fill_value) for table, index in zip(tables, indices, strict=True)
     )
@@ -151,10 +151,9 @@ def take_rows(
     >>> rows.tolist(), index.tolist()
     ([[4.0, 5.0], [nan, nan]], [2, 3])
     """
-    check_one_index_per_table(tables, indices)
+    _check_one_per_table(tables, indices=indices)
     taken = [_read(*pair, fill_value) for pair in zip(tables, indices, strict=True)]
-    rows, numbers = zip(*taken, strict=True)
-    return rows, numbers
+    return tuple(rows for rows, _ in taken), tuple(named for _, named in taken)
 
 
 def row_grads(
@@ -177,8 +176,7 @@ def row_grads(
     >>> grads.to_dense().tolist()
     [[0.0, 0.0], [0.0, 0.0], [2.0, 2.0]]
     """
-    check_one_index_per_table(tables, indices)
-    check_one_index_per_table(tables, values)
+    _check_one_per_table(tables, indices=indices, values=values)
     grads = []
     for table, index, value in zip(map(as_table, tables), indices, values, strict=True):
         on_device = [device_index(index, table.shape[0])]
@@ -268,12 +266,13 @@ def placed(fun: Callable[..., jax.Array], out_sharding: Any, *args: Any) -> jax.
     return jax.sharding.auto_axes(fun, out_sharding=out_sharding)(*args)
 
 
-def check_one_index_per_table(tables: Sequence[Any], indices: Sequence[Any]) -> None:
-    """Raises a ValueError unless there is one array of row numbers for each table."""
-    if len(tables) != len(indices):
-        raise ValueError(
-            f"indices must hold one array per table, {len(tables)}, got {len(indices)}."
-        )
+def _check_one_per_table(tables: Sequence[Any], **given: Sequence[Any]) -> None:
+    """Raises a ValueError unless what is given is one array for each table."""
+    for name, arrays in given.items():
+        if len(arrays) != len(tables):
+            raise ValueError(
+                f"{name} must hold one array per table, {len(tables)}, got {len(arrays)}."
+            )
 
 
 def take_filled(
