@@ -14,6 +14,8 @@ from qrhash.families import (
     QuotientRemainder,
 )
 from qrhash.grads import add_grads, global_norm, sum_grads
+from qrhash.key_families import KeyDigits, MultiHash
+from qrhash.keys import Keys, cross
 from qrhash.layout import MeshLayout
 from qrhash.logits import all_vectors, attend
 from qrhash.operations import Projection, combine
@@ -35,8 +37,11 @@ __all__ = [
     "EmbedConfig",
     "FullTable",
     "HashTrick",
+    "KeyDigits",
+    "Keys",
     "MeshLayout",
     "MixedRadix",
+    "MultiHash",
     "Partition",
     "Projection",
     "QuotientRemainder",
@@ -53,6 +58,7 @@ __all__ = [
     "collection",
     "combine",
     "combine_rows",
+    "cross",
     "deeprec",
     "gather",
     "global_norm",

@@ -276,7 +276,8 @@ class EmbedConfig:
         """Row numbers of ids, one array per table, after the id policy: a look-up's first step.
 
         Args:
-          ids: integers [*shape] of any rank, NumPy or JAX.
+          ids: integers [*shape] of any rank, NumPy or JAX; for a family on keys `qrhash.Keys`, or
+            what `Keys.of` takes.
 
         Returns:
           k integer arrays [*shape]. An id that has no row, under the policies "nan" and "zero", has

@@ -14,6 +14,7 @@ of integer arithmetic serve NumPy (int64 on the host, exact for vocabularies up 
 import abc
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -42,6 +43,8 @@ class Partition(abc.ABC):
     """
 
     num_embeddings: int
+
+    takes_keys = False  # whether `indices` takes 64-bit keys in place of ids
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_embeddings", vocabulary_size(self.num_embeddings))
@@ -145,7 +148,8 @@ class Partition(abc.ABC):
         >>> QuotientRemainder(10, 4).to_dict()
         {'type': 'QuotientRemainder', 'num_embeddings': 10, 'num_collisions': 4}
         """
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = (field.name for field in dataclasses.fields(self) if field.init)
+        values = {name: getattr(self, name) for name in names}
         lists = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {"type": type(self).__name__, **lists}
 
@@ -161,7 +165,9 @@ class Partition(abc.ABC):
         FullTable(num_embeddings=10)
         """
         values = as_fields("partition", values)
-        types = {each.__name__: each for each in _subclasses(Partition)}
+        types = {
+            each.__name__: each for each in _subclasses(Partition) if not inspect.isabstract(each)
+        }
         if values.get("type") not in types:
             raise ValueError(f"type must be one of {', '.join(types)}, got {values.get('type')!r}.")
         return build(types[values.pop("type")], values)

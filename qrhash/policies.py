@@ -3,6 +3,8 @@
     "raise"   an error        "nan"    a vector of NaN       "zero"   a vector of zeros
     "clip"    the nearest id  "wrap"   id mod num_embeddings
 
+Of keys (`qrhash.key_families`) every one has rows, and no policy has a say.
+
 "clip" and "wrap" move an id before its row numbers are computed. Under the others it keeps none:
 its row number is `num_rows[j]`, one past the end, in every table. The padding id has -1.
 """
@@ -15,6 +17,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from qrhash.arithmetic import as_ids
+from qrhash.keys import Keys
 from qrhash.partitions import Partition
 from qrhash.types import INT32_MAX, Array, Scalar
 
@@ -27,6 +30,13 @@ def indices_of(
     ids: Array, partition: Partition, policy: str, padding_id: int | None
 ) -> tuple[Array, ...]:
     """Row numbers of ids after a policy: see `EmbedConfig.indices`."""
+    if partition.takes_keys:
+        return _indices_of_keys(Keys.of(ids), partition, padding_id)
+    if isinstance(ids, Keys):
+        raise ValueError(
+            f"ids must be integers in [0, {partition.num_embeddings}) for {partition}, got Keys: "
+            "choose a family on keys, KeyDigits or MultiHash, or number the keys first."
+        )
     ids = _within_vocabulary(as_ids(ids), partition, policy)
     is_padding = _is_padding(ids, padding_id)
     xp = ids.__array_namespace__()
@@ -38,6 +48,16 @@ def indices_of(
     if is_padding is None:
         return indices
     return tuple(xp.where(is_padding, PADDING, index) for index in indices)
+
+
+def _indices_of_keys(keys: Keys, partition: Partition, padding_id: int | None) -> tuple[Array, ...]:
+    """Every key has rows: no policy has anything to decide, but for the padding."""
+    indices = partition.indices(keys)
+    if padding_id is None:
+        return indices
+    is_padding = keys == padding_id
+    xp = indices[0].__array_namespace__()
+    return tuple(xp.where(is_padding, xp.int32(PADDING), index) for index in indices)
 
 
 def fill_value(first: Array, policy: str, padding_id: int | None, dtype: Any) -> Scalar:
