@@ -15,11 +15,12 @@ Array = Any
 _SEARCH_BUDGET = 20_000
 
 
-def as_ids(ids: Array) -> Array:
+def as_ids(ids: Array, name: str = "ids") -> Array:
     """Integers as an array in which the arithmetic on ids of any vocabulary can be done.
 
     Args:
       ids: NumPy or JAX integers, or Python integers, of any shape.
+      name: what to call them in messages.
 
     Returns:
       The same values with 64 bits (NumPy) or at least 32 bits (JAX), signedness kept where it
@@ -35,9 +36,8 @@ def as_ids(ids: Array) -> Array:
         ids = _integers_of(ids)
     xp = ids.__array_namespace__()
     if not xp.isdtype(ids.dtype, "integral"):
-        raise ValueError(
-            f"ids must be integers, got an array of {ids.dtype}: number other keys first."
-        )
+        hint = ": number other keys first" if name == "ids" else ""
+        raise ValueError(f"{name} must be integers, got an array of {ids.dtype}{hint}.")
     if isinstance(ids, np.ndarray):
         return ids if ids.dtype == np.uint64 else ids.astype(np.int64)
     return ids if ids.dtype.itemsize >= 4 else ids.astype(xp.int32)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from qrhash.program import Marked, Program, marked
 from qrhash.protocol import is_table
@@ -75,8 +76,9 @@ def value_and_grad(
 def _marked(large: PyTree, params: PyTree) -> Mapping[int, Marked]:
     """Number of a leaf of the parameters -> the array, of the tables to be trained by rows."""
     marks = jax.tree.leaves(large)
-    if not all(isinstance(mark, bool) for mark in marks):
-        wrong = next(mark for mark in marks if not isinstance(mark, bool))
+    bools = (bool, np.bool_)
+    if not all(isinstance(mark, bools) for mark in marks):
+        wrong = next(mark for mark in marks if not isinstance(mark, bools))
         raise ValueError(f"large must hold bools, such as config.large_tables, got {wrong!r}.")
     try:
         marks = jax.tree.leaves(jax.tree.broadcast(large, params))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash.layout import MeshLayout
+from qrhash.arithmetic import as_size
+from qrhash.layout import MeshLayout, check_layout
 from qrhash.rows import device_index
 from qrhash.types import Array, PyTree
 
@@ -57,6 +58,8 @@ def process_rows(size: int, layout: MeshLayout) -> slice:
 
 def check_batch(size: int, layout: MeshLayout) -> None:
     """Raises a ValueError unless a batch of that size can be split evenly."""
+    check_layout(layout)
+    size = as_size("size", size)
     if size % layout.size(layout.batch_axes):
         raise ValueError(
             f"the batch size must divide by the {layout.size(layout.batch_axes)} devices of mesh "

@@ -27,6 +27,7 @@ from qrhash.stacks import (
     CollectionConfig,
     Span,
     Stack,
+    as_collection_config,
     as_stacks,
     stack,
     unstack,
@@ -56,6 +57,7 @@ def init(key: Key, config: CollectionConfig) -> dict[str, Any]:
     Returns:
       {stack name: array [rows, width]}; with `layout`, large ones are `ShardedTable`s.
     """
+    config = as_collection_config(config)
     keys = _table_keys(key, config)
     return {stack.name: _init_stack(keys, config, stack) for stack in config.stacks}
 
@@ -98,6 +100,7 @@ def init_projections(key: Key, config: CollectionConfig) -> dict[str, Projection
       {feature name: Projection}, of the features that have tables of their own.
     """
     # Tables are drawn of the same keys: split and folded in, these do not meet.
+    config = as_collection_config(config)
     keys = _feature_keys(jax.random.clone(key), config)
     projections = {
         name: of_feature.init_projection(keys[name], owned)
@@ -139,7 +142,9 @@ def lookup(
     >>> lookup(stacks, {"item": jnp.array([[1, 2, 3]])}, config)["item"].shape
     (1, 3, 8)
     """
-    _check(stacks, ids, config, projections or {})
+    config = as_collection_config(config)
+    projections = {} if projections is None else projections
+    _check(stacks, ids, config, projections)
     configs = config.configs
     indices = {}
     for name, of_name in ids.items():
@@ -162,7 +167,7 @@ def lookup(
             [rows[number, table] for table in range(first.num_tables)],
             found[number],
             first,
-            (projections or {}).get(config.owner_of[names[0]]),
+            projections.get(config.owner_of[names[0]]),
             fills[0] if isinstance(fills[0], float) else jnp.stack(fills),
         )
         # The transpose of a split is one concatenation; that of slices, a padded array for each.
@@ -178,8 +183,11 @@ def _check(
     projections: Mapping[str, Projection],
 ) -> None:
     """Raises a ValueError unless everything is there, and of the shapes that the config gives."""
-    if not isinstance(ids, Mapping):
-        raise ValueError(f"ids must be a mapping of feature names to arrays, got {type(ids)}.")
+    named = {"ids": ids, "stacks": stacks, "projections": projections}
+    for name, given in named.items():
+        if not isinstance(given, Mapping):
+            what = "stack" if name == "stacks" else "feature"
+            raise ValueError(f"{name} must be a mapping of {what} names, got {type(given)}.")
     configs = config.configs
     unknown = [name for name in ids if name not in configs]
     if unknown:

@@ -51,10 +51,12 @@ def bytes_received(layout: MeshLayout, lookups: int, row_bytes: float) -> dict[s
     # Forward: row numbers of the group, and rows back. Backward: all gradients of the batch.
     by_reduce = (shared - 1) * lookups * named_row + (batch - 1) * lookups * named_row
     by_reduce += 2 * (alone - 1) / alone * lookups * shared * row_bytes
-    # Each device sends its part of the group's look-ups, whatever the room is filled with.
+    # A device sends a buffer of fixed size to every shard, filled or not; its own stays at home.
+    # Gradients go on from there to all devices that own the same rows.
     mine = ceil_div(lookups, alone)
-    sent = layout.num_shards * capacity_of(layout, mine)
-    by_all_to_all = (1 + layout.size(layout.batch_axes_alone)) * sent * named_row
+    shards, owners = layout.num_shards, layout.size(layout.batch_axes_alone)
+    buffers = 2 * (shards - 1) + (owners - 1) * shards
+    by_all_to_all = buffers * capacity_of(layout, mine) * named_row
     by_all_to_all += (alone - 1) * mine * row_bytes
     return {"reduce": by_reduce, "all_to_all": by_all_to_all}
 
@@ -128,7 +130,8 @@ def _read_flat(
     slots, overflows = claim_slots(layout, num_rows, distinct)
 
     def by_all_to_all(shard: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
-        # 2. input_dist: the slots travel to their owners, one past the end of a shard for none.
+        # 2. input_dist: places travel to their owners, in slots; one past the end of a shard for
+        #    none.
         sent = layout.num_shards * capacity_of(layout, mine.size)
         wanted = jnp.full(sent, shard.shape[0], distinct.dtype)
         _, places = owner_and_place(distinct, layout.num_shards)
@@ -193,7 +196,7 @@ def my_part(layout: MeshLayout, each: jax.Array, fill_value: Any) -> jax.Array:
 def claim_slots(
     layout: MeshLayout, num_rows: int, distinct: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Slots [m] of row numbers in the buffer to be sent, [S * capacity], its end for no row.
+    """For each row number [m] its slot in the buffer to be sent, [S * capacity]; its end for none.
 
     Also whether there is too little room, on any device.
     """

@@ -53,7 +53,7 @@ class _Body(NamedTuple):
 
 
 def _bodies(equation: Any) -> list[_Body] | None:
-    """The programs inside an equation in which look-ups can be told; None if it is no such one."""
+    """The programs in an equation in which look-ups can be told; None: it is of another kind."""
     params, count = equation.params, len(equation.invars)
     if equation.primitive is jit_p:
         return [_Body(params["jaxpr"].jaxpr, params["jaxpr"].consts, 0, count, returns=True)]
@@ -198,7 +198,7 @@ def run_with_offsets(
 ) -> tuple[list[Any], list[list[jax.Array]]]:
     """Runs a program with offsets added to the rows of its look-ups; and their row numbers.
 
-    What results are not used may be None.
+    Results that `used` leaves out may be None.
     """
     tables, found = dict(tables), []
     values = dict(zip(jaxpr.constvars, consts, strict=True))
@@ -292,7 +292,7 @@ def _switch(
     sites: Sequence[Sequence[LookUp]],
     offsets: Sequence[Sequence[Any]],
 ) -> tuple[list[Any], list[list[jax.Array]]]:
-    """The branch not taken names no rows."""
+    """One branch runs; the row numbers of the others are past the end."""
 
     def branch(number: int) -> Callable[..., Any]:
         def taken(args: Any, offsets: Any) -> Any:

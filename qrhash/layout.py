@@ -326,6 +326,14 @@ class MeshLayout:
         return PartitionSpec(*dims, self.column_axis)
 
 
+def check_layout(layout: Any) -> None:
+    """Raises a ValueError unless it is a `MeshLayout`."""
+    if not isinstance(layout, MeshLayout):
+        raise ValueError(
+            f"layout must be a qrhash.MeshLayout, such as MeshLayout(mesh=mesh), got {layout!r}."
+        )
+
+
 def mesh_axes(spec: Any) -> tuple[Any, ...]:
     """Axes of a mesh, each in a tuple: to Flax's rules a string would be a logical name."""
     return tuple((axes,) if isinstance(axes, str) else axes for axes in spec)

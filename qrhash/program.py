@@ -60,11 +60,11 @@ class Program:
         self.aux = aux
         self._closed, self._marked = jaxpr, marked
         by_rows = set(marked)
-        # An array that is used in another way leaves its table, and that all arrays of the table.
+        # If one array is used in another way, no look-up has all arrays of that table left: its
+        # other arrays leave too. Hence repeated.
         while used_whole := by_rows & self._find(by_rows)[1]:
             by_rows -= used_whole
-        # What is looked up nowhere has no gradient. Of an array whose kind no look-up tells, it is
-        # an array of zeros.
+        # A table looked up nowhere gets its `no_grads`; without one, zeros.
         looked_up = {n for each in self._find(by_rows)[0] for n in each.arrays}
         known = {n for n in by_rows if marked[n].no_grads is not None}
         self.by_rows: Collection[int] = looked_up | known

@@ -27,7 +27,7 @@ class Segment(NamedTuple):
     Attributes:
       offset: first row of the part.
       num_rows: its number of rows.
-      lookups: number of row numbers.
+      lookups: how many look-ups.
     """
 
     offset: int
@@ -76,6 +76,7 @@ class LookUps:
 class Table(abc.ABC):
     """A table [num_rows, width]: a pytree whose leaves are its arrays.
 
+    Its floating-point arrays are of rows [width] along one axis, and `take` is linear in them.
     Where it is said what a method does with arrays, the leaves may be abstract or of any other
     kind: a table of gradients, of shardings, of types.
     """
@@ -98,11 +99,17 @@ class Table(abc.ABC):
     def read(
         self, indices: Sequence[jax.Array], look_ups: LookUps
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The same rows, ordered before any update by the row numbers that come back with them."""
+        """The same rows, ordered before any update by the row numbers that come back with them.
+
+        Of those outside the table, num_rows comes back.
+        """
 
     @abc.abstractmethod
     def take_from_many(self, indices: Sequence[jax.Array], look_ups: LookUps) -> list[jax.Array]:
-        """Where the arrays have a leading axis, as long as the batch axis: rows of each."""
+        """Under `jax.vmap` over tables: arrays [n, ...], and indices with n along `batch_axis`.
+
+        The rows have n along the same axis.
+        """
 
     @abc.abstractmethod
     def gradient(
@@ -122,7 +129,7 @@ class Table(abc.ABC):
         """The gradients of its arrays as `RowGrads`, each with the storage of its array.
 
         Row numbers [*shape] and values [*shape, width] are those of look-ups; they have `num_loops`
-        more leading axes than the look-ups.
+        more leading axes than the look-ups. There may be none of them, see `no_grads`.
         """
 
     @abc.abstractmethod
@@ -165,7 +172,7 @@ class Table(abc.ABC):
 
     @property
     def file_type(self) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and sharding of `to_file`."""
+        """Shape and dtype of `to_file`; and its sharding, if it is not on one device."""
         return jax.ShapeDtypeStruct(self.shape, self.dtype)
 
 

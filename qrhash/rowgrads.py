@@ -37,8 +37,8 @@ class RowGrads(metaclass=_RowGradsType):
     A row may be named several times: its gradient is the sum. A row number outside [0, num_rows)
     names no row, whatever its value. `g + g`, `2 * g` and `sum` are right. In the tree the row
     numbers are of a type that takes no arithmetic: `jax.tree.map(jnp.add, g, g)`, `psum`, or an
-    optimizer outside of `qrhash.touched_rows` raises a TypeError that names it, and nothing adds
-    up row numbers. `add_grads` and `sum_grads` add up trees, `global_norm` is their norm.
+    optimizer outside of `qrhash.touched_rows` raises an error, which mostly names it, and nothing
+    adds up row numbers. `add_grads` and `sum_grads` add up trees, `global_norm` is their norm.
 
     Of a table on a mesh (`qrhash.ShardedTable`), indices and values are split as the batch is.
     Merged, they are where the rows are: row numbers within the shards [S, m], and [S, m, width].
@@ -172,9 +172,9 @@ class RowGrads(metaclass=_RowGradsType):
             )
         if not jnp.issubdtype(self.indices.dtype, jnp.integer):
             raise ValueError(
-                f"RowGrads take integer indices, got {self.indices.dtype}: a tree operation "
-                "changed the row numbers. Transformations of gradients belong inside "
-                "qrhash.touched_rows."
+                f"RowGrads take integer indices, got {self.indices.dtype}: they were made of "
+                "these, or a tree operation changed them. Transformations of gradients belong "
+                "inside qrhash.touched_rows."
             )
         if param is not None and param.shape != self.shape:
             raise ValueError(
@@ -222,12 +222,16 @@ class RowGrads(metaclass=_RowGradsType):
         return self + -other
 
     def __mul__(self, factor: Scalar) -> "RowGrads":
+        if isinstance(factor, RowGrads):
+            return NotImplemented
         spill = None if self.spill is None else self.spill * factor
         return self._of_values(self.values * factor, spill)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Scalar) -> "RowGrads":
+        if isinstance(divisor, RowGrads):
+            return NotImplemented
         spill = None if self.spill is None else self.spill / divisor
         return self._of_values(self.values / divisor, spill)
 

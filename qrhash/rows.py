@@ -18,7 +18,7 @@ from qrhash.types import INT32_MAX, Array
 
 def device_index(index: Array, num_rows: int) -> jax.Array:
     """Row numbers for the device; from the host they are 64 bits wide and must not wrap."""
-    index = as_ids(index)
+    index = as_ids(index, "indices")
     if not isinstance(index, np.ndarray):
         return index
     if num_rows > INT32_MAX and jnp.asarray(0).dtype.itemsize < 8:

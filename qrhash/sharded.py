@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash import exchange, exchange_grads
 from qrhash.arithmetic import ceil_div
-from qrhash.layout import MeshLayout, join_rows, split_rows
+from qrhash.layout import MeshLayout, check_layout, join_rows, split_rows
 from qrhash.protocol import LookUps, Packed, Storage, Table
 from qrhash.rowgrads import RowGrads
 from qrhash.rows import add_rows, device_index, rows_or_end, set_rows
@@ -252,6 +252,9 @@ class ShardedTable(Table):
     @classmethod
     def from_array(cls, table: Array, layout: MeshLayout) -> "ShardedTable":
         """A table [num_rows, width] split over a mesh."""
+        check_layout(layout)
+        if len(np.shape(table)) != 2:
+            raise ValueError(f"table must be of shape [rows, width], got {np.shape(table)}.")
         num_rows, width = table.shape
         layout.array_shape(num_rows, width)  # raises if the width cannot be split
         array = split_rows(table, layout.num_shards)

@@ -182,6 +182,10 @@ def unstack(stacks: Mapping[str, Any], config: CollectionConfig) -> dict[str, tu
     Returns:
       {feature name: k arrays [rows_j, ...]}, of the features that have tables of their own.
     """
+    config = as_collection_config(config)
+    missing = [stack.name for stack in config.stacks if stack.name not in stacks]
+    if missing:
+        raise ValueError(f"stacks must be as from init, {missing[0]} is missing.")
     whole = {name: whole_table(table) for name, table in stacks.items()}
     parts = {
         of_table: whole[name][span.offset : span.offset + span.num_rows]
@@ -207,6 +211,7 @@ def stack(tables: Mapping[str, tuple[Array, ...]], config: CollectionConfig) -> 
       ValueError: a feature is missing or unknown, a table has another number of rows, or tables of
         one stack differ in width or dtype.
     """
+    config = as_collection_config(config)
     if not isinstance(tables, Mapping):
         raise ValueError(f"tables must be a mapping of features to tables, got {type(tables)}.")
     unknown = [name for name in tables if name not in config.own_configs]
@@ -259,6 +264,7 @@ def as_stacks(tables: Mapping[str, tuple[Array, ...]], config: CollectionConfig)
     Raises:
       ValueError: a feature is missing or unknown, or a table has another shape or dtype.
     """
+    config = as_collection_config(config)
     stacks = stack(tables, config)
     for each in config.stacks:
         made = stacks[each.name]
@@ -303,11 +309,11 @@ def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
     for key, members in sorted(groups.items()):
         first, j = members[0]
         axes = {owned[name].table_axes(i) for name, i in members}
-        shardings = {owned[name].layout for name, _ in members}
-        if len(shardings) > 1:
+        layouts = {owned[name].layout for name, _ in members}
+        if len(layouts) > 1:
             raise ValueError(
                 f"layout must agree for the tables of one stack, {key}, got "
-                f"{' and '.join(sorted(map(repr, shardings)))}."
+                f"{' and '.join(sorted(map(repr, layouts)))}."
             )
         if len(axes) > 1:
             raise ValueError(
@@ -325,5 +331,5 @@ def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
             dtype=owned[first].param_dtype,
             axes=axes.pop(),
             spans=tuple(spans),
-            layout=shardings.pop(),
+            layout=layouts.pop(),
         )

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qrhash import tuning
 from qrhash.batches import as_batch
-from qrhash.config import EmbedConfig
+from qrhash.config import EmbedConfig, check_config
 from qrhash.kinds import as_table
 from qrhash.operations import Projection, as_projection, combine
 from qrhash.policies import fill_value as fill_of_policy
@@ -170,7 +170,8 @@ def row_grads(
       For each table its unmerged `RowGrads`; of a `qrhash.ShardedTable`, one that holds them.
 
     Raises:
-      ValueError: not one array of indices, and one of values, per table.
+      ValueError: not one array of indices, and one of values, per table, or values of another
+        shape than the rows.
 
     >>> (grads,) = row_grads((jnp.ones((3, 2)),), (jnp.array([2, 2]),), (jnp.ones((2, 2)),))
     >>> grads.to_dense().tolist()
@@ -180,6 +181,11 @@ def row_grads(
     grads = []
     for table, index, value in zip(map(as_table, tables), indices, values, strict=True):
         on_device = [device_index(index, table.shape[0])]
+        if value.shape != (wanted := (*on_device[0].shape, *table.shape[1:])):
+            raise ValueError(
+                f"values must be of shape {wanted}, of rows of a table of shape {table.shape} at "
+                f"indices of shape {on_device[0].shape}, got {value.shape}."
+            )
         look_ups = LookUps.of(on_device, table.shape[0])
         grads.append(table.row_grads(on_device, [value], look_ups).as_given())
     return tuple(grads)
@@ -216,6 +222,12 @@ def combine_rows(
     Returns:
       Vectors [*shape, features] of `config.vector_dtype`.
     """
+    check_config(config)
+    for name, arrays in (("rows", rows), ("indices", indices)):
+        if len(arrays) != config.num_tables:
+            raise ValueError(
+                f"{name} must hold one array per table, {config.num_tables}, got {len(arrays)}."
+            )
     first = indices[0]
     found = (first >= 0) & (first < config.partition.num_rows[0])
     return combine_found(rows, found, config, projection, fill_value(first, config))

@@ -52,7 +52,7 @@ ROOMS = {
     "collection": {"jax"},
     "jaxprs": {"jax"},
     "program": {"jax"},
-    "autodiff": {"jax"},
+    "autodiff": {"jax", "numpy"},
     "optim": {"jax", "numpy", "optax"},
     "linen": {"jax", "flax"},
     "nnx": {"jax", "flax", "optax"},

@@ -454,3 +454,21 @@ def test_linen_takes_a_mapping_too():
     key = jax.random.key(0)
     vectors = [embed.init_with_output(key, ids)[0]["item"] for embed in (by_mapping, by_config)]
     np.testing.assert_array_equal(*vectors)
+
+
+def test_a_mapping_will_do_for_a_config_and_nothing_else(rng):
+    one = {"a": EmbedConfig(qrhash.FullTable(5), 4)}
+    stacks = collection.init(jax.random.key(0), one)
+    ids = {"a": jnp.array([1, 2])}
+    want = collection.lookup(stacks, ids, CollectionConfig(one))["a"]
+    assert_close(collection.lookup(stacks, ids, one)["a"], want)
+    jax.tree.map(assert_close, collection.stack(collection.unstack(stacks, one), one), stacks)
+    for use in (
+        lambda: collection.init(jax.random.key(0), one["a"]),
+        lambda: collection.lookup(stacks, ids, one["a"]),
+        lambda: collection.lookup(None, ids, one),
+        lambda: collection.lookup(stacks, ids, one, jnp.ones(3)),
+        lambda: collection.unstack({}, one),
+    ):
+        with pytest.raises(ValueError, match=r"must be"):
+            use()

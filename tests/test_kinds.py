@@ -228,3 +228,26 @@ def test_what_is_not_looked_up_has_no_gradient():
     assert isinstance(grads, Halves)
     assert grads.even.to_dense().shape == (3, 2)
     assert LookUps(segments=()).times(3) == LookUps(segments=())
+
+
+def test_row_gradients_by_hand_fit_their_rows(rng):
+    table = Halves.of(jnp.ones((5, 2)))
+    (rows,), indices = qrhash.take_rows((table,), (jnp.array([4, 1, 9]),))
+    (grads,) = qrhash.row_grads((table,), indices, (2 * rows,))
+    assert isinstance(grads, Halves)
+    with pytest.raises(ValueError, match=r"values must be of shape \(3, 2\).*got \(3, 5\)"):
+        qrhash.row_grads((table,), indices, (jnp.ones((3, 5)),))
+    with pytest.raises(ValueError, match="values must hold one array per table, 1, got 2"):
+        qrhash.row_grads((table,), indices, (rows, rows))
+
+
+def test_a_checkpoint_keeps_its_rows_in_their_order(tmp_path):
+    cfg = _config()
+    tables = _halved(qrhash.init(jax.random.key(0), cfg))
+    with qrhash.checkpoint.Checkpoints(tmp_path, cfg) as checkpoints:
+        checkpoints.save(1, tables)
+        plain = jax.tree.map(jnp.zeros_like, whole(tables))
+        restored = checkpoints.restore(plain).state
+        jax.tree.map(np.testing.assert_array_equal, restored, whole(tables))
+        with pytest.raises((ValueError, OSError), match="Halves"):
+            checkpoints.restore(tables)

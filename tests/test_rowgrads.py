@@ -409,3 +409,10 @@ def test_an_array_plus_row_gradients_is_their_update(rng):
         _ = jnp.ones((6, 3)) + grads
     assert_close(sum([grads, grads]).to_dense(), 2 * np.asarray(grads.to_dense()))
     assert_close((grads - grads).to_dense(), np.zeros((5, 3)))
+
+
+def test_the_product_of_two_gradients_is_refused(rng):
+    grads = _draw(rng, 4)
+    for product in (lambda: grads * grads, lambda: grads / grads):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            product()

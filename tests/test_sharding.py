@@ -875,3 +875,46 @@ def test_explicit_axes_give_the_whole_table(rng):
     table = rng.standard_normal((29, FEATURES)).astype(np.float32)
     sharded = ShardedTable.from_array(table, layout_2x4(kind=AxisType.Explicit))
     np.testing.assert_array_equal(sharded.to_array(), table)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2,), {"row_axes": "data", "batch_axes": "data"}),
+        ((4,), {"row_axes": "data", "batch_axes": "data"}),
+        ((2, 2), {}),
+        ((2, 4), {}),
+        ((8,), {"row_axes": "data", "batch_axes": ()}),
+    ],
+)
+def test_by_default_the_exchange_is_taken_that_moves_less(shape, options):
+    """Counted by hand: what comes from other devices, forward and backward."""
+    layout = make_layout(shape, BOTH[: len(shape)], **options)
+    lookups, row_bytes = 4096, 64
+    size = lambda axes: math.prod(layout.mesh.shape[axis] for axis in axes)  # noqa: E731
+    rows, batch = set(layout.row_axes), set(layout.batch_axes)
+    alone, copies, shards = size(rows - batch), size(batch - rows), size(rows)
+    buffer = qrhash.exchange.capacity_of(layout, -(-lookups // alone)) * (row_bytes + 4)
+    by_all_to_all = 2 * (shards - 1) * buffer + (copies - 1) * shards * buffer
+    by_all_to_all += (alone - 1) * -(-lookups // alone) * row_bytes
+    received = qrhash.exchange.bytes_received(layout, lookups, row_bytes)
+    assert received["all_to_all"] == by_all_to_all
+    taken = qrhash.exchange.exchange_for(layout, lookups, row_bytes)
+    assert received[taken] == min(received.values())
+
+
+def test_on_two_devices_rows_go_to_their_owners():
+    layout = make_layout((2,), ("data",), row_axes="data", batch_axes="data")
+    assert qrhash.exchange.exchange_for(layout, 8192, 64) == "all_to_all"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mesh: qrhash.batches.put_batch(np.zeros(8), 8, mesh),
+        lambda mesh: ShardedTable.from_array(np.zeros((8, 2)), mesh),
+    ],
+)
+def test_a_mesh_is_no_layout(use):
+    with pytest.raises(ValueError, match=r"layout must be a qrhash\.MeshLayout"):
+        use(LAYOUTS["reduce"].mesh)

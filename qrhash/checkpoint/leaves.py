@@ -134,8 +134,7 @@ def empty(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of what is read from the file onto devices."""
-    if is_table(leaf):
-        return leaf.file_type
+    leaf = leaf.file_type if is_table(leaf) else leaf
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
