@@ -5,6 +5,7 @@ from types import ModuleType
 
 from qrhash import batches, collection, initializers
 from qrhash.autodiff import value_and_grad
+from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.families import (
     ChineseRemainder,
@@ -21,17 +22,19 @@ from qrhash.logits import all_vectors, attend
 from qrhash.operations import Projection, combine
 from qrhash.optim import adagrad, apply_updates, rowwise_adagrad, touched_rows
 from qrhash.partitions import Partition
+from qrhash.row_training import row_grads, take_rows
 from qrhash.rowgrads import RowGrads
 from qrhash.sharded import ShardedTable
 from qrhash.stacks import CollectionConfig
 from qrhash.tables import as_tables, init, init_projection
-from qrhash.vectors import combine_rows, gather, lookup, row_grads, take_rows
+from qrhash.vectors import combine_rows, gather, lookup
 
 __version__ = "0.1.0"
 
 # Without the rooms whose names are Flax's, linen and nnx: `from qrhash import *` hides neither.
 
 __all__ = [
+    "Bag",
     "ChineseRemainder",
     "CollectionConfig",
     "EmbedConfig",

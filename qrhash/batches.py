@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash.arithmetic import as_size
+from qrhash.bags import Bag
 from qrhash.layout import MeshLayout, check_layout
 from qrhash.rows import device_index
 from qrhash.types import Array, PyTree
@@ -28,12 +29,18 @@ def put_batch(batch: PyTree, size: int, layout: MeshLayout) -> PyTree:
       The tree of global arrays [size, ...].
 
     Raises:
-      ValueError: the size does not divide by the devices; an array of another number of rows;
-        integers that JAX would cut to 32 bits; what is no array of numbers.
+      ValueError: the size does not divide by the devices; an array of another number of rows; a
+        `Bag`, which goes as padded arrays; integers that JAX would cut to 32 bits; what is no array
+        of numbers.
     """
     mine = process_rows(size, layout)
 
     def put(path: Any, part: np.ndarray) -> jax.Array:
+        if isinstance(part, Bag):
+            raise ValueError(
+                "batch must be a tree of arrays, got a Bag, which is not split by rows: put padded "
+                "arrays [rows, length], and call Bag.from_padded inside of the jitted function."
+            )
         if np.shape(part)[:1] != (mine.stop - mine.start,):
             raise ValueError(
                 f"batch must be a tree of arrays of {mine.stop - mine.start} rows, those from "
@@ -44,7 +51,7 @@ def put_batch(batch: PyTree, size: int, layout: MeshLayout) -> PyTree:
         to = NamedSharding(layout.mesh, layout.batch_spec(part.ndim))
         return jax.make_array_from_process_local_data(to, part, (size, *part.shape[1:]))
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree_util.tree_map_with_path(put, batch, is_leaf=lambda x: isinstance(x, Bag))
 
 
 def process_rows(size: int, layout: MeshLayout) -> slice:
@@ -74,8 +81,24 @@ def as_batch(
     if layout is None or not layout.is_explicit:
         return indices
     on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
-    spec = layout.for_batch(on_device, 0).batch_spec(on_device[0].ndim)
-    return jax.sharding.reshard(on_device, NamedSharding(layout.mesh, spec))
+    return split_as_rows(on_device, layout)
+
+
+def split_as_rows(tree: PyTree, layout: MeshLayout | None) -> PyTree:
+    """On a mesh of explicit axes, arrays [*shape] laid out as the rows of large tables come."""
+    if layout is None or not layout.is_explicit or not (arrays := jax.tree.leaves(tree)):
+        return tree
+    spec = layout.for_batch(arrays, 0).batch_spec(arrays[0].ndim)
+    to = NamedSharding(layout.mesh, spec)
+    return jax.tree.map(lambda array: jax.sharding.reshard(jnp.asarray(array), to), tree)
+
+
+def everywhere(tree: PyTree, layout: MeshLayout | None) -> PyTree:
+    """On a mesh of explicit axes, arrays on every device: then sums over them need no axes."""
+    if layout is None or not layout.is_explicit:
+        return tree
+    to = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.tree.map(lambda array: jax.sharding.reshard(jnp.asarray(array), to), tree)
 
 
 def replicate(tree: PyTree, layout: MeshLayout) -> PyTree:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qrhash import tables as of_feature
-from qrhash.batches import as_batch
+from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.initializers import Draw, create, table_initializers
 from qrhash.kinds import as_table
@@ -34,7 +34,7 @@ from qrhash.stacks import (
 )
 from qrhash.take import take
 from qrhash.types import INT32_MAX, Array, Key
-from qrhash.vectors import combine_found, fill_value
+from qrhash.vectors import fill_value, indices_of, vectors_of
 
 __all__ = [
     "CollectionConfig",
@@ -116,7 +116,7 @@ def _feature_keys(key: Key, config: CollectionConfig) -> dict[str, Key]:
 
 def lookup(
     stacks: Mapping[str, Any],
-    ids: Mapping[str, Array],
+    ids: Mapping[str, Array | Bag],
     config: CollectionConfig,
     projections: Mapping[str, Projection] | None = None,
 ) -> dict[str, jax.Array]:
@@ -124,7 +124,8 @@ def lookup(
 
     Args:
       stacks: {stack name: array [rows, width]}, as from `init`.
-      ids: {feature name: integers [*shape]}, of any of the features, each of any shape.
+      ids: {feature name: integers [*shape]}, of any of the features, each of any shape; a
+        `qrhash.Bag` where there are several in one place.
       config: the `CollectionConfig`.
       projections: as from `init_projections`, where there are any.
 
@@ -146,11 +147,11 @@ def lookup(
     projections = {} if projections is None else projections
     _check(stacks, ids, config, projections)
     configs = config.configs
-    indices = {}
+    indices, bags = {}, {}
     for name, of_name in ids.items():
-        owner = configs[name]
-        indices[name] = as_batch(owner.indices(of_name), owner.partition.num_rows, owner.layout)
-    plan = plan_of(config, tuple((name, of[0].shape) for name, of in indices.items()))
+        indices[name], bags[name] = indices_of(of_name, configs[name])
+    kinds = ((name, of[0].shape, _kind(bags[name], configs[name])) for name, of in indices.items())
+    plan = plan_of(config, tuple(kinds))
     # One gather for each stack.
     rows: dict[tuple[int, int], jax.Array] = {}
     found: dict[int, jax.Array] = {}
@@ -163,17 +164,33 @@ def lookup(
     for number, names in enumerate(plan.groups):
         first = configs[names[0]]
         fills = [fill_value(indices[name][0], configs[name]) for name in names]
-        combined = combine_found(
-            [rows[number, table] for table in range(first.num_tables)],
-            found[number],
-            first,
-            projections.get(config.owner_of[names[0]]),
-            fills[0] if isinstance(fills[0], float) else jnp.stack(fills),
-        )
+        fill = fills[0] if isinstance(fills[0], float) else jnp.stack(fills)
+        of_group = [rows[number, table] for table in range(first.num_tables)]
+        together = _bags_of(names, bags)
+        if together is not None:
+            of_group = [each.reshape(-1, each.shape[-1]) for each in of_group]
+            found[number] = found[number].reshape(-1)
+            fill = fill if isinstance(fill, float) else fill.reshape(-1, 1)
+        projection = projections.get(config.owner_of[names[0]])
+        combined = vectors_of(of_group, found[number], first, projection, fill, together)
         # The transpose of a split is one concatenation; that of slices, a padded array for each.
         parts = jax.lax.split(combined, [1] * len(names))
         vectors.update(zip(names, (part[0] for part in parts), strict=True))
     return {name: vectors[name] for name in ids}
+
+
+def _kind(bag: Bag | None, config: EmbedConfig) -> tuple[Any, ...] | None:
+    """What features of bags must have in common to be pooled in one go."""
+    if bag is None:
+        return None
+    is_weighted = bag.weights is not None
+    return bag.shape, bag.length, is_weighted, config.combiner, config.pool_rows
+
+
+def _bags_of(names: Sequence[str], bags: Mapping[str, Bag | None]) -> Bag | None:
+    """The bags of features that are alike, behind each other; None for single ids."""
+    found = [bag for name in names if (bag := bags[name]) is not None]
+    return Bag.together(found) if found else None
 
 
 def _check(
@@ -243,12 +260,12 @@ class Plan(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def plan_of(config: CollectionConfig, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Plan:
-    """The plan for ids of these shapes, by feature name."""
+def plan_of(config: CollectionConfig, kinds: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Plan:
+    """The plan for ids of these features, shapes and kinds of bags."""
     configs, owner_of = config.configs, config.owner_of
     alike: dict[Any, list[str]] = collections.defaultdict(list)
-    for name, shape in shapes:
-        alike[shape, *_group_of(config, name, configs[name])].append(name)
+    for name, shape, kind in kinds:
+        alike[shape, kind, *_group_of(config, name, configs[name])].append(name)
     groups = tuple(map(tuple, alike.values()))
     blocks: dict[str, list[Block]] = collections.defaultdict(list)
     for number, names in enumerate(groups):

@@ -18,15 +18,19 @@ from qrhash.families import QuotientRemainder
 from qrhash.fields import (
     as_axes,
     as_float_dtype,
+    as_plain,
+    check_layout_of,
     checked_init,
     checked_padding_id,
     checked_widths,
+    require_bool,
     require_choice,
 )
 from qrhash.layout import MeshLayout
 from qrhash.operations import OPERATIONS, Projection, check_projection
 from qrhash.partitions import Partition
 from qrhash.policies import ID_POLICIES, indices_of
+from qrhash.pooling import COMBINERS
 from qrhash.tuning import LARGE_TABLE_ROWS
 from qrhash.types import Array, Initializer
 
@@ -55,6 +59,9 @@ class EmbedConfig:
         "clip": the nearest id's vector; "wrap": the vector of id mod num_embeddings.
       padding_id: an id of the vocabulary, 0 or any other, whose vector is zeros and which gets no
         gradient, whatever the `id_policy`; `torch.nn.Embedding` calls it padding_idx.
+      combiner: how the vectors of a `qrhash.Bag` become one: "sum", "mean", "sqrtn" or "max".
+      pool_rows: whether a bag's rows of each table are pooled first, and then combined, as DLRM's
+        QREmbeddingBag does: another function for "mult" and "project".
       dtype: dtype of the maths and the vectors. Default: `param_dtype`.
       param_dtype: dtype of the tables and the projection.
       embedding_init: a Flax initializer for the tables, or a tuple of one per table. Default: one
@@ -92,6 +99,8 @@ class EmbedConfig:
     widths: tuple[int, ...] | None = None
     id_policy: str = "nan"
     padding_id: int | None = None
+    combiner: str = "mean"
+    pool_rows: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
     embedding_init: Initializer | tuple[Initializer, ...] | None = None
@@ -106,6 +115,9 @@ class EmbedConfig:
             raise ValueError(f"partition must be a qrhash partition, got {self.partition!r}.")
         require_choice("operation", self.operation, OPERATIONS)
         require_choice("id_policy", self.id_policy, ID_POLICIES)
+        require_choice("combiner", self.combiner, COMBINERS)
+        require_bool("pool_rows", self.pool_rows)
+        require_bool("use_bias", self.use_bias)
         self._set("features", as_size("features", self.features))
         self._set("large_table_rows", as_size("large_table_rows", self.large_table_rows))
         self._set("param_dtype", as_float_dtype("param_dtype", self.param_dtype))
@@ -115,12 +127,7 @@ class EmbedConfig:
         self._set("widths", widths)
         inits = checked_init(self.embedding_init, self.init_stddev, self.num_tables)
         self._set("embedding_init", inits)
-        if self.layout is not None:
-            if not isinstance(self.layout, MeshLayout):
-                raise ValueError(f"layout must be a qrhash.MeshLayout, got {self.layout!r}.")
-            for (rows, width), is_large in zip(self.table_shapes, self.large_tables, strict=True):
-                if is_large:
-                    self.layout.array_shape(rows, width)
+        check_layout_of(self.layout, self.table_shapes, self.large_tables)
         self._set("padding_id", checked_padding_id(self.padding_id, self.num_embeddings))
         self._set("logical_axes", as_axes(self.logical_axes))
 
@@ -317,7 +324,7 @@ class EmbedConfig:
             )
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["embedding_init"]
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: as_plain(value) for name, value in values.items()}
 
     @classmethod
     def from_dict(
@@ -355,11 +362,3 @@ def check_config(config: Any) -> None:
             f"config must be a qrhash.EmbedConfig, such as EmbedConfig(partition, features=16), "
             f"got {config!r}."
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Partition, MeshLayout)):
-        return value.to_dict()
-    if isinstance(value, np.dtype):
-        return value.name
-    return list(value) if isinstance(value, tuple) else value

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qrhash.arithmetic import as_size
+from qrhash.layout import MeshLayout
 from qrhash.partitions import Partition
 
 
@@ -40,6 +41,12 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises a ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Raises a ValueError unless the value is true or false."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
 
 
 def as_float_dtype(name: str, value: Any) -> np.dtype:
@@ -122,3 +129,25 @@ def as_axes(given: Any) -> tuple[str | None, str | None] | None:
     if len(axes) != 2 or not all(axis is None or isinstance(axis, str) for axis in axes):
         raise ValueError(f"logical_axes must be two names or None, got {given!r}.")
     return axes
+
+
+def check_layout_of(
+    layout: Any, shapes: Sequence[tuple[int, int]], are_large: Sequence[bool]
+) -> None:
+    """Raises a ValueError unless the large ones of the tables can be laid out so."""
+    if layout is None:
+        return
+    if not isinstance(layout, MeshLayout):
+        raise ValueError(f"layout must be a qrhash.MeshLayout, got {layout!r}.")
+    for (rows, width), is_large in zip(shapes, are_large, strict=True):
+        if is_large:
+            layout.array_shape(rows, width)
+
+
+def as_plain(value: Any) -> Any:
+    """The value of a field as JSON has it."""
+    if isinstance(value, (Partition, MeshLayout)):
+        return value.to_dict()
+    if isinstance(value, np.dtype):
+        return value.name
+    return list(value) if isinstance(value, tuple) else value

@@ -23,6 +23,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from qrhash import collection
+from qrhash.bags import Bag
 from qrhash.config import EmbedConfig, check_config
 from qrhash.layout import mesh_axes
 from qrhash.logits import all_vectors, attend
@@ -261,11 +262,11 @@ class MultiHashEmbed(nn.Module):
             )
         return all_vectors(self.tables, self.config, self.projection)
 
-    def __call__(self, inputs: Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: Array | Bag, out_sharding: Any = None) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.lookup`.
 
         Args:
-          inputs: integer ids [*shape].
+          inputs: integer ids [*shape], or a `qrhash.Bag`.
           out_sharding: where the vectors are to be, on a mesh.
 
         Returns:
@@ -326,11 +327,11 @@ class EmbedCollection(nn.Module):
         }
         self.projections = {name: each for name, each in made.items() if each is not None}
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, jax.Array]:
+    def __call__(self, inputs: Mapping[str, Array | Bag]) -> dict[str, jax.Array]:
         """Looks up the vectors of ids; see `qrhash.collection.lookup`.
 
         Args:
-          inputs: {feature name: integer ids [*shape]}, of any of the features.
+          inputs: {feature name: integer ids [*shape], or a `qrhash.Bag`}, of any of the features.
 
         Returns:
           {feature name: vectors [*shape, features]}.

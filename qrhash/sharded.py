@@ -9,6 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import with_sharding_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash import exchange, exchange_grads
@@ -85,8 +86,8 @@ class MeshStorage(Storage):
 
     def constrain(self, array: jax.Array) -> jax.Array:
         """See `Storage`."""
-        to = self.layout.table_sharding(array.ndim)
-        return jax.lax.with_sharding_constraint(array, to)
+        lay_out = jax.sharding.reshard if self.layout.is_explicit else with_sharding_constraint
+        return lay_out(array, self.layout.table_sharding(array.ndim))
 
 
 @functools.partial(

@@ -14,11 +14,14 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qrhash import tuning
-from qrhash.batches import as_batch
+from qrhash.bags import Bag
+from qrhash.batches import as_batch, everywhere, split_as_rows
 from qrhash.config import EmbedConfig, check_config
 from qrhash.kinds import as_table
 from qrhash.operations import Projection, as_projection, combine
+from qrhash.policies import PADDING
 from qrhash.policies import fill_value as fill_of_policy
+from qrhash.pooling import pool
 from qrhash.protocol import LookUps, TableLike, is_table
 from qrhash.rows import device_index, fill_missing
 from qrhash.tables import check_parameters
@@ -47,7 +50,7 @@ def gather(
     >>> gather((jnp.arange(6.0).reshape(3, 2),), (np.array([2, 3]),))[0].tolist()
     [[4.0, 5.0], [nan, nan]]
     """
-    _check_one_per_table(tables, indices=indices)
+    check_one_per_table(tables, indices=indices)
     return tuple(
         take_filled(table, index, fill_value) for table, index in zip(tables, indices, strict=True)
     )
@@ -55,7 +58,7 @@ def gather(
 
 def lookup(
     tables: Sequence[TableLike],
-    ids: Array,
+    ids: Array | Bag,
     config: EmbedConfig,
     projection: Projection | Array | None = None,
     *,
@@ -67,14 +70,16 @@ def lookup(
       tables: the feature's tables, as from `init`.
       ids: integers [*shape] of any rank, NumPy or JAX. NumPy ids are turned into row numbers on
         the host, in 64 bits: the way for vocabularies beyond 2**31. (An argument of a jitted
-        function is no longer NumPy inside it, and was cut to 32 bits on the way in.)
+        function is no longer NumPy inside it, and was cut to 32 bits on the way in.) For a family
+        on keys `qrhash.Keys`; or a `qrhash.Bag` of either, with `config.combiner`.
       config: the feature's `EmbedConfig`; ids outside the vocabulary follow its `id_policy`.
       projection: for operation "project", as from `init_projection`.
       out_sharding: where the vectors are to be, on a mesh: a `NamedSharding`, or a `PartitionSpec`
         for the mesh of `jax.set_mesh`.
 
     Returns:
-      Vectors [*shape, features] of `config.vector_dtype`.
+      Vectors [*shape, features] of `config.vector_dtype`; of bags one for each, zeros for an empty
+      one.
 
     Raises:
       ValueError: policy "raise" met a concrete id outside the vocabulary; or the ids are too
@@ -94,7 +99,7 @@ def lookup(
 
 def look_up(
     tables: Sequence[TableLike],
-    ids: Array,
+    ids: Array | Bag,
     config: EmbedConfig,
     projection: Projection | Array | None,
     *,
@@ -103,98 +108,87 @@ def look_up(
 ) -> jax.Array:
     """See `lookup`; `is_whole`: of all ids, each once."""
     check_parameters(tables, config, projection)
-    indices = as_batch(config.indices(ids), config.partition.num_rows, config.layout)
+    indices, bag = indices_of(ids, config)
 
     def from_tables(
         tables: Sequence[TableLike],
         projection: Projection | Array | None,
         indices: Sequence[Array],
+        bag: Bag | None,
     ) -> jax.Array:
         rows = [
             take_filled(table, index, 0.0, is_whole=is_whole)
             for table, index in zip(tables, indices, strict=True)
         ]
-        return combine_rows(rows, indices, config, projection)
+        found, fill = _found(indices[0], config), fill_value(indices[0], config)
+        return vectors_of(rows, found, config, projection, fill, bag)
 
     if out_sharding is not None:
         num_rows = config.partition.num_rows
         on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
-        return placed(from_tables, out_sharding, tables, projection, on_device)
+        return placed(from_tables, out_sharding, tables, projection, on_device, bag)
     if _is_gathered_again(tables, config):
         from_tables = jax.checkpoint(from_tables)
-    return from_tables(tables, projection, indices)
+    return from_tables(tables, projection, indices, bag)
 
 
-def take_rows(
-    tables: Sequence[TableLike], indices: Sequence[Array], *, fill_value: float = jnp.nan
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Gathers rows that are to be updated in the same step; see `gather`.
+def indices_of(ids: Array | Bag, config: EmbedConfig) -> tuple[Sequence[Array], Bag | None]:
+    """Row numbers of ids, [*shape] each; of bags [n], and the bags.
 
-    XLA copies a donated table unless every read of it is ordered before its update. Each read here
-    is one branch of a conditional, which is compiled as one piece: it happens once, however many
-    results are computed from its rows, and the row numbers come out of the same conditional. Where
-    the update goes by these row numbers, it cannot but come later.
-
-    Args:
-      tables: k arrays [rows_j, width_j].
-      indices: k integer arrays [*shape], as `EmbedConfig.indices` returns them.
-      fill_value: what a row outside the table holds.
-
-    Returns:
-      k arrays [*shape, width_j], and the k arrays of row numbers to make the `RowGrads` of; those
-      outside the table are now all rows_j.
-
-    Raises:
-      ValueError: as `gather`.
-
-    >>> (rows,), (index,) = take_rows((jnp.arange(6.0).reshape(3, 2),), (jnp.array([2, -1]),))
-    >>> rows.tolist(), index.tolist()
-    ([[4.0, 5.0], [nan, nan]], [2, 3])
+    Places of no bag, and with the padding id, name no row, and are of no bag.
     """
-    _check_one_per_table(tables, indices=indices)
-    taken = [_read(*pair, fill_value) for pair in zip(tables, indices, strict=True)]
-    return tuple(rows for rows, _ in taken), tuple(named for _, named in taken)
+    if not isinstance(ids, Bag):
+        indices = config.indices(ids)
+        return as_batch(indices, config.partition.num_rows, config.layout), None
+    bag, num_rows = ids.without_what_is_in_none(), config.partition.num_rows
+    indices, in_bag = config.indices(bag.ids), bag.in_bag
+    if config.padding_id is not None:
+        in_bag = in_bag & (indices[0] != PADDING)
+    xp = np if all(isinstance(each, np.ndarray) for each in (in_bag, indices[0])) else jnp
+    named = [xp.where(in_bag, *pair) for pair in zip(indices, num_rows, strict=True)]
+    bag = bag.with_segments(xp.where(in_bag, bag.segments, np.int32(bag.num_bags)))
+    return as_batch(named, num_rows, config.layout), split_as_rows(bag.without_ids(), config.layout)
 
 
-def row_grads(
-    tables: Sequence[TableLike], indices: Sequence[Array], values: Sequence[jax.Array]
-) -> tuple[Any, ...]:
-    """The gradients of tables, given those of rows gathered: what `value_and_grad` gives.
+def vectors_of(
+    rows: Sequence[Array],
+    found: Array,
+    config: EmbedConfig,
+    projection: Projection | Array | None,
+    fill: Scalar,
+    bag: Bag | None,
+) -> jax.Array:
+    """Rows [*shape, width_j], where `found` [*shape] -> vectors; of bags, from rows [n, width_j].
 
-    Args:
-      tables: k arrays [rows_j, width_j].
-      indices: k integer arrays [*shape], as `take_rows` gives them back.
-      values: k arrays [*shape, width_j], the derivatives with respect to its rows.
-
-    Returns:
-      For each table its unmerged `RowGrads`; of a `qrhash.ShardedTable`, one that holds them.
-
-    Raises:
-      ValueError: not one array of indices, and one of values, per table, or values of another
-        shape than the rows.
-
-    >>> (grads,) = row_grads((jnp.ones((3, 2)),), (jnp.array([2, 2]),), (jnp.ones((2, 2)),))
-    >>> grads.to_dense().tolist()
-    [[0.0, 0.0], [0.0, 0.0], [2.0, 2.0]]
+    Combined, then pooled; or the other way round, with `config.pool_rows`.
     """
-    _check_one_per_table(tables, indices=indices, values=values)
-    grads = []
-    for table, index, value in zip(map(as_table, tables), indices, values, strict=True):
-        on_device = [device_index(index, table.shape[0])]
-        if value.shape != (wanted := (*on_device[0].shape, *table.shape[1:])):
-            raise ValueError(
-                f"values must be of shape {wanted}, of rows of a table of shape {table.shape} at "
-                f"indices of shape {on_device[0].shape}, got {value.shape}."
-            )
-        look_ups = LookUps.of(on_device, table.shape[0])
-        grads.append(table.row_grads(on_device, [value], look_ups).as_given())
-    return tuple(grads)
+    if bag is None:
+        return combine_found(rows, found, config, projection, fill)
+    if bag.length is None:
+        rows, found, fill, bag = everywhere((rows, found, fill, bag), config.layout)
+    if config.pool_rows:
+        vectors = _combine_pooled(rows, found, config, projection, fill, bag)
+    else:
+        combined = combine_found(rows, found, config, projection, fill)
+        vectors = pool(combined, bag, config.combiner)
+    return vectors.reshape(*bag.shape, config.features)
 
 
-def _read(table: TableLike, index: Array, fill_value: float) -> tuple[jax.Array, jax.Array]:
-    num_rows, index = table.shape[0], device_index(index, table.shape[0])
-    (rows,), (named,) = as_table(table).read([index], LookUps.of([index], num_rows))
-    return fill_missing(rows, named == num_rows, fill_value), named
+def _combine_pooled(
+    rows: Sequence[Array],
+    found: Array,
+    config: EmbedConfig,
+    projection: Projection | Array | None,
+    fill: Scalar,
+    bag: Bag,
+) -> jax.Array:
+    """Vectors [num_bags, features], combined of the rows of each table pooled."""
+    dtype = config.vector_dtype
+    filled = [jnp.where(found[:, None], row.astype(dtype), fill) for row in rows]
+    pooled = [pool(row, bag, config.combiner) for row in filled]
+    vectors = combine(pooled, config.operation, _cast(projection, dtype))
+    # The bias of a projection, say, is not to stand for an empty bag.
+    return jnp.where(bag.counts()[:, None] > 0, vectors, 0)
 
 
 def _is_gathered_again(tables: Sequence[TableLike], config: EmbedConfig) -> bool:
@@ -229,8 +223,13 @@ def combine_rows(
                 f"{name} must hold one array per table, {config.num_tables}, got {len(arrays)}."
             )
     first = indices[0]
-    found = (first >= 0) & (first < config.partition.num_rows[0])
-    return combine_found(rows, found, config, projection, fill_value(first, config))
+    found, fill = _found(first, config), fill_value(first, config)
+    return combine_found(rows, found, config, projection, fill)
+
+
+def _found(first: Array, config: EmbedConfig) -> Array:
+    """Where an id has rows, given its index into the first table."""
+    return (first >= 0) & (first < config.partition.num_rows[0])
 
 
 def combine_found(
@@ -278,7 +277,7 @@ def placed(fun: Callable[..., jax.Array], out_sharding: Any, *args: Any) -> jax.
     return jax.sharding.auto_axes(fun, out_sharding=out_sharding)(*args)
 
 
-def _check_one_per_table(tables: Sequence[Any], **given: Sequence[Any]) -> None:
+def check_one_per_table(tables: Sequence[Any], **given: Sequence[Any]) -> None:
     """Raises a ValueError unless what is given is one array for each table."""
     for name, arrays in given.items():
         if len(arrays) != len(tables):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qrhash import collection
+from qrhash.bags import Bag
 from qrhash.config import EmbedConfig, check_config
 from qrhash.logits import all_vectors, attend
 from qrhash.nnx.variables import Table, annotated, array_of, as_table, table_variable
@@ -111,11 +112,11 @@ class MultiHashEmbed(nnx.Module):
         for name, table in zip(self._table_names, made, strict=True):
             getattr(self, name).set_value(array_of(table))
 
-    def __call__(self, inputs: Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(self, inputs: Array | Bag, out_sharding: Any = None) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.lookup`.
 
         Args:
-          inputs: integer ids [*shape].
+          inputs: integer ids [*shape], or a `qrhash.Bag`.
           out_sharding: where the vectors are to be, on a mesh.
 
         Returns:
@@ -171,11 +172,11 @@ class EmbedCollection(nnx.Module):
                 param = annotated(nnx.Param, getattr(projection, field), getattr(axes, field))
                 setattr(self, f"{name}_{field}", param)
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, jax.Array]:
+    def __call__(self, inputs: Mapping[str, Array | Bag]) -> dict[str, jax.Array]:
         """Looks up the vectors of ids; see `qrhash.collection.lookup`.
 
         Args:
-          inputs: {feature name: integer ids [*shape]}, of any of the features.
+          inputs: {feature name: integer ids [*shape], or a `qrhash.Bag`}, of any of the features.
 
         Returns:
           {feature name: vectors [*shape, features]}.

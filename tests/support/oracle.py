@@ -5,6 +5,7 @@ walk the ids one by one in float64. Nothing here calls the library's arithmetic.
 """
 
 import collections
+import functools
 import itertools
 import math
 
@@ -136,6 +137,42 @@ def _rows(tables, x, cfg):
     x = effective(x, cfg.partition.num_embeddings, cfg.id_policy)
     numbers = None if x is None else code(cfg.partition, x)
     return numbers and [(r, table[r]) for r, table in zip(numbers, tables, strict=True)]
+
+
+def pooled(vectors, weights, combiner):
+    """The vector of one bag, of its ids' vectors (a list) and weights (a list, or None: all 1)."""
+    given = [1.0] * len(vectors) if weights is None else weights
+    total = sum(w * v for w, v in zip(given, vectors, strict=True))
+    match combiner:
+        case "sum":
+            return total
+        case "mean":
+            return total / sum(given) if sum(given) else 0 * total
+        case "sqrtn":
+            squares = sum(w**2 for w in given)
+            return total / math.sqrt(squares) if squares else 0 * total
+        case "max":
+            return functools.reduce(np.maximum, vectors)
+    raise ValueError(combiner)
+
+
+def lookup_bags(tables, bags, cfg, projection=None, weights=None):
+    """[bags, features] in float64 of bags given as lists of ids, with weights as lists alike."""
+    out = np.zeros((len(bags), cfg.features))
+    for i, ids in enumerate(bags):
+        kept = [j for j, x in enumerate(ids) if x != cfg.padding_id]
+        of_bag = None if weights is None else [float(weights[i][j]) for j in kept]
+        if not kept:
+            continue
+        if cfg.pool_rows:
+            rows = [_rows(_f64(tables), int(ids[j]), cfg) for j in kept]
+            each_table = zip(*([row for _, row in of_id] for of_id in rows), strict=True)
+            means = [pooled(list(of_table), of_bag, cfg.combiner) for of_table in each_table]
+            out[i] = _combine(means, cfg.operation, projection and _f64(projection))
+        else:
+            vectors = lookup(tables, [ids[j] for j in kept], cfg, projection)
+            out[i] = pooled(list(vectors), of_bag, cfg.combiner)
+    return out
 
 
 def gradient(tables, ids, weights, cfg, projection=None):
