@@ -2,38 +2,30 @@
 
 A model of clicks has dozens of features, each with small tables of its own. One after another
 they are dozens of small gathers and updates; stacked (see `qrhash.stacks`), they are one gather,
-one gradient and one update for each stack. How the look-ups of a batch go to the stacks depends on
-the config and the shapes of the ids alone: it is planned once.
+one gradient and one update for each stack: see `qrhash.plans`.
 """
 
-import collections
-import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qrhash import tables as of_feature
+from qrhash.bag_sums import are_summed_at_once, summed_at_once
 from qrhash.bags import Bag
-from qrhash.config import EmbedConfig
 from qrhash.initializers import Draw, create, table_initializers
-from qrhash.kinds import as_table
 from qrhash.operations import Projection
-from qrhash.policies import fill_kind
-from qrhash.protocol import LookUps, Segment, TableLike
-from qrhash.rows import device_index
+from qrhash.plans import gather, plan_for, reads_of
+from qrhash.spans import Span, Stack
 from qrhash.stacks import (
     CollectionConfig,
-    Span,
-    Stack,
     as_collection_config,
     as_stacks,
     stack,
     unstack,
 )
-from qrhash.take import take
-from qrhash.types import INT32_MAX, Array, Key
+from qrhash.types import Array, Key
 from qrhash.vectors import fill_value, indices_of, vectors_of
 
 __all__ = [
@@ -150,41 +142,39 @@ def lookup(
     indices, bags = {}, {}
     for name, of_name in ids.items():
         indices[name], bags[name] = indices_of(of_name, configs[name])
-    kinds = ((name, of[0].shape, _kind(bags[name], configs[name])) for name, of in indices.items())
-    plan = plan_of(config, tuple(kinds))
-    # One gather for each stack.
-    rows: dict[tuple[int, int], jax.Array] = {}
-    found: dict[int, jax.Array] = {}
-    for each in config.stacks:
-        blocks = plan.blocks.get(each.name, ())
-        for block, *taken in _read_stack(each, stacks[each.name], blocks, indices):
-            rows[block.group, block.table], found[block.group] = taken
+    plan = plan_for(config, indices, bags)
+    reads = reads_of(config, stacks, plan, indices)
+    together = [_bags_of(names, bags) for names in plan.groups]
+    at_once = {
+        number
+        for number, (names, bag) in enumerate(zip(plan.groups, together, strict=True))
+        if bag is not None
+        and are_summed_at_once([each.table for each in reads[number]], configs[names[0]], bag)
+    }
+    rows = gather(config, plan, reads, leaving_out=at_once)
     # One combination for each group of features that are alike.
     vectors: dict[str, jax.Array] = {}
-    for number, names in enumerate(plan.groups):
-        first = configs[names[0]]
+    for number, (names, bag) in enumerate(zip(plan.groups, together, strict=True)):
+        first, projection = configs[names[0]], projections.get(config.owner_of[names[0]])
+        of_group, found = reads[number], reads[number][0].found
         fills = [fill_value(indices[name][0], configs[name]) for name in names]
         fill = fills[0] if isinstance(fills[0], float) else jnp.stack(fills)
-        of_group = [rows[number, table] for table in range(first.num_tables)]
-        together = _bags_of(names, bags)
-        if together is not None:
-            of_group = [each.reshape(-1, each.shape[-1]) for each in of_group]
-            found[number] = found[number].reshape(-1)
+        if bag is not None:
+            found = found.reshape(-1)
             fill = fill if isinstance(fill, float) else fill.reshape(-1, 1)
-        projection = projections.get(config.owner_of[names[0]])
-        combined = vectors_of(of_group, found[number], first, projection, fill, together)
+        if bag is not None and number in at_once:
+            tables = [each.table for each in of_group]
+            places = [each.index.reshape(-1) for each in of_group]
+            combined = summed_at_once(tables, places, found, first, projection, bag)
+        else:
+            taken = [rows[number, table] for table in range(first.num_tables)]
+            if bag is not None:
+                taken = [each.reshape(-1, each.shape[-1]) for each in taken]
+            combined = vectors_of(taken, found, first, projection, fill, bag)
         # The transpose of a split is one concatenation; that of slices, a padded array for each.
         parts = jax.lax.split(combined, [1] * len(names))
         vectors.update(zip(names, (part[0] for part in parts), strict=True))
     return {name: vectors[name] for name in ids}
-
-
-def _kind(bag: Bag | None, config: EmbedConfig) -> tuple[Any, ...] | None:
-    """What features of bags must have in common to be pooled in one go."""
-    if bag is None:
-        return None
-    is_weighted = bag.weights is not None
-    return bag.shape, bag.length, is_weighted, config.combiner, config.pool_rows
 
 
 def _bags_of(names: Sequence[str], bags: Mapping[str, Bag | None]) -> Bag | None:
@@ -228,99 +218,3 @@ def _check(
             )
     for name in owners:
         configs[name].check_projection(projections.get(name))
-
-
-# --- the plan -------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    """Look-ups of the features of a group in one of their tables, next to each other in a stack.
-
-    Attributes:
-      group: number of the group.
-      table: number of the table, of each of its features.
-      reads: for each feature its name, and where its table stands in the stack.
-    """
-
-    group: int
-    table: int
-    reads: tuple[tuple[str, Span], ...]
-
-
-class Plan(NamedTuple):
-    """How the look-ups of a batch go to the stacks.
-
-    Attributes:
-      groups: names of features that are alike, and are read and combined in one go.
-      blocks: stack name -> what is read from it.
-    """
-
-    groups: tuple[tuple[str, ...], ...]
-    blocks: dict[str, list[Block]]
-
-
-@functools.lru_cache(maxsize=256)
-def plan_of(config: CollectionConfig, kinds: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Plan:
-    """The plan for ids of these features, shapes and kinds of bags."""
-    configs, owner_of = config.configs, config.owner_of
-    alike: dict[Any, list[str]] = collections.defaultdict(list)
-    for name, shape, kind in kinds:
-        alike[shape, kind, *_group_of(config, name, configs[name])].append(name)
-    groups = tuple(map(tuple, alike.values()))
-    blocks: dict[str, list[Block]] = collections.defaultdict(list)
-    for number, names in enumerate(groups):
-        for table in range(configs[names[0]].num_tables):
-            spans = [config.spans[owner_of[name], table] for name in names]
-            stack = spans[0][0]  # of all of them
-            reads = tuple((name, span) for name, (_, span) in zip(names, spans, strict=True))
-            blocks[stack].append(Block(number, table, reads))
-    return Plan(groups, dict(blocks))
-
-
-def _group_of(collection: CollectionConfig, name: str, config: EmbedConfig) -> tuple[Any, ...]:
-    """What features must have in common, besides their ids' shape, to be combined in one go."""
-    owner = collection.owner_of[name]
-    return (
-        tuple(collection.spans[owner, table][0] for table in range(config.num_tables)),
-        config.operation,
-        config.vector_dtype,
-        fill_kind(config.id_policy, config.padding_id),
-        owner if config.operation == "project" else None,
-    )
-
-
-def _read_stack(
-    stack: Stack,
-    table: TableLike,
-    blocks: Sequence[Block],
-    indices: Mapping[str, Sequence[Array]],
-) -> list[tuple[Block, jax.Array, jax.Array]]:
-    """One gather for all reads of a stack.
-
-    Returns, for each block of n reads of ids [*shape], its rows [n, *shape, width] and whether they
-    were found [n, *shape].
-    """
-    if not blocks:
-        return []
-    num_rows = stack.shape[0]
-    dtype = jnp.int32 if num_rows <= INT32_MAX else jnp.int64
-
-    def in_stack(index: Array, span: Span) -> jax.Array:
-        index = device_index(index, span.num_rows).astype(dtype)
-        has_row = (index >= 0) & (index < span.num_rows)
-        return jnp.where(has_row, index + span.offset, num_rows)
-
-    together = [
-        jnp.stack([in_stack(indices[name][block.table], span) for name, span in block.reads])
-        for block in blocks
-    ]
-    segments = tuple(
-        Segment(span.offset, span.num_rows, index.size // index.shape[0])
-        for block, index in zip(blocks, together, strict=True)
-        for _, span in block.reads
-    )
-    # [features, batch, ...]: the batch is the second axis.
-    look_ups = LookUps(segments=segments, batch_axis=1)
-    rows = take(as_table(table, stack.layout), together, look_ups)
-    found = [index < num_rows for index in together]
-    return list(zip(blocks, rows, found, strict=True))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
 from jax.extend.core.primitives import cond_p, jit_p, remat_p, scan_p
 
+from qrhash.pooled import pooled_p
 from qrhash.rows import zeros_beside
 from qrhash.take import Site, take_p
 
@@ -107,6 +108,24 @@ def _live(jaxpr: Any, used: Sequence[bool]) -> list[tuple[Any, list[bool]]]:
     return kept[::-1]
 
 
+def _pooled_tables(equation: Any, tables: Mapping[Any, int]) -> list[int]:
+    """Which operands of a sum over bags are tables; none, if it is no such sum."""
+    if equation.primitive is not pooled_p:
+        return []
+    operands = equation.invars[: equation.params["sums"].num_tables]
+    return [n for n, each in enumerate(operands) if isinstance(each, Var) and each in tables]
+
+
+def _pooled_look_up(equation: Any, number: int, tables: Mapping[Any, int]) -> LookUp:
+    """The look-up of a sum over bags in one of its tables."""
+    types = [each.aval for each in equation.invars]
+    site = equation.params["sums"].site(number, types)
+    of_tables, indices, _, _ = equation.params["sums"].split(types)
+    index, table = indices[number], of_tables[number]
+    rows = table.update(shape=(*index.shape, *table.shape[1:]))
+    return LookUp((tables[equation.invars[number]],), site, (index,), (rows,))
+
+
 def _is_look_up(equation: Any, tables: Mapping[Any, int]) -> bool:
     if equation.primitive is not take_p or equation.params["site"].look_ups.is_whole:
         return False
@@ -131,6 +150,9 @@ def find(
             numbers = tuple(tables[array] for array in arrays)
             avals = tuple(index.aval for index in indices), tuple(equation.params["out_avals"])
             found.append(LookUp(numbers, site, *avals))
+            continue
+        if pooled := _pooled_tables(equation, tables):
+            found += [_pooled_look_up(equation, number, tables) for number in pooled]
             continue
         bodies = _bodies(equation)
         if bodies is None:
@@ -175,7 +197,7 @@ def _programs_in(equation: Any) -> list[Any]:
 def _looks_up(jaxpr: Any) -> bool:
     """Whether a program looks anything up."""
     return any(
-        equation.primitive is take_p or any(map(_looks_up, _programs_in(equation)))
+        equation.primitive in (take_p, pooled_p) or any(map(_looks_up, _programs_in(equation)))
         for equation in jaxpr.eqns
     )
 
@@ -218,6 +240,11 @@ def run_with_offsets(
             rows, numbers = site.table(arrays).read(indices, site.look_ups)
             results = [each + offset for each, offset in zip(rows, next(offsets), strict=True)]
             found.append(numbers)
+        elif pooled := _pooled_tables(equation, tables):
+            sums = equation.params["sums"]
+            of_bags, numbers = sums.with_offsets(operands, pooled, offsets)
+            results = [of_bags]
+            found += numbers
         else:
             results, numbers_inside = _run_inside(equation, of_equation, operands, tables, offsets)
             found += numbers_inside

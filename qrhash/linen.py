@@ -29,6 +29,7 @@ from qrhash.layout import mesh_axes
 from qrhash.logits import all_vectors, attend
 from qrhash.operations import Projection, as_projection
 from qrhash.protocol import is_table
+from qrhash.spans import Stack
 from qrhash.stacks import CollectionConfig, as_collection_config, as_stacks
 from qrhash.tables import as_tables, init_projection, init_table
 from qrhash.types import Array, Key
@@ -316,7 +317,7 @@ class EmbedCollection(nn.Module):
         """Declares the stacks and, for "project", the dense parameters."""
         config = as_collection_config(self.config)
 
-        def table(key: Key, stack: collection.Stack) -> Any:
+        def table(key: Key, stack: Stack) -> Any:
             value = collection.init_stack(key, config, stack)
             return _boxed(value, stack.axes, is_large=stack.is_large)
 

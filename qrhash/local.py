@@ -48,6 +48,11 @@ class LocalTable(Table):
         """Of its entries."""
         return self.array.dtype
 
+    @property
+    def is_at_hand(self) -> bool:
+        """See `Table`."""
+        return True
+
     def as_given(self) -> Any:
         """See `Table`."""
         return self.array
@@ -126,14 +131,15 @@ class LocalTable(Table):
         num_loops: int = 0,
     ) -> Self:
         """See `Table`."""
-        del look_ups, num_loops
         num_rows, *row = self.shape
+        is_merged = look_ups.is_distinct and num_loops == 0 and len(indices) == 1
         if indices:
             flat = LocalStorage().flatten(indices, values)
         else:
             flat = jnp.zeros(0, jnp.int32), jnp.zeros((0, *row), self.dtype)
         named, grads = (_from_devices_alike(each, flat[1], self.array) for each in flat)
-        return self.with_array(RowGrads(named, grads, num_rows))
+        is_merged = is_merged and named is flat[0]
+        return self.with_array(RowGrads(named, grads, num_rows, is_merged))
 
     def products(self, query: jax.Array) -> "LocalTable":
         """See `Table`."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qrhash import tuning
-from qrhash.rows import across, add_rows, rows_or_end, zeros_beside
+from qrhash.rows import across, add_rows, rows_or_end, set_rows, zeros_beside
 from qrhash.types import wide_dtype
 
 
@@ -70,6 +70,19 @@ def distinct_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]
     chosen = _representatives(rows, num_rows)
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
     return jnp.where(chosen == positions, rows, num_rows), chosen
+
+
+def compact_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Row numbers [m] named once each, in front; and for each position, at which place its row is.
+
+    Behind them stands num_rows; the place of a position without a row is m.
+    """
+    m = rows.shape[0]
+    distinct, chosen = distinct_rows(rows, num_rows)
+    is_named = distinct < num_rows
+    places = jnp.where(is_named, jnp.cumsum(is_named, dtype=jnp.int32) - 1, m)
+    named = jnp.full_like(rows, num_rows)
+    return set_rows(named, places, rows), places.at[chosen].get(mode="promise_in_bounds")
 
 
 def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:

@@ -58,26 +58,28 @@ def pool(vectors: jax.Array, bag: Bag, combiner: str) -> jax.Array:
     if weights is not None:
         # What stands in places of no bag may be NaN, which would reach their weights' gradients.
         vectors = jnp.where(bag.in_bag[:, None], vectors, 0) * weights[:, None]
-    total = _sums(vectors, bag)
-    if combiner != "sum":
-        total = _divided(total, _divisors(bag, combiner, weights, wide))
-    return total.astype(dtype)
+    return divided(_sums(vectors, bag), bag, combiner).astype(dtype)
 
 
-def _divisors(bag: Bag, combiner: str, weights: jax.Array | None, dtype: Any) -> jax.Array:
+def divided(sums: jax.Array, bag: Bag, combiner: str) -> jax.Array:
+    """The sums of bags [num_bags, features], weighted, by what "mean" and "sqrtn" divide."""
+    if combiner == "sum":
+        return sums
+    by = _divisors(bag, combiner, sums.dtype)
+    return jnp.where(by[:, None] != 0, sums / jnp.where(by == 0, 1, by)[:, None], 0)
+
+
+def _divisors(bag: Bag, combiner: str, dtype: Any) -> jax.Array:
     """What the sums of bags are divided by, [num_bags], for "mean" and "sqrtn"."""
-    if weights is None:
+    if bag.weights is None:
         sums = bag.counts().astype(dtype)
     else:
+        weights = jnp.asarray(bag.weights).astype(dtype)
         sums = _sums(weights if combiner == "mean" else weights**2, bag)
     if combiner == "mean":
         return sums
     # The root has no derivative at zero, and is not used there.
     return jnp.where(sums > 0, jnp.sqrt(jnp.where(sums > 0, sums, 1)), 0)
-
-
-def _divided(total: jax.Array, by: jax.Array) -> jax.Array:
-    return jnp.where(by[:, None] != 0, total / jnp.where(by == 0, 1, by)[:, None], 0)
 
 
 def _sums(values: jax.Array, bag: Bag) -> jax.Array:

@@ -44,11 +44,13 @@ class LookUps:
       batch_axis: the axis of the indices that is the batch's: a mesh splits it.
       is_whole: whether all rows of the table are looked up, as `attend` does: its gradient is then
         one of the whole table, not one of the rows named.
+      is_distinct: whether no row is named twice: its gradients are merged as they come.
     """
 
     segments: tuple[Segment, ...]
     batch_axis: int = 0
     is_whole: bool = False
+    is_distinct: bool = False
 
     @classmethod
     def of(cls, indices: Sequence[Any], num_rows: int, **options: Any) -> "LookUps":
@@ -139,6 +141,11 @@ class Table(abc.ABC):
     @abc.abstractmethod
     def to_array(self) -> jax.Array:
         """All rows in their order, [num_rows, width]."""
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether it is one array [num_rows, width] of this device, whose rows can be just read."""
+        return False
 
     @property
     def ndim(self) -> int:

@@ -4,12 +4,10 @@ All tables of one width, dtype and kind (large and trained by rows, or small and
 top of each other. Which rows of a stack are a feature's own is known when the config is built.
 """
 
-import collections
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,53 +15,31 @@ import numpy as np
 
 from qrhash.arithmetic import as_fields
 from qrhash.config import EmbedConfig
+from qrhash.key_families import KeyDigits, MultiHash
 from qrhash.kinds import put_table, whole_table
-from qrhash.layout import MeshLayout
-from qrhash.types import INT32_MAX, Array
+from qrhash.partitions import Partition
+from qrhash.spans import Span, Stack, stacks_of
+from qrhash.strings import hash_strings
+from qrhash.types import Array
 
 
-class Span(NamedTuple):
-    """Where a table of a feature stands.
-
-    Attributes:
-      feature: name of the feature.
-      table: number of the table among the feature's.
-      offset: its first row in the stack.
-      num_rows: its number of rows.
-    """
-
-    feature: str
-    table: int
-    offset: int
-    num_rows: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stack:
-    """A table made of other tables, on top of each other.
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """The tables and projection of another feature, with a partition of one's own.
 
     Attributes:
-      name: "large_" or "small_", width and dtype, such as "large_16_float32".
-      is_large: whether it is trained by rows: what `qrhash.value_and_grad` asks for.
-      width: width of its rows.
-      dtype: of its entries.
-      axes: axis names of its array, or None, see `EmbedConfig.table_axes`.
-      spans: the tables in it, from the first row on.
-      layout: how the batch is split over a mesh and, if it is large, the stack.
+      owner: name of the feature that has them.
+      partition: id -> rows of theirs; None: the owner's.
     """
 
-    name: str
-    is_large: bool
-    width: int
-    dtype: np.dtype
-    axes: tuple[Any, ...] | None
-    spans: tuple[Span, ...]
-    layout: MeshLayout | None = None
+    owner: str
+    partition: Partition | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[rows, width]."""
-        return (self.spans[-1].offset + self.spans[-1].num_rows, self.width)
+    def of(self, config: EmbedConfig) -> EmbedConfig:
+        """The config, given the owner's."""
+        if self.partition is None:
+            return config
+        return dataclasses.replace(config, partition=self.partition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +48,12 @@ class CollectionConfig:
 
     Attributes:
       embeddings: feature name -> its `EmbedConfig`, or the name of another feature, whose tables
-        and projection it then shares. A mapping, kept as a tuple of pairs.
+        and projection it then shares; or `Shared`, to share them by a partition of its own. A
+        mapping, kept as a tuple of pairs.
 
     Raises:
-      ValueError: a feature shares with one that is not there, or that itself shares; or tables of
-        one stack differ in their logical axes.
+      ValueError: a feature shares with one that is not there, or that itself shares, or by a
+        partition of other tables; or tables of one stack differ in their logical axes.
 
     >>> from qrhash.families import FullTable, QuotientRemainder
     >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 16)
@@ -100,14 +77,59 @@ class CollectionConfig:
         for name, value in embeddings.items():
             if not isinstance(name, str):
                 raise ValueError(f"embeddings must have names, got {name!r}.")
-            shared = embeddings.get(value) if isinstance(value, str) else value
-            if not isinstance(shared, EmbedConfig):
+            if isinstance(value, str):
+                embeddings[name] = value = Shared(value)
+            own = embeddings.get(value.owner) if isinstance(value, Shared) else value
+            if not isinstance(own, EmbedConfig):
                 raise ValueError(
                     f"embeddings[{name!r}] must be an EmbedConfig or the name of a feature that "
                     f"has one, got {value!r}."
                 )
+            if isinstance(value, Shared) and value.of(own).table_shapes != own.table_shapes:
+                raise ValueError(
+                    f"embeddings[{name!r}] must share tables of the same shapes, "
+                    f"{own.table_shapes}, got a partition for {value.of(own).table_shapes}."
+                )
         object.__setattr__(self, "embeddings", tuple(embeddings.items()))
         _ = self.stacks  # raises now if tables do not go together
+
+    @classmethod
+    def one_pool(cls, features: Iterable[str], config: EmbedConfig) -> Self:
+        """Many features in one set of tables, each by hashes of its own.
+
+        Which rows a feature has goes by its name, not by its place: features may be added.
+
+        Args:
+          features: their names; the first one owns the tables.
+          config: of all of them, with a partition that has a seed: `KeyDigits`, `MultiHash`.
+
+        Raises:
+          ValueError: no feature, or a partition without a seed.
+
+        Source: Coleman et al. 2023, Unified Embedding (arXiv 2305.12102).
+
+        >>> from qrhash.key_families import MultiHash
+        >>> one = EmbedConfig(MultiHash((50_000, 50_000)), 16, "concat")
+        >>> config = CollectionConfig.one_pool(["user", "item", "shop"], one)
+        >>> config.num_params == one.num_params
+        True
+        """
+        names = list(features)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"features must be names, each once, got {names!r}.")
+        partition = config.partition
+        if not isinstance(partition, (KeyDigits, MultiHash)):
+            raise ValueError(
+                "one_pool needs a partition with a seed, KeyDigits or MultiHash, got "
+                f"{partition!r}."
+            )
+
+        def of(name: str) -> Partition:
+            hashed = int(hash_strings([name])[0]) % 2**32
+            return dataclasses.replace(partition, seed=partition.seed ^ hashed)
+
+        own = dataclasses.replace(config, partition=of(names[0]))
+        return cls({names[0]: own} | {name: Shared(names[0], of(name)) for name in names[1:]})
 
     @property
     def own_configs(self) -> dict[str, EmbedConfig]:
@@ -117,18 +139,24 @@ class CollectionConfig:
     @property
     def owner_of(self) -> dict[str, str]:
         """Feature name -> name of the feature whose tables it uses: its own, or shared."""
-        return {name: value if isinstance(value, str) else name for name, value in self.embeddings}
+        return {
+            name: value.owner if isinstance(value, Shared) else name
+            for name, value in self.embeddings
+        }
 
     @property
     def configs(self) -> dict[str, EmbedConfig]:
         """Feature name -> config, of every feature."""
         own = self.own_configs
-        return {name: own[owner] for name, owner in self.owner_of.items()}
+        return {
+            name: value.of(own[value.owner]) if isinstance(value, Shared) else value
+            for name, value in self.embeddings
+        }
 
     @functools.cached_property
     def stacks(self) -> tuple[Stack, ...]:
         """The stacked tables: one per width, dtype and kind."""
-        return tuple(_stacks(self.own_configs))
+        return tuple(stacks_of(self.own_configs))
 
     @functools.cached_property
     def spans(self) -> dict[tuple[str, int], tuple[str, Span]]:
@@ -151,19 +179,32 @@ class CollectionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON has it; see `EmbedConfig.to_dict`."""
-        return {
-            name: value if isinstance(value, str) else value.to_dict()
-            for name, value in self.embeddings
-        }
+        return {name: _plain(value) for name, value in self.embeddings}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, devices: Sequence[Any] | None = None) -> Self:
         """The config of which `to_dict` made these values; see `EmbedConfig.from_dict`."""
         embeddings = {
-            name: value if isinstance(value, str) else EmbedConfig.from_dict(value, devices=devices)
-            for name, value in as_fields("config", values).items()
+            name: _from_plain(value, devices) for name, value in as_fields("config", values).items()
         }
         return cls(embeddings)
+
+
+def _plain(value: EmbedConfig | Shared) -> Any:
+    """One of the embeddings as JSON has it."""
+    if isinstance(value, EmbedConfig):
+        return value.to_dict()
+    if value.partition is None:
+        return value.owner
+    return {"owner": value.owner, "partition": value.partition.to_dict()}
+
+
+def _from_plain(value: Any, devices: Sequence[Any] | None) -> Any:
+    if isinstance(value, str):
+        return value
+    if "owner" in as_fields("config", value):
+        return Shared(value["owner"], Partition.from_dict(value["partition"]))
+    return EmbedConfig.from_dict(value, devices=devices)
 
 
 def as_collection_config(config: Any) -> CollectionConfig:
@@ -290,46 +331,3 @@ def _check_alike(stack: Stack, parts: Sequence[Any]) -> None:
                 f"tables in stack {stack.name!r}, {kinds[0][1]} {kinds[0][0]} of "
                 f"tables[{first.feature!r}][{first.table}], got {dtype} {shape}."
             )
-
-
-def _stacks(owned: Mapping[str, EmbedConfig]) -> Iterator[Stack]:
-    groups: dict[str, list[tuple[str, int]]] = {}
-    sizes: collections.Counter[str] = collections.Counter()
-    for name, config in owned.items():
-        for j, (rows, width) in enumerate(config.table_shapes):
-            kind = "large" if config.large_tables[j] else "small"
-            key = base = f"{kind}_{width}_{config.param_dtype.name}"
-            # Row numbers are 32 bits wide: what grows beyond that starts another stack.
-            for count in itertools.count(2):
-                if not sizes[key] or sizes[key] + rows <= INT32_MAX:
-                    break
-                key = f"{base}_{count}"
-            groups.setdefault(key, []).append((name, j))
-            sizes[key] += rows
-    for key, members in sorted(groups.items()):
-        first, j = members[0]
-        axes = {owned[name].table_axes(i) for name, i in members}
-        layouts = {owned[name].layout for name, _ in members}
-        if len(layouts) > 1:
-            raise ValueError(
-                f"layout must agree for the tables of one stack, {key}, got "
-                f"{' and '.join(sorted(map(repr, layouts)))}."
-            )
-        if len(axes) > 1:
-            raise ValueError(
-                f"logical_axes must agree for the tables of one stack, {key}, got "
-                f"{' and '.join(map(str, sorted(axes, key=str)))}."
-            )
-        spans, offset = [], 0
-        for name, i in members:
-            spans.append(Span(name, i, offset, owned[name].partition.num_rows[i]))
-            offset += spans[-1].num_rows
-        yield Stack(
-            name=key,
-            is_large=owned[first].large_tables[j],
-            width=owned[first].table_shapes[j][1],
-            dtype=owned[first].param_dtype,
-            axes=axes.pop(),
-            spans=tuple(spans),
-            layout=layouts.pop(),
-        )

@@ -27,6 +27,9 @@ ONE_HOT_ENTRIES = 2**26
 # table of fewer rows than that needs no hashing: every row has its slot.
 SLOTS_PER_LOOKUP = 4
 
+# Places of bags that are summed up at once: their rows stay in the caches.
+PLACES_AT_ONCE = 8192
+
 # Random numbers drawn at once: bits on their way need several times the memory of a table. Creating
 # 5e7 x 16 rows peaked at 13 GB in one go, at 6.7 GB in blocks of this size, at no loss of speed.
 DRAWN_AT_ONCE = 2**22
@@ -56,6 +59,14 @@ def gathers_again(platform: str) -> bool:
 
     On the CPU rows of small tables come faster from the tables, in its caches, than from where the
     look-up would have kept them: a step is 1.5 times as fast on two tables of 1,000 or 10,000 rows.
+    """
+    return platform == CPU
+
+
+def sums_at_once(platform: str) -> bool:
+    """Whether bags are summed up some places at a time, and their rows are gathered again.
+
+    On an accelerator the loop would be slow, and its sums in no fixed order (not measured there).
     """
     return platform == CPU
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qrhash import tuning
+from qrhash.bag_sums import are_summed_at_once, summed_at_once
 from qrhash.bags import Bag
 from qrhash.batches import as_batch, everywhere, split_as_rows
 from qrhash.config import EmbedConfig, check_config
@@ -127,6 +128,9 @@ def look_up(
         num_rows = config.partition.num_rows
         on_device = [device_index(*pair) for pair in zip(indices, num_rows, strict=True)]
         return placed(from_tables, out_sharding, tables, projection, on_device, bag)
+    if bag is not None and are_summed_at_once(given := [*map(as_table, tables)], config, bag):
+        found = _found(indices[0], config)
+        return summed_at_once(given, indices, found, config, projection, bag)
     if _is_gathered_again(tables, config):
         from_tables = jax.checkpoint(from_tables)
     return from_tables(tables, projection, indices, bag)

@@ -189,6 +189,64 @@ def test_policy_raise_names_the_id(rng):
         collection.lookup(stacks, {"checked": np.array([3, 11])}, CONFIG, projections)
 
 
+# --- one pool -------------------------------------------------------------------------------------
+
+
+def _pool(names=("user", "item", "shop")):
+    one = EmbedConfig(qrhash.MultiHash((13, 7), seed=5), 8, "concat", large_table_rows=10)
+    return CollectionConfig.one_pool(names, one)
+
+
+def test_features_in_one_pool_have_rows_of_one_set_of_tables_by_hashes_of_their_own(rng):
+    config = _pool()
+    tables, stacks, _ = _parameters(rng, config)
+    keys = qrhash.Keys.of(rng.integers(0, 2**62, 40))
+    got = collection.lookup(stacks, {"user": keys, "item": keys, "shop": keys[:3]}, config)
+    partitions = {each.partition for each in config.configs.values()}
+    assert len(partitions) == 3
+    assert list(tables) == ["user"]
+    for name, vectors in got.items():
+        alone = qrhash.lookup(tables["user"], keys[: len(vectors)], config.configs[name])
+        assert_close(vectors, np.float64(alone))
+    assert not np.allclose(got["user"], got["item"])
+
+
+def test_rows_in_a_pool_go_by_the_feature_s_name_and_not_by_its_place():
+    alone, more = _pool(["item"]), _pool(["user", "shop", "item"])
+    assert alone.configs["item"].partition == more.configs["item"].partition
+
+
+def test_a_pool_is_trained_by_rows_of_all_its_features(rng):
+    config = _pool()
+    tables, stacks, _ = _parameters(rng, config)
+    keys = qrhash.Keys.of(rng.integers(0, 2**62, 9))
+
+    def loss(tables, by_collection):
+        if by_collection:
+            vectors = collection.lookup(tables, dict.fromkeys(config.configs, keys), config)
+        else:
+            vectors = {n: qrhash.lookup(tables, keys, c) for n, c in config.configs.items()}
+        return sum((vector**3).sum() for vector in vectors.values())
+
+    by_rows = qrhash.value_and_grad(lambda s: loss(s, True), config.large_tables)
+    _, grads = by_rows(stacks)
+    want = jax.grad(loss)(tables["user"], False)
+    got = {name: g.to_dense() if isinstance(g, RowGrads) else g for name, g in grads.items()}
+    jax.tree.map(assert_close, collection.unstack(got, config)["user"], want)
+
+
+def test_a_pool_as_json_and_what_is_none():
+    config = _pool()
+    assert CollectionConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="partition with a seed"):
+        CollectionConfig.one_pool(["a"], EmbedConfig(qrhash.FullTable(3), 2))
+    with pytest.raises(ValueError, match="features must be names, each once"):
+        CollectionConfig.one_pool(["a", "a"], config.configs["user"])
+    other = qrhash.stacks.Shared("user", qrhash.MultiHash((3, 7)))
+    with pytest.raises(ValueError, match="tables of the same shapes"):
+        CollectionConfig({"user": config.configs["user"], "b": other})
+
+
 # --- stacks ---------------------------------------------------------------------------------------
 
 
@@ -418,7 +476,7 @@ def test_partition_metadata_of_both(axes):
     """None unless asked for; large stacks are split by rows, small ones are not."""
     config = CollectionConfig(
         {
-            name: of if isinstance(of, str) else dataclasses.replace(of, logical_axes=axes)
+            name: dataclasses.replace(of, logical_axes=axes) if isinstance(of, EmbedConfig) else of
             for name, of in CONFIG.embeddings
         }
     )

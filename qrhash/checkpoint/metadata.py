@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qrhash.config import EmbedConfig
-from qrhash.stacks import CollectionConfig
+from qrhash.stacks import CollectionConfig, Shared
 
 # What an id's numbers depend on. The names of logical axes, the mesh and the like do not matter.
 _FIELDS = ("partition", "operation", "features", "widths", "use_bias", "param_dtype")
@@ -28,9 +28,15 @@ def describe(config: Any) -> dict[str, Any]:
             f"got {config!r}."
         )
     return {
-        name: value if isinstance(value, str) else _describe_one(value)
+        name: _describe_shared(value) if isinstance(value, Shared) else _describe_one(value)
         for name, value in config.embeddings
     }
+
+
+def _describe_shared(shared: Shared) -> Any:
+    if shared.partition is None:
+        return shared.owner
+    return {"owner": shared.owner, "partition": _plain(shared.partition)}
 
 
 def _describe_one(config: EmbedConfig) -> dict[str, Any]:

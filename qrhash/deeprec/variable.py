@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.nnx import MultiHashEmbed
 from qrhash.types import Array
@@ -53,7 +54,7 @@ class MultiHashVariable(MultiHashEmbed):
                 table = getattr(self, variable)
                 setattr(self, variable, FrozenTable(table.get_value(), **table.get_metadata()))
 
-    def __call__(self, inputs: Array, *options: Any, **named: Any) -> jax.Array:
+    def __call__(self, inputs: Array | Bag, *options: Any, **named: Any) -> jax.Array:
         """Looks up the vectors of ids; see `qrhash.nnx.MultiHashEmbed`.
 
         Raises:
