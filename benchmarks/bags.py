@@ -45,7 +45,7 @@ import qrhash
 COLUMNS, BAGS, FEATURES, COLLISIONS = 26, 2048, 16, 4
 MEAN_LENGTH = 10
 NUM_EMBEDDINGS = 1_000_000
-CAPACITY = 23 * 1024  # places for the ids of one feature: 5 standard deviations above the mean
+CAPACITY = 22 * 1024  # places for the ids of one feature: 4 standard deviations above the mean
 
 
 class Bags(NamedTuple):

@@ -25,6 +25,7 @@ from qrhash.merge import merge_rows
 
 LOOKUPS = 16_384
 FEATURES = 16
+PER_BAG = 8
 
 
 def _ids(vocabulary: int, count: int, seed: int = 0) -> jax.Array:
@@ -109,9 +110,9 @@ def gathers_again(rounds: int) -> Iterator[tuple[str, float]]:
     chosen = tuning.gathers_again(tuning.traced_for())
     for rows in (1_000, 10_000):
         config = qrhash.EmbedConfig(qrhash.QuotientRemainder(rows * rows, rows), 64)
-        step = _step(config, large=False)
+        step = _step(config, _ids(config.num_embeddings, LOOKUPS), large=False)
         with mock.patch.object(tuning, "gathers_again", return_value=not chosen):
-            other = _step(config, large=False)
+            other = _step(config, _ids(config.num_embeddings, LOOKUPS), large=False)
         yield f"two tables of {rows} rows, features 64", _ratio(step, other, rounds)
 
 
@@ -120,20 +121,53 @@ def large_table_rows(rounds: int) -> Iterator[tuple[str, float]]:
     for lookups in (2_048, LOOKUPS):
         for rows in (2_048, 8_192, 16_384, 65_536, 262_144):
             config = qrhash.EmbedConfig(qrhash.FullTable(rows), FEATURES)
-            steps = {is_large: _step(config, lookups, large=is_large) for is_large in (True, False)}
+            ids = _ids(rows, lookups)
+            steps = {is_large: _step(config, ids, large=is_large) for is_large in (True, False)}
             is_large = rows >= tuning.LARGE_TABLE_ROWS
             what = "rows touched" if is_large else "whole table"
             ratio = _ratio(steps[is_large], steps[not is_large], rounds)
             yield f"{rows} rows, {lookups} look-ups, {what}", ratio
 
 
-def _step(config: Any, lookups: int = LOOKUPS, *, large: bool) -> Callable[[], Any]:
+def updates_in_blocks(rounds: int) -> Iterator[tuple[str, float]]:
+    """A step of Adagrad on bags: the rows touched updated block by block, or all at once."""
+    for places in (65_536, 98_304, 131_072, 524_288):
+        chosen = tuning.updates_in_blocks(tuning.traced_for(), places)
+        step = _bag_step(places)
+        with mock.patch.object(tuning, "updates_in_blocks", return_value=not chosen):
+            other = _bag_step(places)
+        what = "in blocks" if chosen else "at once"
+        yield f"{places} ids in bags of {PER_BAG}, {what}", _ratio(step, other, rounds)
+
+
+def sums_at_once(rounds: int) -> Iterator[tuple[str, float]]:
+    """A step of Adagrad on bags: summed up some places at a time, or from rows of all of them."""
+    for places in (LOOKUPS, 32_768, 65_536, 131_072, 524_288):
+        chosen = tuning.sums_at_once(tuning.traced_for(), places)
+        step = _bag_step(places)
+        with mock.patch.object(tuning, "sums_at_once", return_value=not chosen):
+            other = _bag_step(places)
+        what = "at a time" if chosen else "all"
+        yield f"{places} ids in bags of {PER_BAG}, {what}", _ratio(step, other, rounds)
+
+
+def _bag_step(places: int) -> Callable[[], Any]:
+    config = qrhash.EmbedConfig(qrhash.QuotientRemainder(16_000_000, 4), FEATURES, combiner="sum")
+    bags = qrhash.Bag(
+        _ids(config.num_embeddings, places),
+        jnp.arange(places, dtype=jnp.int32) // PER_BAG,
+        shape=(places // PER_BAG,),
+    )
+    return _step(config, bags, large=config.large_tables)
+
+
+def _step(config: Any, ids: Any, *, large: Any) -> Callable[[], Any]:
     """A donated training step that goes on from where it is; compiled here and now.
 
     It hands out the vectors, and takes their gradient from elsewhere, as a model around it does.
     """
     tx = qrhash.touched_rows(optax.adagrad(0.05))
-    cotangents = jax.random.normal(jax.random.key(1), (lookups, config.features))
+    cotangents = jax.random.normal(jax.random.key(1), (*ids.shape, config.features))
 
     def update(tables: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
         def loss(tables: Any) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +179,6 @@ def _step(config: Any, lookups: int = LOOKUPS, *, large: bool) -> Callable[[], A
         return qrhash.apply_updates(tables, updates), state, vectors
 
     compiled = jax.jit(update, donate_argnums=(0, 1))
-    ids = _ids(config.num_embeddings, lookups)
     tables = qrhash.init(jax.random.key(0), config)
     *now, _ = compiled(tables, tx.init(tables), ids)
 
@@ -162,6 +195,8 @@ CHOICES = {
     "slots": slots_per_lookup,
     "again": gathers_again,
     "large": large_table_rows,
+    "blocks": updates_in_blocks,
+    "bags": sums_at_once,
 }
 
 

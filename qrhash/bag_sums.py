@@ -26,7 +26,9 @@ def are_summed_at_once(tables: Sequence[Table], config: EmbedConfig, bag: Bag) -
     is_alone = all(table.is_at_hand for table in tables) and config.logical_axes is None
     is_alone = is_alone and jax.sharding.get_abstract_mesh().empty
     has_any = bag.num_bags > 0 and bag.capacity > 0
-    return is_sum and is_alone and has_any and tuning.sums_at_once(tuning.traced_for())
+    return (
+        is_sum and is_alone and has_any and tuning.sums_at_once(tuning.traced_for(), bag.capacity)
+    )
 
 
 def summed_at_once(

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from qrhash import tuning
 from qrhash.merge import compact_rows
 from qrhash.operations import combine
 from qrhash.protocol import LookUps, Table
 from qrhash.rows import add_rows, read_rows, rows_or_end, zeros_beside
 from qrhash.take import Site, take
-from qrhash.tuning import PLACES_AT_ONCE
 from qrhash.types import wide_dtype
 
 
@@ -144,14 +144,14 @@ def _in_parts(step: Callable[[Any, Any], Any], start: Any, arrays: Any) -> Any:
     """The steps over arrays [n, ...], some places at a time."""
     n = jax.tree.leaves(arrays)[0].shape[0]
     # In a program exported for any batch, n is a symbol.
-    turns = n // PLACES_AT_ONCE if isinstance(n, int) else 0
+    turns = n // tuning.PLACES_AT_ONCE if isinstance(n, int) else 0
 
     def turn(number: Any, carry: Any) -> Any:
-        first = number * PLACES_AT_ONCE
-        cut = lambda each: jax.lax.dynamic_slice_in_dim(each, first, PLACES_AT_ONCE)  # noqa: E731
+        first = number * tuning.PLACES_AT_ONCE
+        cut = lambda each: jax.lax.dynamic_slice_in_dim(each, first, tuning.PLACES_AT_ONCE)  # noqa: E731
         return step(carry, jax.tree.map(cut, arrays))
 
-    done = turns * PLACES_AT_ONCE
+    done = turns * tuning.PLACES_AT_ONCE
     carry = jax.lax.fori_loop(0, turns, turn, start) if turns else start
     if isinstance(n, int) and done == n:
         return carry

@@ -72,7 +72,7 @@ ROOMS = {
 
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
-    "optim": ["refusals", "state", "checks", "accumulators", "wrapper"],
+    "optim": ["refusals", "state", "checks", "blocks", "accumulators", "wrapper"],
     "nnx": ["variables", "modules", "gradients"],
     "deeprec": ["variable", "interface"],
     "checkpoint": ["writing", "metadata", "leaves", "checkpoints"],

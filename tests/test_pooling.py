@@ -20,6 +20,7 @@ from support.meshes import dense, layout_2x4, make_layout, whole
 
 # The first, the last, and two next to each other are empty; ids twice in a bag, and in two.
 LISTS = [[], [3, 5, 3], [0], [], [], [10, 5], [7], []]
+FEW = 13  # places of bags whose rows are gathered before they are pooled
 PADDING = 5  # an id that some cases take as padding
 DTYPES = [{}, {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}]
 per_combiner = pytest.mark.parametrize("combiner", COMBINERS)
@@ -40,6 +41,10 @@ def _ragged(lists, weights=None, capacity=12):
     return Bag.from_lists(lists, weights=weights, capacity=capacity)
 
 
+def _gathered(lists, weights=None):
+    return _ragged(lists, weights, FEW)
+
+
 def _padded(lists, weights=None, length=4):
     def fill(rows, x):
         padded = [[*row, *[x] * (length - len(row))] for row in rows]
@@ -52,14 +57,15 @@ def _padded(lists, weights=None, length=4):
     )
 
 
-WAYS = {"ragged": _ragged, "padded": _padded}
+WAYS = {"ragged": _ragged, "few": _gathered, "padded": _padded}
 per_way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture(autouse=True)
 def _few_places_at_once(monkeypatch):
-    """So that sums over bags need several turns, and a rest."""
-    monkeypatch.setattr(qrhash.pooled, "PLACES_AT_ONCE", 5)
+    """So that sums over bags need several turns, and a rest; or are not taken at all."""
+    monkeypatch.setattr(qrhash.tuning, "PLACES_AT_ONCE", 5)
+    monkeypatch.setattr(qrhash.tuning, "sums_at_once", lambda _, places: places != FEW)
 
 
 # --- look-up --------------------------------------------------------------------------------------

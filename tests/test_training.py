@@ -3,6 +3,7 @@
 import collections
 import math
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,39 @@ def test_other_optimizers_train_to_the_parameters_of_dense_ones(tx, rng):
     cfg = EmbedConfig(FAMILIES["mixed radix"], FEATURES, "project", large_table_rows=3)
     with jax.numpy_dtype_promotion("standard"):  # for schedules
         _assert_trains_as_dense(cfg, [(6,), (2, 3)], tx, rng)
+
+
+ROW_WISE = {
+    "adagrad": (optax.adagrad(0.1), True),
+    "row-wise adagrad": (qrhash.rowwise_adagrad(0.1), True),
+    "adam": (optax.adam(0.01), True),
+    "a schedule and decay": (
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(lambda n: 0.1 / (1 + n))),
+        True,
+    ),
+    "clipped rows": (optax.chain(optax.clip(0.1), optax.sgd(0.1)), True),
+    "clipped by the norm of all": (CHAIN, False),
+    "normalised by all rows": (optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.1)), False),
+}
+
+
+@pytest.mark.parametrize(("tx", "is_row_wise"), ROW_WISE.values(), ids=ROW_WISE)
+@pytest.mark.usefixtures("_blocks")
+def test_many_rows_are_updated_in_blocks_to_the_same_numbers(tx, is_row_wise, rng, monkeypatch):
+    """Of two tables, with a projection beside them; a batch is no multiple of a block."""
+    cfg = EmbedConfig(FAMILIES["mixed radix"], FEATURES, "project", large_table_rows=3)
+    params, loss = parameters(cfg, rng), _masked_loss(cfg)
+    batches = list(_batches(cfg, [(6,), (2, 4)], rng, steps=12))
+    turns = mock.Mock(wraps=qrhash.optim.blocks.update_in_blocks)
+    monkeypatch.setattr(qrhash.optim.wrapper, "update_in_blocks", turns)
+    with jax.numpy_dtype_promotion("standard"):
+        step = _by_rows(loss, (cfg.large_tables, False), tx)
+        got = _train(step, params, tx.init(params), batches)
+        assert turns.called == is_row_wise
+        monkeypatch.setattr(qrhash.tuning, "updates_in_blocks", lambda _, rows: False)
+        step = _by_rows(loss, (cfg.large_tables, False), tx)
+        want = _train(step, params, tx.init(params), batches)
+    jax.tree.map(assert_close, got, want)
 
 
 RATE = 0.05
@@ -470,6 +504,13 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.fixture
+def _blocks(monkeypatch):
+    """However few rows a batch touches, they are updated a few at a time."""
+    monkeypatch.setattr(qrhash.tuning, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(qrhash.tuning, "updates_in_blocks", lambda _, rows: rows >= 4)
+
+
 def _sum(cfg):
     """A loss that is linear in the vectors.
 
@@ -496,6 +537,44 @@ def test_a_step_copies_no_table(operation, name):
     with jax.numpy_dtype_promotion("standard"):  # for Adam and schedules
         step = _by_rows(_sum(cfg), (cfg.large_tables, False), tx)
         _assert_in_place(_compiled(step, params, jax.eval_shape(tx.init, params), BATCH))
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMATIONS if name != "clip"])
+@pytest.mark.usefixtures("_blocks")
+def test_a_step_in_blocks_copies_no_table(name):
+    cfg, tx = EmbedConfig(LARGE, FEATURES), TRANSFORMATIONS[name]
+    params = _shapes_of(cfg)
+    with jax.numpy_dtype_promotion("standard"):
+        step = _by_rows(_sum(cfg), (cfg.large_tables, False), tx)
+        compiled = _compiled(step, params, jax.eval_shape(tx.init, params), BATCH)
+    assert "while" in compiled.as_text()
+    _assert_in_place(compiled)
+
+
+PLACES = 40 * 1024 + 7  # in bags: several turns of as many as are summed up at once
+BAGS = qrhash.Bag(
+    jax.ShapeDtypeStruct((PLACES,), jnp.int32),
+    jax.ShapeDtypeStruct((PLACES,), jnp.int32),
+    shape=(500,),
+)
+
+
+@pytest.mark.parametrize("operation", ["mult", "concat"])
+def test_a_step_of_bags_copies_no_table(operation):
+    cfg, tx = EmbedConfig(LARGE, FEATURES, operation, id_policy="clip"), optax.adagrad(0.1)
+    params = _shapes_of(cfg)
+    step = _by_rows(_sum(cfg), (cfg.large_tables, False), tx)
+    compiled = _compiled(step, params, jax.eval_shape(tx.init, params), BAGS)
+    copies = [each for each in _of_table_size(compiled) if f"[{ROWS}," in each]
+    assert copies == []
+
+
+def test_a_look_up_of_bags_writes_no_vectors_of_all_ids():
+    cfg = EmbedConfig(LARGE, FEATURES)
+    params = _shapes_of(cfg)
+    text = jax.jit(_sum(cfg)).lower(params, BAGS).compile().as_text()
+    assert f"f32[{PLACES}]" in text
+    assert not re.search(rf"f32\[{PLACES},\d+", text)
 
 
 @pytest.mark.parametrize("merge_method", ["hash", "sort"])

@@ -89,7 +89,7 @@ class Transformation(NamedTuple):
           rows: how many rows of each table it is to be shown.
         """
         self._check_copies(whole)
-        program = self._program(whole)
+        program = self.program(whole)
         self._check_averages(program, whole)
         trials: list[Mapping[int, int]] = [dict.fromkeys(rows, trial) for trial in _TRIAL_ROWS]
         # Of no rows at all, JAX makes other programs, and nothing comes of them; how many there are
@@ -98,7 +98,8 @@ class Transformation(NamedTuple):
         for trial in trials:
             self._check_shapes(program, whole, trial)
 
-    def _program(self, arguments: Arguments) -> Any:
+    def program(self, arguments: Arguments) -> Any:
+        """Its program, for arguments of these types."""
         leaves, tree = jax.tree.flatten(tuple(arguments))
 
         def flat(*leaves: Any) -> Any:
@@ -144,7 +145,7 @@ class Transformation(NamedTuple):
         sizes = {whole.grads[n].shape[axis] for n, axis in self.row_axes.items()}
         ratios = {size / count for size in sizes for count in rows.values()}
         try:
-            agrees = _agree(program.jaxpr, self._program(shown).jaxpr, ratios)
+            agrees = _agree(program.jaxpr, self.program(shown).jaxpr, ratios)
         except Exception:  # whatever comes of state that does not fit what is decided now
             agrees = False
         if not agrees:

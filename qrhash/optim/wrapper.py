@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qrhash.optim.blocks import goes_in_blocks, is_row_wise, update_in_blocks, without_rows
 from qrhash.optim.checks import Arguments, Transformation, check_at_start
 from qrhash.optim.refusals import check_transformation, refuse_what_waits, refusing
 from qrhash.optim.state import owners_of, state_shardings
@@ -74,7 +75,7 @@ def touched_rows(
     check_transformation(tx)
     tx = optax.with_extra_args_support(tx)
     # What was found right: an eager loop need not find out at every step.
-    checked: set[Any] = set()
+    checked: dict[Any, bool] = {}
 
     def init(params: PyTree) -> PyTree:
         check_at_start(tx, params)
@@ -90,8 +91,8 @@ def touched_rows(
         if not any(map(is_row_grads, jax.tree.leaves(grads, is_leaf=is_row_grads))):
             return tx.update(grads, state, params, **extra_args)
         transformation, arguments = _prepare(tx, grads, state, params, extra_args)
-        _check_once(transformation, arguments, checked)
-        updates, new = _update(transformation, arguments)
+        is_row_wise = _check_once(transformation, arguments, checked)
+        updates, new = _update(transformation, arguments, is_row_wise=is_row_wise)
         tree, state_tree = transformation.tree, transformation.state_tree
         return jax.tree.unflatten(tree, updates), jax.tree.unflatten(state_tree, new)
 
@@ -122,8 +123,14 @@ def _prepare(
     return transformation, Arguments(leaves, state_leaves, of_params)
 
 
-def _check_once(transformation: Transformation, arguments: Arguments, checked: set[Any]) -> None:
-    """Raises a ValueError unless the transformation treats rows alone."""
+def _check_once(
+    transformation: Transformation, arguments: Arguments, checked: dict[Any, bool]
+) -> bool:
+    """Raises a ValueError unless the transformation treats rows alone.
+
+    Returns:
+      Whether it also treats every row alike, whatever the others are.
+    """
     grads, state, params = arguments
     whole = Arguments(
         list(map(_type_of, grads)),
@@ -136,10 +143,10 @@ def _check_once(transformation: Transformation, arguments: Arguments, checked: s
     trees = (transformation.tree, transformation.state_tree, tree)
     key = (*trees, types, tuple(rows.items()))
     # Extra arguments may be anything, and decide anything.
-    if key in checked and not transformation.extra_args:
-        return
-    transformation.check(whole, rows)
-    checked.add(key)
+    if key not in checked or transformation.extra_args:
+        transformation.check(whole, rows)
+        checked[key] = is_row_wise(transformation, whole)
+    return checked[key]
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -161,7 +168,9 @@ class _Part(NamedTuple):
     state: list[jax.Array]
 
 
-def _update(tx: Transformation, arguments: Arguments) -> tuple[list[Any], list[Any]]:
+def _update(
+    tx: Transformation, arguments: Arguments, *, is_row_wise: bool
+) -> tuple[list[Any], list[Any]]:
     """Leaves of the updates and of the new state.
 
     On a mesh gradients are sent to their rows first. Where an exchange of fixed size has too little
@@ -170,6 +179,9 @@ def _update(tx: Transformation, arguments: Arguments) -> tuple[list[Any], list[A
     tables = {n: arguments.grads[n] for n in tx.row_axes}
     packed = {n: pack for n, grads in tables.items() if (pack := grads.pack()) is not None}
     merged = {n: grads.merge() for n, grads in tables.items() if n not in packed}
+    blocks = {n: grads for n, grads in merged.items() if is_row_wise and goes_in_blocks(grads)}
+    merged = {n: grads for n, grads in merged.items() if n not in blocks}
+    whole, arguments = arguments, without_rows(tx, arguments, blocks)
     if packed:
         parts, rest = _on_packed(tx, arguments, merged, packed)
     else:
@@ -181,6 +193,11 @@ def _update(tx: Transformation, arguments: Arguments) -> tuple[list[Any], list[A
         updates[number] = _as_grads(grads, of_table)
         for count, place in enumerate(tx.state_of(number)):
             state[place] = _write(grads, arguments.state[place], of_table, count)
+    for number, grads in blocks.items():
+        made = update_in_blocks(tx, whole, number, grads)
+        updates[number] = grads.as_merged(grads.indices, made.updates)
+        for place, array in zip(tx.state_of(number), made.state, strict=True):
+            state[place] = array
     return updates, state
 
 

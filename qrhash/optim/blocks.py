@@ -1,0 +1,181 @@
+"""Many touched rows, updated some thousand at a time.
+
+Most transformations do to each row the same, whatever the others are. Then a large batch need not
+be read, transformed and written as a whole, by arrays of all its rows: block by block they stay in
+the cache, and positions behind the last row named cost nothing. What looks at all rows together, as
+clipping by a global norm does, cannot go so: the traced program says which it is.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Var
+from jax.extend.core.primitives import jit_p
+
+from qrhash import tuning
+from qrhash.optim.checks import Arguments, Transformation
+from qrhash.rowgrads import RowGrads
+from qrhash.rows import gather_rows, set_rows
+
+_ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "abs", "sign", "square", "max", "min", "rem"}
+_ELEMENTWISE |= {"sqrt", "rsqrt", "integer_pow", "pow", "exp", "log", "log1p", "expm1", "tanh"}
+_ELEMENTWISE |= {"logistic", "select_n", "clamp", "convert_element_type", "is_finite", "copy"}
+_ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "add_any", "cbrt"}
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"}
+
+
+class Updated(NamedTuple):
+    """What comes of a table's rows.
+
+    Attributes:
+      updates: of the rows named by its gradient, [m, width].
+      state: the arrays of its state, with new rows.
+    """
+
+    updates: jax.Array
+    state: list[jax.Array]
+
+
+def is_row_wise(tx: Transformation, whole: Arguments) -> bool:
+    """Whether every row is treated alike, and alone.
+
+    Args:
+      tx: the transformation, of tables whose rows are along the first axis.
+      whole: types of what it takes, of whole tables.
+    """
+    tables = range(len(whole.grads))
+    marks = [n in tx.row_axes for n in tables]
+    marks += [owner is not None for owner in tx.owners]
+    marks += marks[: len(tables)] * (whole.params is not None)
+    jaxpr = tx.program(whole).jaxpr
+    rows = {each for each, is_rows in zip(jaxpr.invars, marks, strict=True) if is_rows}
+    results = _followed(jaxpr, rows)
+    # Nothing else may be computed from rows.
+    return results is not None and all(
+        is_rows or not of_rows for is_rows, of_rows in zip(marks, results, strict=False)
+    )
+
+
+def _followed(jaxpr: Any, rows: set[Any]) -> list[bool] | None:
+    """Which results are computed from rows, each from its own; None: from other rows, perhaps."""
+    rows = set(rows)
+    for equation in jaxpr.eqns:
+        of_rows = [isinstance(each, Var) and each in rows for each in equation.invars]
+        if not any(of_rows):
+            continue
+        if equation.primitive is jit_p:
+            inner = equation.params["jaxpr"].jaxpr
+            named = {each for each, mark in zip(inner.invars, of_rows, strict=True) if mark}
+            results = _followed(inner, named)
+            if results is None:
+                return None
+        elif _keeps_rows(equation, of_rows):
+            results = [True] * len(equation.outvars)
+        else:
+            return None
+        rows |= {each for each, mark in zip(equation.outvars, results, strict=True) if mark}
+    return [isinstance(each, Var) and each in rows for each in jaxpr.outvars]
+
+
+def _keeps_rows(equation: Any, of_rows: Sequence[bool]) -> bool:
+    """Whether row i of the result depends on row i of the operands alone."""
+    name, params = equation.primitive.name, equation.params
+    (result,) = equation.outvars
+    operands = [each for each, mark in zip(equation.invars, of_rows, strict=True) if mark]
+    if not result.aval.shape or any(
+        each.aval.shape[:1] != result.aval.shape[:1] for each in operands
+    ):
+        return False
+    if name in _REDUCTIONS:
+        return 0 not in params["axes"]
+    if name == "broadcast_in_dim":
+        return params["broadcast_dimensions"][:1] == (0,)
+    if name == "squeeze":
+        return 0 not in params["dimensions"]
+    return name in _ELEMENTWISE or name == "reshape"
+
+
+def goes_in_blocks(grads: RowGrads) -> bool:
+    """Whether merged gradients name so many rows of one device's table that blocks are faster."""
+    m = grads.values.shape[0]
+    is_local = grads.storage.row_axis == 0 and grads.spill is None
+    # How many rows an exported program will be given is not known.
+    return is_local and isinstance(m, int) and tuning.updates_in_blocks(tuning.traced_for(), m)
+
+
+def without_rows(tx: Transformation, arguments: Arguments, tables: Collection[int]) -> Arguments:
+    """What a transformation takes, with a row of zeros in place of some tables."""
+
+    def cut(leaf: Any, table: int | None) -> Any:
+        if table is None or table not in tables:
+            return leaf
+        return jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+
+    leaves = range(len(arguments.grads))
+    return Arguments(
+        list(map(cut, arguments.grads, leaves)),
+        list(map(cut, arguments.state, tx.owners)),
+        None if arguments.params is None else list(map(cut, arguments.params, leaves)),
+    )
+
+
+def update_in_blocks(
+    tx: Transformation, arguments: Arguments, number: int, grads: RowGrads
+) -> Updated:
+    """Runs a row-wise transformation on the rows of one table, block by block.
+
+    Args:
+      tx: the transformation.
+      arguments: what it takes; of other tables nothing matters.
+      number: which of the leaves the table is.
+      grads: its gradient, merged.
+    """
+    places = tx.state_of(number)
+    others = without_rows(tx, arguments, [n for n in tx.row_axes if n != number])
+    m, size = grads.values.shape[0], tuning.ROWS_AT_ONCE
+    is_named = grads.indices < grads.num_rows
+    last = jnp.max(jnp.where(is_named, jnp.arange(m, dtype=jnp.int32), -1))
+
+    def block(turn: jax.Array, updated: Updated) -> Updated:
+        # The last block begins earlier: the rows that it has twice must not be updated twice.
+        first = jnp.minimum(turn * size, m - size)
+        is_new = first + jnp.arange(size, dtype=jnp.int32) >= turn * size
+        index = jax.lax.dynamic_slice_in_dim(grads.indices, first, size)
+        index = jnp.where(is_new, index, grads.num_rows)
+        values = _cut(updated.updates, first, size, jnp.any(index < grads.num_rows))
+        of_table, state = list(others.grads), list(others.state)
+        of_table[number] = values
+        for place, array in zip(places, updated.state, strict=True):
+            state[place] = gather_rows(array, index)
+        params = None
+        if others.params is not None:
+            params = list(others.params)
+            params[number] = gather_rows(params[number], index)
+        updates, new = tx(Arguments(of_table, state, params))
+        made = jnp.where(is_new[:, None], updates[number], values)
+        return Updated(
+            jax.lax.dynamic_update_slice_in_dim(updated.updates, made, first, axis=0),
+            [
+                set_rows(array, index, new[place])
+                for place, array in zip(places, updated.state, strict=True)
+            ],
+        )
+
+    state = [arguments.state[place] for place in places]
+    turns = (last + size) // size
+    return jax.lax.fori_loop(0, turns, block, Updated(grads.values, state))
+
+
+def _cut(array: jax.Array, first: jax.Array, size: int, is_any: jax.Array) -> jax.Array:
+    """Some rows of an array that is written to later on.
+
+    As a branch of a conditional, which is compiled as one piece. Else every use of them would read
+    them anew from where updates are to be written, and XLA would copy the whole array in each turn.
+    """
+    return jax.lax.cond(
+        is_any,
+        lambda: jax.lax.dynamic_slice_in_dim(array, first, size),
+        lambda: jnp.zeros((size, *array.shape[1:]), array.dtype),
+    )
