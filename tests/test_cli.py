@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli
-from qrhash.ctr.data.block import CATEGORIES
+from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.run.report import CHECKPOINTS, METRICS, PICTURE
 from qrhash.ctr.settings import options
 from support import ctr_files
@@ -67,7 +67,7 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
 
 MISTAKES = {
     "missing file": (["--data", "absent.tsv"], "There is no file absent.tsv"),
-    "directory": (["--data", "."], ". is a directory"),
+    "empty folder": (["--data", "nothing"], "nothing holds no file of data"),
     "not hex": (["--data", "words.tsv", "--max-bad-lines", "3"], "C1 is not a category"),
     "labels": (["--data", "labels.tsv", "--max-bad-lines", "3"], "label is not 0 or 1: '7'"),
     "all bad": (
@@ -86,6 +86,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(name, small, tmp_path):
     arguments, sentence = MISTAKES[name]
     ctr_files.write_text(tmp_path / "words.tsv", [ctr_files.make_row(category="xyz")] * 20)
     ctr_files.write_text(tmp_path / "labels.tsv", [ctr_files.make_row(label="7")] * 20)
+    (tmp_path / "nothing").mkdir()
     if name == "embedding":
         arguments = [*arguments, "--hash-size", "300", "--synthetic-rows", "100"]
     result = _run("train", *arguments)

@@ -33,10 +33,10 @@ def _batch(rng, rows=16, padding=0):
     )
 
 
-def _model(name, configs, rng):
+def _model(name, configs, rng, num_numbers=13):
     """A model of random parameters, without the time that compiling its initialisers takes."""
     settings = dataclasses.replace(SETTINGS, model=name)
-    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(settings, configs)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(settings, configs, num_numbers)))
     return nnx.merge(
         graph,
         jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), state),
@@ -67,6 +67,12 @@ def _dlrm_row(model, numbers, ids):
     return _linear(model.logit, _mlp(model.top, np.concatenate([dense, pairs])))[0]
 
 
+def _dlrm_row_of_vectors(model, _, ids):
+    vectors = _vectors(model, ids)
+    inputs = np.concatenate([*vectors, [vectors[0] @ vectors[1]]])
+    return _linear(model.logit, _mlp(model.top, inputs))[0]
+
+
 def _dcn_row(model, numbers, ids):
     x0 = x = np.concatenate([numbers, *_vectors(model, ids)])
     for layer in model.cross:
@@ -86,6 +92,16 @@ def test_models_equal_their_definition(name, kind, oracle, rng):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "oracle"), [("dlrm", _dlrm_row_of_vectors), ("dcn", _dcn_row)])
+def test_models_without_numbers_take_the_vectors_alone(name, oracle, rng):
+    model = _model(name, CONFIGS, rng, num_numbers=0)
+    assert not hasattr(model, "bottom")
+    batch = _batch(rng)
+    none = np.zeros((16, 0), np.float32)
+    wanted = [oracle(model, *row) for row in zip(none, batch.ids, strict=True)]
+    np.testing.assert_allclose(model(none, batch.ids), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["dlrm", "dcn"])
 def test_a_model_without_embeddings(name, rng):
     model = _model(name, {}, rng)
@@ -96,11 +112,11 @@ def test_a_model_without_embeddings(name, rng):
 def test_tables_learn_by_adagrad_and_the_rest_by_adam(dense_updates, rng):
     """A step on a padded batch is a step of each optimizer on its own, on the real rows."""
     settings = dataclasses.replace(SETTINGS, dense_updates=dense_updates)
-    learner = Learner(lambda: build_model(settings, CONFIGS), settings, num_steps=60)
+    learner = Learner(lambda: build_model(settings, CONFIGS, 13), settings, num_steps=60)
     start = jax.tree.map(np.array, learner.params)
     padded = _batch(rng, padding=5)
     batch = Batch(*(column[:11] for column in padded))
-    graph = nnx.split(nnx.eval_shape(lambda: build_model(SETTINGS, CONFIGS)), Table, ...)[0]
+    graph = nnx.split(nnx.eval_shape(lambda: build_model(SETTINGS, CONFIGS, 13)), Table, ...)[0]
     optimizers = {
         "tables": optax.adagrad(
             SETTINGS.table_lr, initial_accumulator_value=SETTINGS.table_accumulator
@@ -136,7 +152,7 @@ def test_tables_learn_by_adagrad_and_the_rest_by_adam(dense_updates, rng):
 
 def test_it_learns_and_compiles_once(rng):
     settings = dataclasses.replace(SETTINGS, dense_lr=0.01)
-    learner = Learner(lambda: build_model(settings, CONFIGS), settings, num_steps=60)
+    learner = Learner(lambda: build_model(settings, CONFIGS, 13), settings, num_steps=60)
     batch = _batch(rng)
     before = np.asarray(learner.logits(batch))
     for padding in (0, 3) * 30:

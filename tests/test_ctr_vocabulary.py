@@ -7,7 +7,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from qrhash.ctr.data.block import CATEGORIES, Block
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.data.vocabulary import UNSEEN_ID, HashedIds, KeyCounts, build_ids
 from qrhash.ctr.settings import Settings
 
@@ -86,7 +87,7 @@ def test_every_column_has_ids_of_its_own():
     keys = np.arange(4, dtype=np.uint64)[:, None] * np.arange(1, 27, dtype=np.uint64)
     block = Block(np.zeros(4, np.float32), np.zeros((4, 13), np.float32), keys, keys > 100)
     settings = Settings(columns={"C2": {"hash_size": 5}, "C3": {"min_count": 2}})
-    ids = build_ids(settings, iter([block, block]))
+    ids = build_ids(settings, CATEGORIES, iter([block, block]))
     assert list(ids) == list(CATEGORIES)
     assert ids["C1"](*_arrays([0, 3, 4])).tolist() == [1, 4, 0]
     assert ids["C4"](*_arrays([0, 12, 3])).tolist() == [1, 4, 0]
@@ -99,4 +100,4 @@ def test_hashing_all_columns_reads_no_rows():
         raise AssertionError("read")
         yield
 
-    assert set(build_ids(Settings(hash_size=9), blocks()).values()) == {HashedIds(9)}
+    assert set(build_ids(Settings(hash_size=9), CATEGORIES, blocks()).values()) == {HashedIds(9)}

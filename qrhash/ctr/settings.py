@@ -10,7 +10,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from qrhash import EmbedConfig
-from qrhash.ctr.data.block import CATEGORIES
+from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
 
@@ -23,6 +23,9 @@ _MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 # How much a column is compressed, by bytes or by rows: one of these says it.
 _AMOUNTS = ("compression", "collisions")
 DEFAULT_COLLISIONS = 4
+
+# What a table's columns are used as; the Criteo format has its own.
+_OF_TABLES = ("label", "positive_from", "numbers", "categories", "ignore", "time")
 
 _data, _embeddings, _model, _training, _devices, _output = (
     partial(Option, panel) for panel in PANELS
@@ -87,6 +90,9 @@ class ColumnSettings(_ColumnOptions):
     radices: Annotated[tuple[int, ...] | None, _embeddings("Radices of mixed-radix.")] = None
     moduli: Annotated[tuple[int, ...] | None, _embeddings("Moduli of chinese-remainder.")] = None
     widths: Annotated[tuple[int, ...] | None, _embeddings("Width of each table.")] = None
+    kind: Annotated[
+        Literal["category", "number", "ignore"] | None, _data("What the column is used as.")
+    ] = None
     use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
     param_dtype: Annotated[
         Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
@@ -117,10 +123,43 @@ class Settings(_ColumnOptions):
     data: Annotated[
         str | None,
         _data(
-            "Criteo-format file: tab-separated text, plain or gzip, or Parquet. "
+            "A table of events: Parquet or text (comma, tab, semicolon or pipe between cells, "
+            "plain or gzip), in a file, a folder, or all that match a pattern such as 'day_*.csv'. "
             "Default: a synthetic click stream whose true click rates are known."
         ),
     ] = None
+    preset: Annotated[
+        Literal["auto", "criteo", "table"],
+        _data(
+            "'criteo': a label, 13 integers and 26 categories of hex digits; 'table': the columns "
+            "that there are; 'auto': Criteo, if the data look like it."
+        ),
+    ] = "auto"
+    label: Annotated[
+        str | None,
+        _data("The column of clicks, 0 and 1. Default: the one that is called label, click, ..."),
+    ] = None
+    positive_from: Annotated[
+        float | None, _data("Labels are numbers, and clicks from this one on: ratings, say.")
+    ] = None
+    numbers: Annotated[str | None, _data("Columns that are numbers: a,b.")] = None
+    categories: Annotated[str | None, _data("Columns that are categories: c,d.")] = None
+    ignore: Annotated[str | None, _data("Columns to leave out: e,f.")] = None
+    time: Annotated[
+        str | None,
+        _data(
+            "Test on the rows that come last by this column (timestamps, dates, integers, or text "
+            "such as 2024-01-31 12:00:00), not on the last lines."
+        ),
+    ] = None
+    delimiter: Annotated[
+        Literal["auto", "comma", "tab", "semicolon", "pipe"],
+        _data("What stands between the cells of text."),
+    ] = "auto"
+    header: Annotated[
+        Literal["auto", "yes", "no"],
+        _data("Whether text begins with a row of names; without, they are column1, column2, ..."),
+    ] = "auto"
     synthetic_rows: Annotated[int, _data("Rows of the synthetic stream.", least=2)] = 200_000
     test_fraction: Annotated[float, _data("Last part of the lines, to test on.", least=0)] = 0.2
     test_rows: Annotated[
@@ -219,16 +258,26 @@ class Settings(_ColumnOptions):
         check_values(self)
         if not isinstance(self.columns, Mapping):
             raise UserError(f"columns must be sections, got {self.columns!r}.")
+        for name in _OF_TABLES:
+            if getattr(self, name) is not None and (self.data is None or self.preset == "criteo"):
+                raise UserError(
+                    f"{name} goes with a table in --data, not with the columns of Criteo."
+                )
         if not 0 < self.test_fraction < 1:
             raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
         for name in ("bottom_mlp", "top_mlp", "deep_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
-            if name not in CATEGORIES:
+            if name not in CATEGORIES and (self.data is None or self.preset == "criteo"):
                 raise UserError(f"columns must be named C1 to C{len(CATEGORIES)}, got {name}.")
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
+            if column.kind in ("number", "ignore") and len(section) > 1:
+                raise UserError(
+                    f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "
+                    "options."
+                )
             if "compression" in section and not column.is_sized_by_bytes:
                 raise UserError(
                     f"columns.{name}: compression sets the rows of a compressed column, and has no "
@@ -249,6 +298,20 @@ class Settings(_ColumnOptions):
         if not section.keys().isdisjoint(_AMOUNTS):
             shared |= dict.fromkeys(_AMOUNTS)
         return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Column -> what its section makes it: options of an embedding make it a category."""
+        uses = {"ignore": "ignored", "number": "number", "category": "category", None: "category"}
+        return {name: uses[self.column(name).kind] for name in self.columns}
+
+    @property
+    def may_be_criteo(self) -> bool:
+        """Whether the data may turn out to be in the Criteo format: no option speaks of columns."""
+        is_given = any(getattr(self, name) is not None for name in _OF_TABLES)
+        kinds = {section.get("kind") for section in self.columns.values()}
+        is_given |= self.delimiter != "auto" or self.header != "auto" or bool(kinds - {None})
+        return self.preset == "auto" and not is_given
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the records of a run."""

@@ -12,7 +12,8 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
-from qrhash.ctr.data.block import CATEGORIES, Block, Source
+from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.vocabulary import Ids
 
 _PREFETCHED = 4  # batches made ahead of the step
@@ -24,7 +25,8 @@ class Batch(NamedTuple):
     Attributes:
       labels: [batch] float32, 0 or 1.
       weights: [batch] float32, 1 for a row, 0 for padding.
-      numbers: [batch, 13] float32, log(1 + max(x, 0)), 0 for a missing integer.
+      numbers: [batch, N] float32, sign(x) log(1 + |x|), 0 for a missing number; in the Criteo
+        format log(1 + max(x, 0)).
       ids: [batch, columns] int32.
     """
 
@@ -34,10 +36,13 @@ class Batch(NamedTuple):
     ids: np.ndarray
 
 
-def encode(block: Block, ids: Mapping[str, Ids]) -> Batch:
+def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
     """Rows as a model takes them; `ids` names the columns of the model, in order."""
-    numbers = np.log1p(np.maximum(np.nan_to_num(block.numbers), 0))
-    places = {name: CATEGORIES.index(name) for name in ids}
+    numbers = np.nan_to_num(block.numbers)
+    if schema.preset == "criteo":
+        numbers = np.maximum(numbers, 0)
+    numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
+    places = {name: schema.categories.index(name) for name in ids}
     columns = [
         of_keys(block.keys[:, places[name]], block.missing[:, places[name]])
         for name, of_keys in ids.items()
@@ -62,7 +67,7 @@ def batches(
         return Batch(*(np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in batch))
 
     blocks: grain.IterDataset[Any] = _Blocks(source, start, stop)
-    encoded = blocks.map(lambda block: encode(block, ids))
+    encoded = blocks.map(lambda block: encode(block, source.schema, ids))
     batched = grain_experimental.RebatchIterDataset(encoded, batch_size).map(pad)
     prefetched = grain_experimental.ThreadPrefetchIterDataset(
         batched, prefetch_buffer_size=_PREFETCHED

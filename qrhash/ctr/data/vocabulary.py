@@ -3,16 +3,16 @@
 Two ways, with one face: `num_embeddings`, and a call that turns keys into ids. A `Vocabulary`
 numbers the categories of the training lines, most frequent first, so that in a compressed
 table a frequent category shares its row with rare ones only (`columns`).
-`HashedIds` needs no pass over the data: Criteo's categories are hashes already.
+`HashedIds` needs no pass over the data: keys of text are hashes, and so are Criteo's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from qrhash.ctr.data.block import CATEGORIES, Block
+from qrhash.ctr.data.block import Block
 from qrhash.ctr.settings import Settings
 
 UNSEEN_ID = 0
@@ -120,21 +120,24 @@ class KeyCounts:
         self._pending, self._num_pending = [], 0
 
 
-def build_ids(settings: Settings, blocks: Iterable[Block]) -> dict[str, Ids]:
+def build_ids(
+    settings: Settings, categories: Sequence[str], blocks: Iterable[Block]
+) -> dict[str, Ids]:
     """The ids of every column.
 
     Args:
       settings: which columns are hashed, and the others' `min_count`.
+      categories: the columns, as the blocks have them.
       blocks: the training rows; read only if a column needs a vocabulary.
 
     Returns:
       {column name: ids}, in the order of the columns.
     """
-    columns = {name: settings.column(name) for name in CATEGORIES}
-    counted = {name: KeyCounts() for name in CATEGORIES if columns[name].hash_size is None}
+    columns = {name: settings.column(name) for name in categories}
+    counted = {name: KeyCounts() for name in categories if columns[name].hash_size is None}
     for block in blocks if counted else ():
         for name, counts in counted.items():
-            place = CATEGORIES.index(name)
+            place = categories.index(name)
             counts.add(block.keys[:, place], block.missing[:, place])
     ids: dict[str, Ids] = {}
     for name, column in columns.items():

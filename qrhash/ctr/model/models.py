@@ -1,6 +1,6 @@
 """DLRM and DCN-v2 in Flax NNX.
 
-Both take the integers of a row and one vector for each categorical column, and give the logit
+Both take the numbers of a row and one vector for each categorical column, and give the logit
 of a click. DLRM (Naumov et al., arXiv 1906.00091) lets the vectors meet in pairs, by their dot
 products; DCN-v2 (Wang et al., arXiv 2008.13535) multiplies their concatenation x_0 with linear
 maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qrhash import EmbedConfig
-from qrhash.ctr.data.block import INTEGERS
 from qrhash.ctr.settings import Settings, widths
 from qrhash.nnx import EmbedCollection
 
@@ -55,7 +54,9 @@ class DLRM(nnx.Module):
 
     Args:
       configs: of the categorical columns, by name, all `features` wide.
-      features: width of the vectors, and of what the bottom MLP makes of the integers.
+      num_numbers: how many numbers a row has. Without any there is no bottom MLP, and the top one
+        takes the vectors themselves in place of what that makes.
+      features: width of the vectors, and of what the bottom MLP makes of the numbers.
       bottom: hidden widths of the bottom MLP.
       top: hidden widths of the top MLP.
       rngs: random number generators.
@@ -65,25 +66,33 @@ class DLRM(nnx.Module):
         self,
         configs: Mapping[str, EmbedConfig],
         *,
+        num_numbers: int,
         features: int,
         bottom: Sequence[int],
         top: Sequence[int],
         rngs: nnx.Rngs,
     ) -> None:
-        vectors = len(configs) + 1
+        vectors = len(configs) + bool(num_numbers)
         self.embeddings = Embeddings(configs, rngs=rngs)
-        self.bottom = MLP((len(INTEGERS), *bottom, features), rngs=rngs)
-        top_sizes = (features + vectors * (vectors - 1) // 2, *top)
+        if num_numbers:
+            self.bottom = MLP((num_numbers, *bottom, features), rngs=rngs)
+        direct = features if num_numbers else vectors * features
+        top_sizes = (direct + vectors * (vectors - 1) // 2, *top)
         self.top = MLP(top_sizes, rngs=rngs)
         self.logit = nnx.Linear(top_sizes[-1], 1, rngs=rngs)
 
     def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
-        """Numbers [batch, 13], ids [batch, columns] -> logits [batch]."""
-        dense = self.bottom(numbers)
-        vectors = jnp.stack([dense, *self.embeddings(ids)], axis=1)
+        """Numbers [batch, num_numbers], ids [batch, columns] -> logits [batch]."""
+        found = self.embeddings(ids)
+        if numbers.shape[1]:
+            direct = self.bottom(numbers)
+            found = [direct, *found]
+        else:
+            direct = jnp.concatenate(found, axis=1)
+        vectors = jnp.stack(found, axis=1)
         products = jnp.einsum("bif,bjf->bij", vectors, vectors)
         pairs = products[:, *jnp.triu_indices(vectors.shape[1], k=1)]
-        return self.logit(self.top(jnp.concatenate([dense, pairs], axis=1)))[:, 0]
+        return self.logit(self.top(jnp.concatenate([direct, pairs], axis=1)))[:, 0]
 
 
 class DCN(nnx.Module):
@@ -91,6 +100,7 @@ class DCN(nnx.Module):
 
     Args:
       configs: of the categorical columns, by name.
+      num_numbers: how many numbers a row has.
       cross_layers: number of cross layers.
       deep: hidden widths of the MLP beside them.
       rngs: random number generators.
@@ -100,11 +110,12 @@ class DCN(nnx.Module):
         self,
         configs: Mapping[str, EmbedConfig],
         *,
+        num_numbers: int,
         cross_layers: int,
         deep: Sequence[int],
         rngs: nnx.Rngs,
     ) -> None:
-        inputs = len(INTEGERS) + sum(config.features for config in configs.values())
+        inputs = num_numbers + sum(config.features for config in configs.values())
         deep_sizes = (inputs, *deep)
         self.embeddings = Embeddings(configs, rngs=rngs)
         self.cross = nnx.List(nnx.Linear(inputs, inputs, rngs=rngs) for _ in range(cross_layers))
@@ -112,7 +123,7 @@ class DCN(nnx.Module):
         self.logit = nnx.Linear(inputs + deep_sizes[-1], 1, rngs=rngs)
 
     def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
-        """Numbers [batch, 13], ids [batch, columns] -> logits [batch]."""
+        """Numbers [batch, num_numbers], ids [batch, columns] -> logits [batch]."""
         x0 = jnp.concatenate([numbers, *self.embeddings(ids)], axis=1)
         x = x0
         for layer in self.cross:
@@ -120,18 +131,22 @@ class DCN(nnx.Module):
         return self.logit(jnp.concatenate([x, self.deep(x0)], axis=1))[:, 0]
 
 
-def build_model(settings: Settings, configs: Mapping[str, EmbedConfig]) -> DLRM | DCN:
+def build_model(
+    settings: Settings, configs: Mapping[str, EmbedConfig], num_numbers: int
+) -> DLRM | DCN:
     """The model the settings name, with the embeddings of `configs`."""
     rngs = nnx.Rngs(settings.seed)
     if settings.model == "dcn":
         return DCN(
             configs,
+            num_numbers=num_numbers,
             cross_layers=settings.cross_layers,
             deep=widths("deep_mlp", settings.deep_mlp),
             rngs=rngs,
         )
     return DLRM(
         configs,
+        num_numbers=num_numbers,
         features=settings.features,
         bottom=widths("bottom_mlp", settings.bottom_mlp),
         top=widths("top_mlp", settings.top_mlp),

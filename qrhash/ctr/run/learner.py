@@ -30,7 +30,7 @@ class Learner:
     """A model in training.
 
     Args:
-      build: makes the model, which takes numbers [batch, 13] and ids [batch, columns] and gives
+      build: makes the model, which takes numbers [batch, N] and ids [batch, columns] and gives
         logits [batch].
       settings: learning rates and the initial accumulator.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.

@@ -18,7 +18,7 @@ class Summary:
       embedding_params: parameters of the embeddings: tables and projections.
       embedding_rows: rows of all their tables.
       embedding_bytes: their memory.
-      full_params: parameters of full tables for all 26 columns.
+      full_params: parameters of full tables for all columns.
       full_rows: rows of such tables.
       full_bytes: their memory in float32.
       dense_params: all other parameters.
@@ -64,6 +64,11 @@ class Keeper:
     @property
     def source(self) -> Mapping[str, int] | None:
         """What was recorded of the data, if the run is one that is resumed."""
+        return None
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """What was recorded of the columns, `Schema.as_dict`, if the run is one that is resumed."""
         return None
 
     @property

@@ -76,13 +76,18 @@ class RunDirectory(Keeper):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the run began with."""
-        others = ("kind", "source")
+        others = ("kind", "source", "schema")
         return {name: value for name, value in self._records[0].items() if name not in others}
 
     @property
     def source(self) -> dict[str, int] | None:
         """What was recorded of the data that the run began with."""
         return self._records[0].get("source")
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What was recorded of the columns of the data."""
+        return self._records[0].get("schema") if self._records else None
 
     @property
     def checkpoints(self) -> Path | None:
