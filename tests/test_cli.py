@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import qrhash
 from qrhash import cli
 from qrhash.ctr.data.criteo import CATEGORIES
-from qrhash.ctr.run.report import CHECKPOINTS, METRICS, PICTURE
+from qrhash.ctr.run.report import CHECKPOINTS, IDS, METRICS, PICTURE
 from qrhash.ctr.settings import options
 from support import ctr_files
 
@@ -58,7 +58,12 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
     assert "250 rows trained on, 50 tested on" in result.stdout
     assert "constant predictor" in result.stdout
     assert f"{METRICS} and {PICTURE} are in out" in result.stderr
-    assert {each.name for each in (tmp_path / "out").iterdir()} == {METRICS, PICTURE, CHECKPOINTS}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {
+        METRICS,
+        PICTURE,
+        CHECKPOINTS,
+        IDS,
+    }
 
     again = _run("train", small, "--data", str(path), "--output-dir", "out")
     assert again.exit_code == 1

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qrhash import EmbedConfig, FullTable, QuotientRemainder
+from qrhash import EmbedConfig, FullTable, KeyDigits, Keys, QuotientRemainder
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.models import DCN, DLRM, build_model
 from qrhash.ctr.run.learner import Learner
@@ -30,6 +30,7 @@ def _batch(rng, rows=16, padding=0):
         weights=np.array([1] * (rows - padding) + [0] * padding, np.float32),
         numbers=rng.normal(size=(rows, 13)).astype(np.float32),
         ids=rng.integers(0, 9, (rows, 2)).astype(np.int32),
+        keys=Keys.of(np.zeros((rows, 0), np.uint64)),
     )
 
 
@@ -100,6 +101,23 @@ def test_models_without_numbers_take_the_vectors_alone(name, oracle, rng):
     none = np.zeros((16, 0), np.float32)
     wanted = [oracle(model, *row) for row in zip(none, batch.ids, strict=True)]
     np.testing.assert_allclose(model(none, batch.ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dcn"])
+def test_a_column_of_keys_stands_among_those_of_ids(name, rng):
+    """In the order of the columns, whichever of them have ids."""
+    digits = EmbedConfig(KeyDigits(6, 2), 4)
+    model = _model(name, {"C1": CONFIGS["C1"], "K": digits, "C2": CONFIGS["C2"]}, rng)
+    batch = _batch(rng)
+    keys = Keys.of(rng.integers(-(2**63), 2**63, (16, 1)))
+    found = model.embeddings(batch.ids, keys)
+    one, other = (np.asarray(table) for table in model.embeddings.columns.tables["K"])
+    rows = digits.partition.indices(keys[:, 0])
+    np.testing.assert_allclose(found[1], one[rows[0]] * other[rows[1]], rtol=1e-6)
+    wanted = [_vectors(model, ids)[1] for ids in batch.ids]
+    np.testing.assert_allclose(found[2], wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"keys must have shape \[batch, 1\], of the columns K"):
+        model(batch.numbers, batch.ids)
 
 
 @pytest.mark.parametrize("name", ["dlrm", "dcn"])

@@ -7,7 +7,7 @@ from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.pipeline import _Blocks, batches, encode
 from qrhash.ctr.data.schema import CRITEO, Column, Schema
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.data.vocabulary import HashedIds
+from qrhash.ctr.data.vocabulary import MISSING_KEY, HashedIds, RawKeys
 from qrhash.ctr.errors import UserError
 
 IDS = {"C2": HashedIds(7), "C26": HashedIds(100)}
@@ -47,6 +47,18 @@ def test_encoding_of_a_row():
     np.testing.assert_allclose(batch.numbers[0, :5], [0, 0, 0, np.log(2), 1], rtol=1e-6)
     assert batch.ids.tolist() == [[1 + 101 % 6, 1 + 125 % 99]]
     assert (batch.numbers.dtype, batch.ids.dtype) == (np.float32, np.int32)
+
+
+def test_keys_are_left_as_they_are():
+    keys = np.array([[5, 2**63, 7], [0, 9, 0]], np.uint64)
+    missing = np.array([[False, False, False], [True, False, False]])
+    columns = tuple(Column(name, "int64", "integer", "category") for name in "abc")
+    block = Block(np.ones(2, np.float32), np.zeros((2, 0), np.float32), keys, missing)
+    ids = {"a": RawKeys(), "b": HashedIds(7), "c": RawKeys()}
+    batch = encode(block, Schema(columns=columns), ids)
+    assert batch.keys.to_numpy().tolist() == [[5, 7], [MISSING_KEY, 0]]
+    assert batch.ids.tolist() == [[1 + 2**63 % 6], [1 + 9 % 6]]
+    assert encode(block, Schema(columns=columns), {}).keys.shape == (2, 0)
 
 
 def test_numbers_of_a_table_keep_their_signs():

@@ -21,7 +21,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 from qrhash.strings import hash_strings
 from support import ctr_files
-from support.training_process import numbers_of, train
+from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 
@@ -441,3 +441,44 @@ def test_sections_of_columns(tmp_path):
     config.write_text("[columns.agee]\ncollisions = 8\n")
     result = train("--data", data, "--config", config)
     assert "columns.agee: the data have no such column, but clicked, when" in result.stderr
+
+
+# --- without a vocabulary -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory):
+    """Options and directory of a run on keys; `ad` has a vocabulary."""
+    path = tmp_path_factory.mktemp("keyed")
+    config = path / "run.toml"
+    config.write_text("ids = 'keys'\nkey_bits = 16\nlarge_table_rows = 100\n[columns.ad]\n")
+    with config.open("a") as file:
+        file.write("ids = 'vocabulary'\n")
+    data = ctr_files.write_table(path / "e", ctr_files.events(800))
+    options = ["--data", data, "--config", config, "--checkpoint-every=9"]
+    _train(*options, "--output-dir", path / "run")
+    return options, path / "run"
+
+
+def test_keys_train_as_ids_do(keyed, runs):
+    summary, of_ids = numbers_of(keyed[1])[-1], numbers_of(runs["parquet"][1])[-1]
+    assert summary["test_log_loss"] == pytest.approx(of_ids["test_log_loss"], abs=0.05)
+    assert summary["test_log_loss"] < summary["constant_log_loss"] - 0.1
+    assert summary["embedding_rows"] == 2 * 256 + 6
+    assert summary["full_rows"] is None
+
+
+def test_keys_are_the_same_in_text(keyed, tmp_path):
+    options, output = keyed
+    data = ctr_files.write_csv(tmp_path / "e.csv", ctr_files.events(800))
+    _train(*options, "--data", data, "--output-dir", tmp_path / "run")
+    assert numbers_of(tmp_path / "run")[1:] == numbers_of(output)[1:]
+
+
+def test_keys_on_a_mesh_and_a_run_that_goes_on_there(keyed, tmp_path):
+    options, output = keyed
+    _train(*options, "--mesh=data=2,model=4", "--output-dir", tmp_path / "run")
+    assert_same_curve(numbers_of(tmp_path / "run"), numbers_of(output))
+    result = train("--resume", "--output-dir", tmp_path / "run")
+    assert "resuming after 640 rows" in result.stderr
+    assert_same_curve(numbers_of(tmp_path / "run"), numbers_of(output))

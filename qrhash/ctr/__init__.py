@@ -7,6 +7,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/schema      what the columns of the data are used as
   data/block       rows on the host
   options          what an option is: its type, help and bounds
+  column_settings  the options that may differ from column to column
   settings         every option of a run
   config_file      defaults, configuration file and command line -> settings
   data/cells       arrow columns of text or numbers -> arrays, and the cells that cannot be read
@@ -31,4 +32,5 @@ The rooms, in reading order (a module imports the ones above it only):
   run/overview     the table of columns shown before training
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
+  run/predict      the scores that a trained model gives to new rows
 """

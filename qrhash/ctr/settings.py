@@ -10,19 +10,17 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from qrhash import EmbedConfig
+from qrhash.ctr.column_settings import (
+    AMOUNTS,
+    MULTI_TABLE,
+    OF_IDS,
+    ColumnOptions,
+    ColumnSettings,
+    check_amount,
+)
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
-
-PartitionName = Literal[
-    "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
-]
-Operation = Literal["mult", "concat", "add", "project"]
-_MULTI_TABLE = ("mixed-radix", "chinese-remainder")
-
-# How much a column is compressed, by bytes or by rows: one of these says it.
-_AMOUNTS = ("compression", "collisions")
-DEFAULT_COLLISIONS = 4
 
 # What a table's columns are used as; the Criteo format has its own.
 _OF_TABLES = ("label", "positive_from", "numbers", "categories", "ignore", "time")
@@ -33,87 +31,7 @@ _data, _embeddings, _model, _training, _devices, _output = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ColumnOptions:
-    """What may differ from column to column."""
-
-    partition: Annotated[
-        PartitionName,
-        _embeddings(
-            "Family for columns longer than --threshold; 'drop' leaves them out of the model."
-        ),
-    ] = "quotient-remainder"
-    compression: Annotated[
-        float | None,
-        _embeddings(
-            "How many times fewer bytes all embeddings have than full tables of float32, whatever "
-            "the operation; in a column's section, its own.",
-            least=1,
-        ),
-    ] = None
-    collisions: Annotated[
-        int | None,
-        _embeddings(
-            "Or by rows: how many ids share a row of a column's largest table, in every family. "
-            "The tables have about so many times fewer rows than a full one, whose bytes go by "
-            "the operation: 'concat' has rows of half the width, 'project' of a quarter. 0: as "
-            "few rows as the family can. Default: 4, without --compression.",
-            least=0,
-        ),
-    ] = None
-    num_tables: Annotated[
-        int,
-        _embeddings("Tables per column for mixed-radix and chinese-remainder.", least=2),
-    ] = 2
-    operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
-        "mult"
-    )
-    init_stddev: Annotated[
-        float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
-    ] = 0.05
-    min_count: Annotated[
-        int, _data("Categories met less often in the training lines share id 0.", least=1)
-    ] = 1
-    hash_size: Annotated[
-        int | None,
-        _data(
-            "Take ids modulo this size instead of from a vocabulary pass over the training lines.",
-            least=2,
-            most=2**31 - 1,
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColumnSettings(_ColumnOptions):
-    """The options of one column: a section of the configuration file over the run's own."""
-
-    radices: Annotated[tuple[int, ...] | None, _embeddings("Radices of mixed-radix.")] = None
-    moduli: Annotated[tuple[int, ...] | None, _embeddings("Moduli of chinese-remainder.")] = None
-    widths: Annotated[tuple[int, ...] | None, _embeddings("Width of each table.")] = None
-    kind: Annotated[
-        Literal["category", "number", "ignore"] | None, _data("What the column is used as.")
-    ] = None
-    use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
-    param_dtype: Annotated[
-        Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
-    ] = "float32"
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        for name, family in (("radices", "mixed-radix"), ("moduli", "chinese-remainder")):
-            if getattr(self, name) is not None and self.partition != family:
-                raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
-        _check_amount(self)
-
-    @property
-    def is_sized_by_bytes(self) -> bool:
-        """Whether `compression` says how many rows the tables have."""
-        is_fixed = self.partition in ("full", "drop") or self.radices or self.moduli
-        return self.compression is not None and not is_fixed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(_ColumnOptions):
+class Settings(ColumnOptions):
     """The options of a run.
 
     Attributes:
@@ -278,25 +196,40 @@ class Settings(_ColumnOptions):
                     f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "
                     "options."
                 )
+            unfit = [option for option in OF_IDS if option in section]
+            if column.takes_keys and unfit:
+                raise UserError(
+                    f"columns.{name}: {unfit[0]} goes with ids from a vocabulary, not with 'keys', "
+                    "whose tables are of key_bits and num_tables."
+                )
             if "compression" in section and not column.is_sized_by_bytes:
                 raise UserError(
                     f"columns.{name}: compression sets the rows of a compressed column, and has no "
                     f"meaning beside partition {column.partition!r} or radices or moduli."
                 )
-        _check_amount(self)
-        families = {self.partition, *(self.column(name).partition for name in self.columns)}
-        if self.num_tables != Settings.num_tables and not families.intersection(_MULTI_TABLE):
+        check_amount(self)
+        of_columns = [self, *map(self.column, self.columns)]
+        families = {options.partition for options in of_columns}
+        has_keys = any(options.ids == "keys" for options in of_columns)
+        if self.num_tables != Settings.num_tables and not (
+            has_keys or families.intersection(MULTI_TABLE)
+        ):
             raise UserError(
-                f"num_tables goes with partition {' or '.join(_MULTI_TABLE)}, not "
-                f"{self.partition!r}."
+                f"num_tables goes with partition {' or '.join(MULTI_TABLE)}, or with ids 'keys', "
+                f"not {self.partition!r}."
+            )
+        if self.ids == "keys" and self.compression is not None:
+            raise UserError(
+                "compression goes with a vocabulary; the tables of ids 'keys' have the sizes that "
+                "key_bits and num_tables give them."
             )
 
     def column(self, name: str) -> ColumnSettings:
         """The options of the categorical column `name`."""
-        shared = {option.name: getattr(self, option.name) for option in fields(_ColumnOptions)}
+        shared = {option.name: getattr(self, option.name) for option in fields(ColumnOptions)}
         section = self.columns.get(name, {})
-        if not section.keys().isdisjoint(_AMOUNTS):
-            shared |= dict.fromkeys(_AMOUNTS)
+        if not section.keys().isdisjoint(AMOUNTS):
+            shared |= dict.fromkeys(AMOUNTS)
         return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
 
     @property
@@ -331,11 +264,3 @@ def widths(name: str, text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
     return tuple(int(part) for part in parts)
-
-
-def _check_amount(settings: _ColumnOptions) -> None:
-    if settings.compression is not None and settings.collisions is not None:
-        raise UserError(
-            "compression (in bytes) and collisions (in rows) say the same thing in two ways: give "
-            f"one of them, got {settings.compression} and {settings.collisions}."
-        )

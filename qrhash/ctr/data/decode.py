@@ -40,9 +40,11 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
     reasons: dict[int, str] = {}
     readers = _readers(schema)
 
-    def read(name: str, reader: _Reader, rule: str) -> Any:
+    def read(name: str, reader: _Reader, rule: str, *, required: bool = True) -> Any:
         column = table[name].combine_chunks()
         values, bad = reader(name, column)
+        if not required:
+            return np.where(bad, np.nan, values)
         for row in np.flatnonzero(bad).tolist():
             reasons.setdefault(row, f"{name} is not {rule}: {cells.quote(column[row].as_py())}")
         return values
@@ -50,7 +52,7 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
     rows = table.num_rows
     labels = np.full(rows, np.nan, np.float32)
     if schema.label is not None:
-        labels = read(schema.label, *readers.label)
+        labels = read(schema.label, *readers.label, required=schema.label_required)
     numbers = [read(name, *readers.number) for name in schema.numbers]
     found = [read(name, *readers.category) for name in schema.categories]
     good = np.ones(rows, bool)

@@ -44,13 +44,14 @@ class TextFormat(NamedTuple):
 CRITEO_TEXT = TextFormat("\t", COLUMNS, has_header=False, has_quotes=False)
 
 
-def is_criteo(head: str) -> bool:
+def is_criteo(head: str, *, lacks_label: bool = False) -> bool:
     """Whether text looks like the Criteo format: most of its lines have 40 cells, and no header."""
+    expected = len(COLUMNS) - lacks_label
     counts = collections.Counter(line.count("\t") + 1 for line in _lines(head))
     del counts[1]  # Lines of one cell are malformed in any format.
-    if not counts or counts.most_common(1)[0][0] != len(COLUMNS):
+    if not counts or counts.most_common(1)[0][0] != expected:
         return False
-    first = next(line for line in _lines(head) if line.count("\t") + 1 == len(COLUMNS))
+    first = next(line for line in _lines(head) if line.count("\t") + 1 == expected)
     return not _is_header(first.split("\t"))
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from grain import experimental as grain_experimental
 
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.vocabulary import Ids
+from qrhash.keys import Keys
 
 _PREFETCHED = 4  # batches made ahead of the step
 
@@ -27,13 +29,15 @@ class Batch(NamedTuple):
       weights: [batch] float32, 1 for a row, 0 for padding.
       numbers: [batch, N] float32, sign(x) log(1 + |x|), 0 for a missing number; in the Criteo
         format log(1 + max(x, 0)).
-      ids: [batch, columns] int32.
+      ids: [batch, columns] int32, of the columns that have ids.
+      keys: `Keys` [batch, columns], of those that have none.
     """
 
     labels: np.ndarray
     weights: np.ndarray
     numbers: np.ndarray
     ids: np.ndarray
+    keys: Keys
 
 
 def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
@@ -42,17 +46,18 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
     if schema.preset == "criteo":
         numbers = np.maximum(numbers, 0)
     numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
-    places = {name: schema.categories.index(name) for name in ids}
-    columns = [
-        of_keys(block.keys[:, places[name]], block.missing[:, places[name]])
-        for name, of_keys in ids.items()
-    ]
     rows = len(block.labels)
+    numbered, raw = [np.zeros((rows, 0), np.int32)], [Keys.of(np.zeros((rows, 0), np.uint64))]
+    for name, of_keys in ids.items():
+        place = slice(at := schema.categories.index(name), at + 1)
+        found = of_keys(block.keys[:, place], block.missing[:, place])
+        (raw if of_keys.num_embeddings is None else numbered).append(found)
     return Batch(
         labels=block.labels,
         weights=np.ones(rows, np.float32),
         numbers=numbers,
-        ids=np.stack(columns, axis=1) if columns else np.zeros((rows, 0), np.int32),
+        ids=np.concatenate(numbered, axis=1),
+        keys=jax.tree.map(lambda *words: np.concatenate(words, axis=1), *raw),
     )
 
 
@@ -64,7 +69,7 @@ def batches(
 
     def pad(batch: Batch) -> Batch:
         missing = batch_size - len(batch.labels)
-        return Batch(*(np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in batch))
+        return jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), batch)
 
     blocks: grain.IterDataset[Any] = _Blocks(source, start, stop)
     encoded = blocks.map(lambda block: encode(block, source.schema, ids))

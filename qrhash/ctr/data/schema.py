@@ -40,11 +40,13 @@ class Schema:
       preset: "criteo": integers that are clipped at 0, and categories of hex digits; "table":
         signed numbers, and categories of integers or text.
       positive_from: from which value on a label is a click; None: labels are 0 and 1.
+      label_required: whether a row without one is malformed, and data without the column.
     """
 
     columns: tuple[Column, ...]
     preset: Literal["criteo", "table"] = "table"
     positive_from: float | None = None
+    label_required: bool = True
 
     @property
     def label(self) -> str | None:

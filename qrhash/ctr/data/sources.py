@@ -167,6 +167,8 @@ def open_source(
     first, *others = find_files(settings.data, notify)
     files = [_open_file(first, settings, schema)]
     found = CRITEO if schema is None and _is_criteo(files[0], settings) else schema
+    if found is not None and not found.label_required and found.label not in files[0].fields:
+        found = found.without("label")
     files += [_open_file(path, settings, found) for path in others]
     if not sum(file.num_rows for file in files):
         raise UserError(f"{settings.data} is empty.")
@@ -191,15 +193,23 @@ def _open_file(path: Path, settings: Settings, schema: Schema | None) -> File:
 
 def _format(head: str, path: Path, settings: Settings, schema: Schema | None) -> TextFormat:
     is_preset = settings.preset == "criteo" or (schema is not None and schema.preset == "criteo")
+    may_lack_label = schema is not None and not schema.label_required
+    if is_preset and may_lack_label and is_criteo(head, lacks_label=True):
+        return CRITEO_TEXT._replace(names=COLUMNS[1:])
     if is_preset or (schema is None and settings.may_be_criteo and is_criteo(head)):
         return CRITEO_TEXT
-    return sniff(
+    form = sniff(
         head,
         path,
         delimiter=settings.delimiter,
         header=settings.header,
         label=settings.label,
     )
+    if schema is None or form.has_header or not may_lack_label:
+        return form
+    # Without a header columns go by their places, which one that is not there moves.
+    names = tuple(each.name for each in schema.columns if each.use != "label")
+    return form._replace(names=names) if len(names) == len(form.names) else form
 
 
 def _is_criteo(file: File, settings: Settings) -> bool:

@@ -8,12 +8,13 @@ maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qrhash import EmbedConfig
+from qrhash import EmbedConfig, Keys
 from qrhash.ctr.settings import Settings, widths
 from qrhash.nnx import EmbedCollection
 
@@ -36,17 +37,27 @@ class Embeddings(nnx.Module):
 
     def __init__(self, configs: Mapping[str, EmbedConfig], *, rngs: nnx.Rngs) -> None:
         self.names = tuple(configs)
+        takes_keys = {name: config.partition.takes_keys for name, config in configs.items()}
+        self.of_ids = tuple(name for name in self.names if not takes_keys[name])
+        self.of_keys = tuple(name for name in self.names if takes_keys[name])
         self.columns = EmbedCollection(configs, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> list[jax.Array]:
-        """Ids [batch, columns] -> one [batch, features] for each column."""
-        if ids.ndim != 2 or ids.shape[1] != len(self.names):
-            raise ValueError(
-                f"ids must have shape [batch, {len(self.names)}], of the columns "
-                f"{', '.join(self.names)}, got {ids.shape}."
-            )
-        vectors = self.columns({name: ids[:, j] for j, name in enumerate(self.names)})
+    def __call__(self, ids: jax.Array, keys: Keys | None = None) -> list[jax.Array]:
+        """Ids and keys [batch, columns] -> one [batch, features] for each column."""
+        inputs = self._columns("ids", ids, self.of_ids)
+        if self.of_keys:
+            inputs |= self._columns("keys", keys, self.of_keys)
+        vectors = self.columns(inputs)
         return [vectors[name] for name in self.names]
+
+    def _columns(self, what: str, values: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        shape = None if values is None else values.shape
+        if shape is None or len(shape) != 2 or shape[1] != len(names):
+            raise ValueError(
+                f"{what} must have shape [batch, {len(names)}], of the columns "
+                f"{', '.join(names)}, got {shape}."
+            )
+        return {name: values[:, j] for j, name in enumerate(names)}
 
 
 class DLRM(nnx.Module):
@@ -81,9 +92,9 @@ class DLRM(nnx.Module):
         self.top = MLP(top_sizes, rngs=rngs)
         self.logit = nnx.Linear(top_sizes[-1], 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
-        """Numbers [batch, num_numbers], ids [batch, columns] -> logits [batch]."""
-        found = self.embeddings(ids)
+    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys | None = None) -> jax.Array:
+        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> logits [batch]."""
+        found = self.embeddings(ids, keys)
         if numbers.shape[1]:
             direct = self.bottom(numbers)
             found = [direct, *found]
@@ -122,9 +133,9 @@ class DCN(nnx.Module):
         self.deep = MLP(deep_sizes, rngs=rngs)
         self.logit = nnx.Linear(inputs + deep_sizes[-1], 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
-        """Numbers [batch, num_numbers], ids [batch, columns] -> logits [batch]."""
-        x0 = jnp.concatenate([numbers, *self.embeddings(ids)], axis=1)
+    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys | None = None) -> jax.Array:
+        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> logits [batch]."""
+        x0 = jnp.concatenate([numbers, *self.embeddings(ids, keys)], axis=1)
         x = x0
         for layer in self.cross:
             x = x0 * layer(x) + x

@@ -10,20 +10,20 @@ HEADER = ("column", "type", "used as", "ids", "embedding")
 
 
 def overview(
-    schema: Schema, sizes: Mapping[str, int], configs: Mapping[str, EmbedConfig]
+    schema: Schema, sizes: Mapping[str, int | None], configs: Mapping[str, EmbedConfig]
 ) -> list[tuple[str, ...]]:
     """The rows of a table with the columns of `HEADER`.
 
     Args:
       schema: the columns of the data.
-      sizes: category -> number of ids.
+      sizes: category -> number of ids; None, if it takes keys.
       configs: category -> its embedding, of those in the model.
     """
     return [tuple(_row(column, sizes, configs)) for column in schema.columns]
 
 
 def _row(
-    column: Column, sizes: Mapping[str, int], configs: Mapping[str, EmbedConfig]
+    column: Column, sizes: Mapping[str, int | None], configs: Mapping[str, EmbedConfig]
 ) -> Iterator[str]:
     yield column.name
     yield column.type
@@ -31,7 +31,8 @@ def _row(
     if column.use != "category":
         yield from ("", "")
         return
-    yield f"{sizes[column.name]:,}"
+    size = sizes[column.name]
+    yield "keys" if size is None else f"{size:,}"
     config = configs.get(column.name)
     yield "dropped" if config is None else _embedding(config)
 

@@ -77,6 +77,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         of_data = {"lines": source.num_lines, "checksum": source.checksum}
         columns = {"source": of_data, "schema": schema.as_dict()}
         keeper.record({"kind": "settings", **settings.as_dict(), **columns})
+    keeper.keep_ids(ids)
     with _checkpoints(settings, configs, keeper) as checkpoints:
         progress = _train(settings, data, learner, display, keeper, checkpoints)
     rows_per_second = progress.rows_per_second
@@ -86,9 +87,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     summary = Summary(
         train_rows=progress.rows,
         bad_lines=len(bad_lines),
-        full_params=(full_params := sum(sizes.values()) * settings.features),
-        full_rows=sum(sizes.values()),
-        full_bytes=full_params * FULL_DTYPE.itemsize,
+        **_full(sizes, settings.features),
         embedding_params=embedding_params,
         embedding_rows=sum(sum(config.partition.num_rows) for config in configs.values()),
         embedding_bytes=sum(map(num_bytes, configs.values())),
@@ -100,6 +99,15 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     )
     keeper.record(summary.as_record())
     return summary
+
+
+def _full(sizes: Mapping[str, int | None], features: int) -> dict[str, int | None]:
+    """What full tables would take; None where a column has keys, and no number of ids."""
+    known = [size for size in sizes.values() if size is not None]
+    rows = sum(known) if len(known) == len(sizes) else None
+    params = None if rows is None else rows * features
+    num_bytes = None if params is None else params * FULL_DTYPE.itemsize
+    return {"full_rows": rows, "full_params": params, "full_bytes": num_bytes}
 
 
 def split_line(settings: Settings, num_lines: int) -> int:
