@@ -229,9 +229,9 @@ def test_what_cannot_be_is_one_sentence(runs, tmp_path):
     fewer = {name: events[name][:50] for name in ("clicked", "user", "price")}
     (tmp_path / "data").mkdir()
     says("has no column ad, age", data=ctr_files.write_table(tmp_path / "data" / "f", fewer))
-    floats = ctr_files.rows_of(events, 0, 50) | {"user": [0.5] * 50}
+    floats = ctr_files.rows_of(events, 0, 50) | {"user": events["when"][:50]}
     floats = ctr_files.write_table(tmp_path / "data" / "g", floats)
-    says("Column user has type double; it must hold integers or text", data=floats)
+    says("Column user has type timestamp[us]; it must hold integers or text", data=floats)
 
     broken = shutil.copytree(run, tmp_path / "data" / "run")
     (broken / "ids.npz").unlink()

@@ -53,6 +53,7 @@ USES = {
     "words": ([f"w{i}" for i in INTEGERS], "category"),
     "dictionary": (pa.array([f"w{i}" for i in INTEGERS]).dictionary_encode(), "category"),
     "large text": (pa.array([f"w{i}" for i in INTEGERS], pa.large_string()), "category"),
+    "whole decimals": (pa.array([i * 7**20 for i in INTEGERS], pa.decimal128(38, 0)), "category"),
     "bytes": ([f"w{i}".encode() for i in INTEGERS], "category"),
     "truth": ([i % 3 == 0 for i in INTEGERS], "category"),
     "truth in text": (["True", "false"] * 200, "category"),
@@ -94,6 +95,26 @@ def test_integers_that_are_categories_by_their_names(name):
 @pytest.mark.parametrize("name", ["paid", "width", "idle", "video", "grid", "price"])
 def test_integers_that_are_not(name):
     assert _column(INTEGERS, name).use == "number"
+
+
+def test_a_category_of_its_own_in_every_row_is_pointed_out():
+    assert _column(INTEGERS, "row_id").reason.endswith("another one in every row: --ignore row_id?")
+    assert "every row" not in _column([i % 399 for i in INTEGERS], "row_id").reason
+
+
+@pytest.mark.parametrize("of", [float, lambda i: f"{i}.0"])
+def test_ids_that_a_data_frame_made_floats_of_are_categories(of):
+    values = [None, *map(of, range(1, ROWS))]
+    assert _column(values, "user_id").use == "category"
+    assert _column(values, "weight").use == "number"
+    assert _column(values, "weight", categories="weight").use == "category"
+    spoilt = "3.5" if of(3) == "3.0" else 3.5
+    assert _column([*values[:-1], spoilt], "user_id").use == "number"
+
+
+def test_one_value_and_missing_cells_are_two_things():
+    assert _column(["w", None] * 200).use == "category"
+    assert _column([True, None] * 200).use == "category"
 
 
 def test_the_index_of_a_data_frame_is_left_out():
@@ -228,6 +249,7 @@ def test_an_integer_has_one_key_whatever_holds_it(values):
     texts = [None if value is None else str(value) for value in values]
     assert _keys(texts, pa.string()) == wanted
     assert _keys(texts, pa.large_binary()) == wanted
+    assert _keys(values, pa.decimal128(30, 0)) == wanted
     signed = [value for value in values if value is None or value < 2**63]
     assert _keys(signed, pa.int64()) == [None if v is None else v % 2**64 for v in signed]
     unsigned = [value for value in values if value is None or value >= 0]
@@ -236,20 +258,30 @@ def test_an_integer_has_one_key_whatever_holds_it(values):
     assert Keys.of(known).to_numpy().tolist() == [v for v in wanted if v is not None]
 
 
-@hypothesis.given(st.lists(st.text() | st.from_regex(r"[-+]?0?[0-9]{1,21}", fullmatch=True)))
+@hypothesis.given(st.lists(st.text() | st.from_regex(r"[-+]?0?[0-9]{1,21}(\.0)?", fullmatch=True)))
 def test_text_has_the_key_of_the_integer_that_it_is_or_its_hash(values):
     def key(text):
         if text == "":
             return None
-        if re.fullmatch("0|-?[1-9][0-9]*", text, flags=re.ASCII):
-            if -(2**63) <= int(text) < 2**64:
-                return int(text) % 2**64
+        if re.fullmatch(r"(0|-?[1-9][0-9]*)(\.0)?", text, flags=re.ASCII):
+            number = int(text.removesuffix(".0"))
+            if -(2**63) <= number < 2**64:
+                return number % 2**64
         elif text.lower() in ("true", "false"):
             text = text.lower()
         return int(hash_strings([text])[0])
 
     assert _keys(values, pa.string()) == list(map(key, values))
     assert _keys(pa.array(values, pa.string()).dictionary_encode()) == list(map(key, values))
+
+
+def test_a_float_has_the_key_of_its_integer():
+    values = [0.0, -0.0, 42.0, -7.0, 2.0**52, None, float("nan")]
+    wanted = [0, 0, 42, 2**64 - 7, 2**52, None, None]
+    assert _keys(values, pa.float64()) == wanted
+    assert _keys(["0.0", "42.0", "-7.0", None]) == [0, 42, 2**64 - 7, None]
+    _, bad = cells.keys("x", pa.array([0.5, 2.0**60, float("inf"), 1.0]))
+    assert bad.tolist() == [True, True, True, False]
 
 
 def test_truth_has_one_key_whatever_holds_it():
@@ -282,6 +314,7 @@ def test_numbers_of_every_type(kind):
 
 
 STAMPS = {
+    "2024-1-3 9:05": (2024, 1, 3, 9, 5),
     "2024-01-31": (2024, 1, 31),
     "2024/01/31": (2024, 1, 31),
     "2024-01-31 12:30": (2024, 1, 31, 12, 30),

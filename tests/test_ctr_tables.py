@@ -39,12 +39,14 @@ def _read(source, start=0, stop=None):
     return Block(*map(np.concatenate, zip(*blocks, strict=True)))
 
 
-def _oracle(events):
-    def key(value):
-        return value % 2**64 if isinstance(value, int) else int(hash_strings([value])[0])
+def _key(value):
+    is_integer = isinstance(value, int) or value.isdecimal()
+    return int(value) % 2**64 if is_integer else int(hash_strings([value])[0])
 
+
+def _oracle(events):
     categories = [events["user"], events["ad"]]
-    keys = [[0 if v is None else key(v) for v in row] for row in zip(*categories, strict=True)]
+    keys = [[0 if v is None else _key(v) for v in row] for row in zip(*categories, strict=True)]
     missing = [[v is None for v in row] for row in zip(*categories, strict=True)]
     prices = [np.nan if price is None else price for price in events["price"]]
     numbers = np.array([prices, events["age"]], np.float64).T.astype(np.float32)
@@ -226,7 +228,7 @@ def _spoil_columns(events):
             events | {"age": words},
             "age is string in .*b.parquet, but int64 in .*a.p",
         ),
-        "a float": (events | {"user": [0.5] * len(words)}, "Column user is double in .*b.parquet"),
+        "a date": (events | {"user": events["when"]}, "Column user is timestamp.* in .*b.parquet"),
         "one more": (
             events | {"more": words},
             "b.parquet has a column more that .*a.parquet",
@@ -238,7 +240,7 @@ def _spoil_columns(events):
     }
 
 
-@pytest.mark.parametrize("name", ["a type", "a float", "one more", "one fewer"])
+@pytest.mark.parametrize("name", ["a type", "a date", "one more", "one fewer"])
 def test_files_of_different_columns(name, tmp_path):
     events = ctr_files.events(50)
     spoilt, sentence = _spoil_columns(events)[name]
@@ -250,7 +252,7 @@ def test_files_of_different_columns(name, tmp_path):
 
 def test_types_that_are_read_alike_may_differ(tmp_path):
     events = ctr_files.events(80)
-    narrow = {"age": pa.int16(), "price": pa.float64(), "ad": pa.large_string()}
+    narrow = {"age": pa.float64(), "price": pa.float64(), "ad": pa.large_string()}
     ctr_files.write_table(tmp_path / "a.parquet", ctr_files.rows_of(events, 0, 40), **narrow)
     ctr_files.write_table(tmp_path / "b.parquet", ctr_files.rows_of(events, 40, 80))
     _assert_rows(_read(_open(tmp_path)[0]), events)
@@ -262,6 +264,30 @@ def test_a_column_that_is_one_value_in_a_file_may_be_another_in_the_next(tmp_pat
         part = ctr_files.rows_of(events, 40 * day - 40, 40 * day)
         ctr_files.write_table(tmp_path / f"{day}.parquet", part | {"day": [day] * 40})
     assert "day" in _open(tmp_path)[0].schema.categories
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_in_the_names_of_folders(kind, tmp_path):
+    write = ctr_files.write_csv if kind == "csv" else ctr_files.write_table
+    events = ctr_files.events(120)
+    days = ["2024-01-01", "2024-01-02", "2024-01-03"]
+    sites = ["a/b", "5", None]
+    written = ["a%2Fb", "5", "__HIVE_DEFAULT_PARTITION__"]
+    for k, (day, site) in enumerate(zip(days, written, strict=True)):
+        folder = tmp_path / "events" / f"day={day}" / f"site={site}"
+        folder.mkdir(parents=True)
+        write(folder / f"part.{kind}", ctr_files.rows_of(events, 40 * k, 40 * k + 40))
+    source, _, _ = _open(tmp_path / "events", time="day")
+    assert source.split_by_time(30) == 80
+    wanted = [None if site is None else _key(site) for site in sites for _ in range(40)]
+    place = source.schema.categories.index("site")
+    block = _read(source)
+    _assert_rows(block._replace(keys=block.keys[:, :2], missing=block.missing[:, :2]), events)
+    assert block.missing[:, place].tolist() == [key is None for key in wanted]
+    assert block.keys[:, place].tolist() == [key or 0 for key in wanted]
+    pattern, _, _ = _open(tmp_path / "events" / "day=*" / "*" / "*")
+    assert pattern.schema.categories == source.schema.categories
+    assert _open(next(tmp_path.rglob("part.*")))[0].schema.categories == ("user", "ad")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -397,7 +423,7 @@ def test_what_the_columns_are_used_as_is_shown_before_training(runs):
         "column type used as ids embedding",
         "clicked int64 label",
         "when timestamp[us] ignored (a time; --time splits by it)",
-        "user int64 category (some are too large to be counts) 61 FullTable 61 x 4: 976 bytes",
+        "user int64 category (too large for a count) 61 FullTable 61 x 4: 976 bytes",
     ]
     assert shown[5] == "price double number"
     assert all("test log loss" not in line for line in lines[: at + 7])

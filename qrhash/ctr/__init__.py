@@ -16,6 +16,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/formats     how text is written: delimiter, header, quotation marks
   data/text        files of text -> tables, with bounded memory
   data/parquet     Parquet files -> tables, with bounded memory
+  data/folders     columns that are in the names of folders
   data/inference   what the columns of a table are used as
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known

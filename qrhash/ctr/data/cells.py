@@ -2,10 +2,10 @@
 
 Every column is decoded as a whole. A key is 64 bits: those of an integer, in two's complement, as
 hashes have them that were written into a signed column; or the XXH64 of text. Text that is an
-integer as Python writes it, from -2**63 to 2**64 - 1, has the key of that integer, so that a value
-has one key whatever file it is in. In the Criteo format text is hex digits instead: they are padded
-to one width, so that a column is a matrix of characters and its keys are one product with the
-powers of 16.
+integer as Python writes it, from -2**63 to 2**64 - 1, has the key of that integer, and so has a
+float or its text, 42.0: a value has one key whatever file it is in. In the Criteo format text is
+hex digits instead: they are padded to one width, so that a column is a matrix of characters and its
+keys are one product with the powers of 16.
 """
 
 from datetime import UTC, datetime
@@ -21,12 +21,14 @@ from qrhash.strings import hash_strings
 INTEGER = "^-?[0-9]{1,18}$"  # of Criteo
 DECIMAL = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 CANONICAL = "^(0|-?[1-9][0-9]{0,19})$"  # an integer as it is written, if it has 64 bits
+WHOLE = r"^(0|-?[1-9][0-9]{0,19})(\.0)?$"  # or as a data frame writes it beside missing ones
+_EXACT = 2**53  # below it every integer is a float
 BOOLEANS = {"true": 1.0, "false": 0.0}
 NO_NUMBER = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", r"\N")
 
 _TIME = (
-    r"^(?P<y>[0-9]{4})[-/](?P<m>[0-9]{2})[-/](?P<d>[0-9]{2})"
-    r"(?:[ T](?P<clock>[0-9]{2}:[0-9]{2})(?P<s>:[0-9]{2})?(?P<f>\.[0-9]{1,6})?[0-9]*"
+    r"^(?P<y>[0-9]{4})[-/](?P<m>[0-9]{1,2})[-/](?P<d>[0-9]{1,2})"
+    r"(?:[ T](?P<clock>[0-9]{1,2}:[0-9]{2})(?P<s>:[0-9]{2})?(?P<f>\.[0-9]{1,6})?[0-9]*"
     r" ?(?P<zone>Z|UTC|[+-][0-9]{2}:?[0-9]{2})?)?$"
 )
 
@@ -90,8 +92,13 @@ def _decimals(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def keys(name: str, column: pa.Array) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
-    """-> (keys [rows] uint64, missing [rows] bool), unreadable [rows] bool: no cell is."""
+    """-> (keys [rows] uint64, missing [rows] bool), unreadable [rows] bool.
+
+    Unreadable are floats with a fraction, or so large that they may stand for several integers.
+    """
     column = plain(column)
+    if pa.types.is_floating(column.type):
+        return _float_keys(column)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.string())
     if not is_a(column.type, "string", "binary"):
@@ -110,15 +117,23 @@ def keys(name: str, column: pa.Array) -> tuple[tuple[np.ndarray, np.ndarray], np
     return (np.where(missing, np.uint64(0), found), missing), np.zeros(len(column), bool)
 
 
+def _float_keys(column: pa.Array) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    missing = np.isnan(values)
+    whole = (np.abs(values) < _EXACT) & (np.floor(values) == values)
+    found = np.where(whole, values, 0).astype(np.int64).view(np.uint64)
+    return (found, missing), ~whole & ~missing
+
+
 def _text_keys(text: pa.Array) -> np.ndarray:
     """Text without nulls -> keys: of the integer that it is, or its hash."""
     if pa.types.is_string(text.type):  # A truth value is written in many ways.
         is_truth = pc.match_substring_regex(text, "^(true|false)$", ignore_case=True)
         text = pc.if_else(is_truth, pc.ascii_lower(text), text)
     found = hash_strings(text)
-    whole = np.flatnonzero(mask(pc.match_substring_regex(text, CANONICAL)))
+    whole = np.flatnonzero(mask(pc.match_substring_regex(text, WHOLE)))
     for place, digits in zip(whole.tolist(), text.take(pa.array(whole)).to_pylist(), strict=True):
-        number = int(digits)
+        number = int(digits[:-2] if digits[-2:] in (".0", b".0") else digits)
         if -(2**63) <= number < 2**64:
             found[place] = number % 2**64
     return found
@@ -195,8 +210,9 @@ def _times_of_text(text: pa.Array) -> pa.Array:
     y, m, d, clock, s, f, zone = (
         parts.field(name) for name in ("y", "m", "d", "clock", "s", "f", "zone")
     )
+    m, d = (pc.utf8_lpad(each, 2, padding="0") for each in (m, d))
     day = pc.binary_join_element_wise(y, m, d, "-")
-    clock = pc.if_else(pc.equal(clock, ""), "00:00", clock)
+    clock = pc.utf8_lpad(pc.if_else(pc.equal(clock, ""), "00:00", clock), 5, padding="0")
     s = pc.if_else(pc.equal(s, ""), ":00", s)
     zone = pc.if_else(pc.is_in(zone, pa.array(["", "UTC"])), "Z", zone)
     stamps = pc.binary_join_element_wise(day, "T", clock, s, f, zone, "")
@@ -218,13 +234,16 @@ def _moment(stamp: str | None) -> int | None:
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """One text type instead of arrow's several, and no dictionary encoding."""
+    """One text type instead of arrow's several, no dictionary encoding, whole decimals as text."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if is_a(column.type, "large_string", "string_view"):
         column = column.cast(pa.string())
     if is_a(column.type, "large_binary", "binary_view", "fixed_size_binary"):
         column = column.cast(pa.binary())
+    # Integers of databases whose numbers are all decimal; text holds every one exactly.
+    if is_a(column.type, "decimal") and column.type.scale == 0:
+        column = column.cast(pa.string())
     return column
 
 

@@ -44,12 +44,16 @@ class _Seen(NamedTuple):
       distinct: how many different ones.
       present: how many cells are not missing.
       largest: the largest absolute value of integers.
+      is_whole: of numbers that are no integers by their type: whether they all are by value.
+      has_gaps: whether cells are missing.
     """
 
     holds: Holds
     distinct: int
     present: int
     largest: int = 0
+    is_whole: bool = False
+    has_gaps: bool = False
 
 
 def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Settings) -> Schema:
@@ -65,13 +69,16 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         label is not to be told, or is not 0 or 1; no category is left.
     """
     named = _named(settings, list(fields))
-    seen = {name: _look(sample[name].combine_chunks()) for name in fields}
+    seen = {}
+    for name in fields:
+        found = _look(sample[name].combine_chunks())
+        seen[name] = found._replace(has_gaps=found.present < sample.num_rows)
     label = _label(fields, named)
     columns = []
     for name, kind in fields.items():
         use, reason = _use(name, seen[name], named, label, settings.time)
         holds = seen[name].holds
-        _check_use(name, str(kind), holds, use, sample[name])
+        _check_use(name, str(kind), seen[name], use, sample[name])
         shown = f"text: {holds}" if pa.types.is_string(kind) and holds != "text" else str(kind)
         columns.append(Column(name, shown, holds, use, reason))
     schema = Schema(columns=tuple(columns), positive_from=settings.positive_from)
@@ -149,31 +156,38 @@ def _use(
     if _INDEX.fullmatch(name):
         return "ignored", "the index of a data frame, by its name"
     if seen.holds in ("nested", "nothing"):
-        rule = {"nested": "lists and structs are not read", "nothing": "there is nothing in it"}
+        rule = {"nested": "this type is not read", "nothing": "there is nothing in it"}
         return "ignored", rule[seen.holds]
-    if seen.distinct < 2 and seen.present > 1:
+    if seen.distinct < 2 and seen.present > 1 and not seen.has_gaps:
         return "ignored", f"one value in the first {seen.present:,} rows"
     if seen.holds == "time":
         return "ignored", "a time; --time splits by it"
     if seen.holds == "text":
-        return "category", ""
+        return "category", _alone(name, seen).removeprefix("; ")
     if seen.holds == "boolean":
         return "category", ""
     if seen.holds == "number":
-        hint = f"--categories {name}, if these are ids" if _is_id(name) else ""
-        return "number", hint
+        # What a data frame makes of integers beside missing ones.
+        is_id = seen.is_whole and _is_id(name)
+        return ("category", "whole numbers, by its name") if is_id else ("number", "")
     return _use_of_integers(name, seen)
 
 
 def _use_of_integers(name: str, seen: _Seen) -> tuple[Use, str]:
     if _is_id(name):
-        return "category", "by its name"
+        return "category", "by its name" + _alone(name, seen)
     if seen.largest >= _LARGE:
-        return "category", "some are too large to be counts"
+        return "category", "too large for a count" + _alone(name, seen)
     # In a short table a handful of values is a count as likely as not.
     if seen.distinct <= min(_FEW, seen.present // 2):
         return "category", f"{seen.distinct} values in the first rows"
     return "number", ""
+
+
+def _alone(name: str, seen: _Seen) -> str:
+    """A hint, where there is nothing to learn of a category because no row shares it."""
+    is_alone = seen.distinct == seen.present >= _FEW
+    return f"; another one in every row: --ignore {name}?" if is_alone else ""
 
 
 def _is_id(name: str) -> bool:
@@ -181,7 +195,7 @@ def _is_id(name: str) -> bool:
     return any(word.lower() in _OF_IDS for word in words) or bool(_JOINED.search(name.lower()))
 
 
-def _check_use(name: str, kind: str, holds: Holds, use: Use, column: pa.ChunkedArray) -> None:
+def _check_use(name: str, kind: str, seen: _Seen, use: Use, column: pa.ChunkedArray) -> None:
     """Raises a UserError if a column cannot be used so."""
     fitting: dict[str, tuple[str, ...]] = {
         "label": ("integer", "number", "boolean", "text"),
@@ -191,7 +205,9 @@ def _check_use(name: str, kind: str, holds: Holds, use: Use, column: pa.ChunkedA
     }
     if use == "ignored":
         return
-    is_float = use == "category" and cells.is_a(column.type, "floating", "decimal")
+    holds = seen.holds
+    is_float = use == "category" and holds == "number" and not _is_text(column.type)
+    is_float = is_float and not seen.is_whole
     is_stamp = use == "category" and not _is_text(column.type) and holds == "time"
     if holds in fitting[use] and not is_float and not is_stamp:
         return
@@ -200,7 +216,7 @@ def _check_use(name: str, kind: str, holds: Holds, use: Use, column: pa.ChunkedA
         "label": "labels, 0 and 1",
         "number": "numbers",
         "category": "integers or text",
-        "time": "timestamps, dates or integers",
+        "time": "timestamps, dates, integers, or text such as 2024-01-31 12:00:00",
     }
     hint = ""
     if is_float:
@@ -255,7 +271,8 @@ def _look(column: pa.Array) -> _Seen:
     }.items():
         if cells.is_a(kind, *names):
             holds = held
-    return _Seen(cast(Holds, holds), len(distinct), len(present))
+    is_whole = pa.types.is_floating(kind) and not cells.keys("", distinct)[1].any()
+    return _Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole)
 
 
 def _look_at_text(present: pa.Array, distinct: pa.Array) -> _Seen:
@@ -277,7 +294,7 @@ def _look_at_text(present: pa.Array, distinct: pa.Array) -> _Seen:
         return _Seen("integer", *counts, largest)
     # Leading zeros are no number's: those of codes.
     if share(cells.DECIMAL) >= _READABLE and share("^[+-]?0[0-9]") < 1 - _READABLE:
-        return _Seen("number", *counts)
+        return _Seen("number", *counts, is_whole=share(cells.WHOLE) == 1)
     if share("^(true|false)$") >= _READABLE:
         return _Seen("boolean", *counts)
     _, bad = cells.times("", telling)

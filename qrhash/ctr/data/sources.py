@@ -17,6 +17,7 @@ from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.criteo import COLUMNS
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.files import MAGIC_BYTES, BadLines, File, Part, file_errors, find_files
+from qrhash.ctr.data.folders import in_folders
 from qrhash.ctr.data.formats import CRITEO_TEXT, TextFormat, is_criteo, read_head, sniff
 from qrhash.ctr.data.inference import SAMPLE_ROWS, check_sections, infer, listed
 from qrhash.ctr.data.parquet import ParquetFile
@@ -167,9 +168,10 @@ def open_source(
     first, *others = find_files(settings.data, notify)
     files = [_open_file(first, settings, schema)]
     found = CRITEO if schema is None and _is_criteo(files[0], settings) else schema
+    raw = [files[0], *(_open_file(path, settings, found) for path in others)]
+    files = [in_folders(file, settings.data) for file in raw]
     if found is not None and not found.label_required and found.label not in files[0].fields:
         found = found.without("label")
-    files += [_open_file(path, settings, found) for path in others]
     if not sum(file.num_rows for file in files):
         raise UserError(f"{settings.data} is empty.")
     used = files[0].fields if found is None else [column.name for column in found.used]
@@ -253,8 +255,11 @@ def _check_fields(file: File, first: File, used: list[str], *, may_have_more: bo
 def _family(kind: pa.DataType) -> str:
     """Types that are read alike."""
     kind = getattr(kind, "value_type", kind) if pa.types.is_dictionary(kind) else kind
-    names = ("boolean", "integer", "floating", "decimal", "date", "timestamp", "null")
-    text = ("string", "large_string", "string_view")
-    if cells.is_a(kind, *text):
-        return "text"
-    return next((name for name in names if cells.is_a(kind, name)), str(kind))
+    alike = {
+        "text": ("string", "large_string", "string_view"),
+        # A data frame writes integers beside missing ones as floats.
+        "number": ("integer", "floating", "decimal"),
+        "time": ("date", "timestamp"),
+        "null": ("null",),
+    }
+    return next((name for name, of in alike.items() if cells.is_a(kind, *of)), str(kind))
