@@ -51,7 +51,7 @@ def log_losses(config: Path | None, seeds: list[int], **options: Any) -> dict[st
     losses: dict[str, list[float]] = {name: [] for name in (*PARTITIONS, "constant")}
     for name, partition in PARTITIONS.items():
         for seed in seeds:
-            summary = _fit(config, {"partition": partition, "seed": seed, **options})
+            summary = fit_quietly(config, {"partition": partition, "seed": seed, **options})
             losses[name].append(summary.test.log_loss)
             if name == "full":
                 losses["constant"].append(summary.constant.log_loss)
@@ -71,7 +71,8 @@ def comparison(losses: dict[str, list[float]]) -> Table:
     return table
 
 
-def _fit(config: Path | None, given: dict[str, Any]) -> Summary:
+def fit_quietly(config: Path | None, given: dict[str, Any]) -> Summary:
+    """What comes of a run that leaves nothing behind."""
     with Display(Console(stderr=True)) as display:
         return fit(load(config, given), display, Keeper())
 

@@ -1,7 +1,7 @@
-"""The command line: `qrhash train`.
+"""The command line: `qrhash train` and `qrhash predict`.
 
-Its options are the fields of `qrhash.ctr.settings.Settings`; an option that is not given leaves
-the word to the configuration file, and then to the default.
+The options of `train` are the fields of `qrhash.ctr.settings.Settings`; an option that is not given
+leaves the word to the configuration file, and then to the default.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ import qrhash
 
 if TYPE_CHECKING:
     import typer
+    from rich.console import Console
 
 _INTERRUPTED = 130  # exit code of a program that a SIGINT ended
 _TRAIN_EXTRA = ("grain", "matplotlib", "pyarrow", "rich", "typer")
@@ -78,6 +80,7 @@ def build_app() -> "typer.Typer":
         pass
 
     app.command()(_train_command())
+    app.command()(_predict_command())
     return app
 
 
@@ -88,9 +91,10 @@ def _train_command() -> Any:
     from qrhash.ctr.settings import options
 
     def train(config: Path | None = None, **given: Any) -> None:
-        """Train DLRM or DCN-v2 on click data, with compressed embeddings.
+        """Train DLRM or DCN-v2 on a table of events, with compressed embeddings.
 
-        Without --data the rows are synthetic, and the best possible scores are known.
+        Columns are inferred, shown before training, and said otherwise by options. Without --data
+        the rows are synthetic, and the best possible scores are known.
         """
         code = _run(config, {name: value for name, value in given.items() if value is not None})
         raise typer.Exit(code)
@@ -105,8 +109,8 @@ def _train_command() -> Any:
         parameter(
             "config",
             Path | None,
-            help="TOML file with any of these options, and a section columns.C1, columns.C2, ... "
-            "for each column that differs. The command line wins over it.",
+            help="TOML file with any of these options, and a section columns.NAME for each "
+            "column that differs. The command line wins over it.",
         )
     ]
     for name, kind, default, option in options():
@@ -124,22 +128,94 @@ def _train_command() -> Any:
     return train
 
 
+def _predict_command() -> Any:
+    """`predict`."""
+    import typer
+
+    def predict(
+        run: Annotated[Path, typer.Option(help="Directory of a run of qrhash train.")],
+        data: Annotated[str, typer.Option(help="File, folder or pattern with the run's columns.")],
+        output: Annotated[
+            Path, typer.Option(help="Where the scores go: a file ending in .parquet or .csv.")
+        ] = Path("scores.parquet"),
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Whether there may be such a file.")
+        ] = False,
+        max_bad_lines: Annotated[
+            int | None,
+            typer.Option(
+                min=0, help="Malformed lines to skip before giving up. Default: as in the run."
+            ),
+        ] = None,
+    ) -> None:
+        """Write the score of every row of some data, by the last checkpoint of a run.
+
+        Each row has its number, from 0, the logit and the probability of a click, and its label,
+        if there is one.
+        """
+        raise typer.Exit(_predict(run, data, output, overwrite, max_bad_lines))
+
+    return predict
+
+
+def _predict(run: Path, data: str, output: Path, overwrite: bool, max_bad_lines: int | None) -> int:
+    """Writes scores; returns the exit code."""
+    from rich.console import Console
+
+    from qrhash.ctr.run.display import Display
+    from qrhash.ctr.run.predict import predict, report
+
+    console = Console(stderr=True)
+    display = Display(console)
+
+    def write() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with display:
+            result = predict(
+                run, data, output, display, overwrite=overwrite, max_bad_lines=max_bad_lines
+            )
+        display.line(report(result, output))
+
+    return _guarded(write, console)
+
+
+def _guarded(action: Callable[[], None], console: "Console") -> int:
+    """Runs it; returns the exit code, and says in a sentence what went wrong."""
+    from rich.console import Console
+
+    from qrhash.ctr.errors import UserError
+
+    # Orbax logs, with a traceback, what it raises all the same: an interrupt, say.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        action()
+    except (UserError, OSError, MemoryError) as error:
+        Console(stderr=True).print(
+            f"Error: {error or 'out of memory.'}", markup=False, highlight=False, soft_wrap=True
+        )
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted.", markup=False, highlight=False, soft_wrap=True)
+        return _INTERRUPTED
+    return 0
+
+
 def _run(config: Path | None, given: dict[str, Any]) -> int:
     """Trains; returns the exit code."""
     from rich.console import Console
 
     from qrhash.ctr.config_file import load
-    from qrhash.ctr.errors import UserError
     from qrhash.ctr.run.devices import connect
     from qrhash.ctr.run.display import Display
     from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, final_table
     from qrhash.ctr.run.train import fit
 
-    # Orbax logs, with a traceback, what it raises all the same: an interrupt, say.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     console = Console(stderr=True)
-    display, directory = Display(console), None
-    try:
+    display = Display(console)
+    directory: RunDirectory | None = None
+
+    def train() -> None:
+        nonlocal directory
         settings = load(config, given)
         console.quiet = bool(settings.process_id)  # Of several processes the first one speaks.
         directory = RunDirectory(
@@ -153,18 +229,11 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
         connect(settings, display)
         with directory, display:
             summary = fit(settings, display, directory)
-    except (UserError, OSError, MemoryError) as error:
-        Console(stderr=True).print(
-            f"Error: {error or 'out of memory.'}", markup=False, highlight=False, soft_wrap=True
-        )
-        return 1
-    except KeyboardInterrupt:
-        display.line("Interrupted.")
-        return _INTERRUPTED
-    else:
         if not settings.process_id:
             Console().print(final_table(summary))
-        return 0
+
+    try:
+        return _guarded(train, console)
     finally:
         if directory is not None and directory.path is not None:
             display.line(f"{METRICS} and {PICTURE} are in {directory.path}")

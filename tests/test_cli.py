@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli
-from qrhash.ctr.data.block import CATEGORIES
-from qrhash.ctr.run.report import CHECKPOINTS, METRICS, PICTURE
+from qrhash.ctr.data.criteo import CATEGORIES
+from qrhash.ctr.run.report import CHECKPOINTS, IDS, METRICS, PICTURE
 from qrhash.ctr.settings import options
 from support import ctr_files
 
@@ -58,7 +58,12 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
     assert "250 rows trained on, 50 tested on" in result.stdout
     assert "constant predictor" in result.stdout
     assert f"{METRICS} and {PICTURE} are in out" in result.stderr
-    assert {each.name for each in (tmp_path / "out").iterdir()} == {METRICS, PICTURE, CHECKPOINTS}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {
+        METRICS,
+        PICTURE,
+        CHECKPOINTS,
+        IDS,
+    }
 
     again = _run("train", small, "--data", str(path), "--output-dir", "out")
     assert again.exit_code == 1
@@ -67,7 +72,7 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
 
 MISTAKES = {
     "missing file": (["--data", "absent.tsv"], "There is no file absent.tsv"),
-    "directory": (["--data", "."], ". is a directory"),
+    "empty folder": (["--data", "nothing"], "nothing holds no file of data"),
     "not hex": (["--data", "words.tsv", "--max-bad-lines", "3"], "C1 is not a category"),
     "labels": (["--data", "labels.tsv", "--max-bad-lines", "3"], "label is not 0 or 1: '7'"),
     "all bad": (
@@ -86,6 +91,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(name, small, tmp_path):
     arguments, sentence = MISTAKES[name]
     ctr_files.write_text(tmp_path / "words.tsv", [ctr_files.make_row(category="xyz")] * 20)
     ctr_files.write_text(tmp_path / "labels.tsv", [ctr_files.make_row(label="7")] * 20)
+    (tmp_path / "nothing").mkdir()
     if name == "embedding":
         arguments = [*arguments, "--hash-size", "300", "--synthetic-rows", "100"]
     result = _run("train", *arguments)

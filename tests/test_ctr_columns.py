@@ -192,3 +192,54 @@ def test_amounts_that_contradict_each_other_are_refused(options, words):
 def test_a_column_says_its_amount_in_its_own_way():
     settings = Settings(compression=4.0, columns={"C1": {"collisions": 10}})
     assert embed_configs(settings, SIZES)["C1"].partition == qrhash.QuotientRemainder(50_000, 5000)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_columns_of_keys_have_tables_of_their_digits():
+    columns = {
+        "C2": {"key_bits": 64, "num_tables": 4, "operation": "concat"},
+        "C3": {"ids": "vocabulary"},
+        "C4": {"hash_size": 500},
+        "C5": {"partition": "drop"},
+    }
+    settings = Settings(ids="keys", key_bits=20, columns=columns, large_table_rows=1000)
+    sizes = {"C1": None, "C2": None, "C3": 100, "C4": 500, "C5": None}
+    configs = embed_configs(settings, sizes)
+    assert list(configs) == ["C1", "C2", "C3", "C4"]
+    assert configs["C1"].partition == qrhash.KeyDigits(20, 2)
+    assert configs["C1"].large_tables == (True, True)
+    assert configs["C2"].partition == qrhash.KeyDigits(64, 4)
+    assert configs["C2"].table_shapes == ((65536, 4),) * 4
+    assert configs["C3"].partition == qrhash.FullTable(100)
+    assert configs["C4"].partition == qrhash.QuotientRemainder(500, 125)
+
+
+def test_keys_are_no_part_of_a_compression():
+    settings = Settings(compression=4.0, columns={"C1": {"ids": "keys", "key_bits": 10}})
+    configs = embed_configs(settings, SIZES | {"C1": None})
+    assert configs["C1"].partition == qrhash.KeyDigits(10, 2)
+    full = 64 * sum(size for name, size in SIZES.items() if name != "C1")
+    others = {name: config for name, config in configs.items() if name != "C1"}
+    assert 4.0 <= full / _bytes_of(others) < 4.1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ids": "keys", "compression": 4.0}, "compression goes with a vocabulary"),
+        ({"columns": {"C1": {"ids": "keys", "min_count": 2}}}, "C1: min_count goes with ids from"),
+        ({"ids": "keys", "columns": {"C1": {"collisions": 2}}}, "C1: collisions goes with ids"),
+        ({"key_bits": 65}, "key_bits must be at most 64"),
+    ],
+)
+def test_options_that_keys_have_no_use_for_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        Settings(**options)
+
+
+def test_tables_of_keys_that_cannot_be_name_the_column():
+    settings = Settings(ids="keys", key_bits=64)
+    with pytest.raises(UserError, match=r"Column C7, keys of 64 bits: num_tables must be from 3"):
+        embed_configs(settings, {"C7": None})

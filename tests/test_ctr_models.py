@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from qrhash import EmbedConfig, FullTable, QuotientRemainder
+from qrhash import EmbedConfig, FullTable, KeyDigits, Keys, QuotientRemainder
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.models import DCN, DLRM, build_model
 from qrhash.ctr.run.learner import Learner
@@ -30,13 +30,14 @@ def _batch(rng, rows=16, padding=0):
         weights=np.array([1] * (rows - padding) + [0] * padding, np.float32),
         numbers=rng.normal(size=(rows, 13)).astype(np.float32),
         ids=rng.integers(0, 9, (rows, 2)).astype(np.int32),
+        keys=Keys.of(np.zeros((rows, 0), np.uint64)),
     )
 
 
-def _model(name, configs, rng):
+def _model(name, configs, rng, num_numbers=13):
     """A model of random parameters, without the time that compiling its initialisers takes."""
     settings = dataclasses.replace(SETTINGS, model=name)
-    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(settings, configs)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(settings, configs, num_numbers)))
     return nnx.merge(
         graph,
         jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype), state),
@@ -67,6 +68,12 @@ def _dlrm_row(model, numbers, ids):
     return _linear(model.logit, _mlp(model.top, np.concatenate([dense, pairs])))[0]
 
 
+def _dlrm_row_of_vectors(model, _, ids):
+    vectors = _vectors(model, ids)
+    inputs = np.concatenate([*vectors, [vectors[0] @ vectors[1]]])
+    return _linear(model.logit, _mlp(model.top, inputs))[0]
+
+
 def _dcn_row(model, numbers, ids):
     x0 = x = np.concatenate([numbers, *_vectors(model, ids)])
     for layer in model.cross:
@@ -86,6 +93,33 @@ def test_models_equal_their_definition(name, kind, oracle, rng):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "oracle"), [("dlrm", _dlrm_row_of_vectors), ("dcn", _dcn_row)])
+def test_models_without_numbers_take_the_vectors_alone(name, oracle, rng):
+    model = _model(name, CONFIGS, rng, num_numbers=0)
+    assert not hasattr(model, "bottom")
+    batch = _batch(rng)
+    none = np.zeros((16, 0), np.float32)
+    wanted = [oracle(model, *row) for row in zip(none, batch.ids, strict=True)]
+    np.testing.assert_allclose(model(none, batch.ids), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dcn"])
+def test_a_column_of_keys_stands_among_those_of_ids(name, rng):
+    """In the order of the columns, whichever of them have ids."""
+    digits = EmbedConfig(KeyDigits(6, 2), 4)
+    model = _model(name, {"C1": CONFIGS["C1"], "K": digits, "C2": CONFIGS["C2"]}, rng)
+    batch = _batch(rng)
+    keys = Keys.of(rng.integers(-(2**63), 2**63, (16, 1)))
+    found = model.embeddings(batch.ids, keys)
+    one, other = (np.asarray(table) for table in model.embeddings.columns.tables["K"])
+    rows = digits.partition.indices(keys[:, 0])
+    np.testing.assert_allclose(found[1], one[rows[0]] * other[rows[1]], rtol=1e-6)
+    wanted = [_vectors(model, ids)[1] for ids in batch.ids]
+    np.testing.assert_allclose(found[2], wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"keys must have shape \[batch, 1\], of the columns K"):
+        model(batch.numbers, batch.ids)
+
+
 @pytest.mark.parametrize("name", ["dlrm", "dcn"])
 def test_a_model_without_embeddings(name, rng):
     model = _model(name, {}, rng)
@@ -96,11 +130,11 @@ def test_a_model_without_embeddings(name, rng):
 def test_tables_learn_by_adagrad_and_the_rest_by_adam(dense_updates, rng):
     """A step on a padded batch is a step of each optimizer on its own, on the real rows."""
     settings = dataclasses.replace(SETTINGS, dense_updates=dense_updates)
-    learner = Learner(lambda: build_model(settings, CONFIGS), settings, num_steps=60)
+    learner = Learner(lambda: build_model(settings, CONFIGS, 13), settings, num_steps=60)
     start = jax.tree.map(np.array, learner.params)
     padded = _batch(rng, padding=5)
     batch = Batch(*(column[:11] for column in padded))
-    graph = nnx.split(nnx.eval_shape(lambda: build_model(SETTINGS, CONFIGS)), Table, ...)[0]
+    graph = nnx.split(nnx.eval_shape(lambda: build_model(SETTINGS, CONFIGS, 13)), Table, ...)[0]
     optimizers = {
         "tables": optax.adagrad(
             SETTINGS.table_lr, initial_accumulator_value=SETTINGS.table_accumulator
@@ -136,7 +170,7 @@ def test_tables_learn_by_adagrad_and_the_rest_by_adam(dense_updates, rng):
 
 def test_it_learns_and_compiles_once(rng):
     settings = dataclasses.replace(SETTINGS, dense_lr=0.01)
-    learner = Learner(lambda: build_model(settings, CONFIGS), settings, num_steps=60)
+    learner = Learner(lambda: build_model(settings, CONFIGS, 13), settings, num_steps=60)
     batch = _batch(rng)
     before = np.asarray(learner.logits(batch))
     for padding in (0, 3) * 30:

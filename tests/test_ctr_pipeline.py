@@ -5,8 +5,9 @@ import pytest
 
 from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.pipeline import _Blocks, batches, encode
+from qrhash.ctr.data.schema import CRITEO, Column, Schema
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.data.vocabulary import HashedIds
+from qrhash.ctr.data.vocabulary import MISSING_KEY, HashedIds, RawKeys
 from qrhash.ctr.errors import UserError
 
 IDS = {"C2": HashedIds(7), "C26": HashedIds(100)}
@@ -15,7 +16,7 @@ IDS = {"C2": HashedIds(7), "C26": HashedIds(100)}
 class _Uneven:
     """Blocks of 3, 0, 5, 1 and 0 rows whose first integer counts the rows."""
 
-    name, num_lines = "uneven", 9
+    name, num_lines, schema = "uneven", 9, CRITEO
 
     def blocks(self, start, stop):
         first = 0
@@ -42,15 +43,37 @@ def test_no_row_is_lost_or_met_twice(batch_size):
 def test_encoding_of_a_row():
     numbers = np.array([[np.nan, -3, 0, 1] + [np.e - 1] * 9], np.float32)
     keys = np.arange(26, dtype=np.uint64)[None] + 100
-    batch = encode(Block(np.ones(1, np.float32), numbers, keys, keys > 200), IDS)
+    batch = encode(Block(np.ones(1, np.float32), numbers, keys, keys > 200), CRITEO, IDS)
     np.testing.assert_allclose(batch.numbers[0, :5], [0, 0, 0, np.log(2), 1], rtol=1e-6)
     assert batch.ids.tolist() == [[1 + 101 % 6, 1 + 125 % 99]]
     assert (batch.numbers.dtype, batch.ids.dtype) == (np.float32, np.int32)
 
 
+def test_keys_are_left_as_they_are():
+    keys = np.array([[5, 2**63, 7], [0, 9, 0]], np.uint64)
+    missing = np.array([[False, False, False], [True, False, False]])
+    columns = tuple(Column(name, "int64", "integer", "category") for name in "abc")
+    block = Block(np.ones(2, np.float32), np.zeros((2, 0), np.float32), keys, missing)
+    ids = {"a": RawKeys(), "b": HashedIds(7), "c": RawKeys()}
+    batch = encode(block, Schema(columns=columns), ids)
+    assert batch.keys.to_numpy().tolist() == [[5, 7], [MISSING_KEY, 0]]
+    assert batch.ids.tolist() == [[1 + 2**63 % 6], [1 + 9 % 6]]
+    assert encode(block, Schema(columns=columns), {}).keys.shape == (2, 0)
+
+
+def test_numbers_of_a_table_keep_their_signs():
+    columns = (Column("x", "double", "number", "number"), Column("y", "double", "number", "number"))
+    numbers = np.array([[-3, 3], [np.nan, 1.5]], np.float32)
+    keys = np.zeros((2, 0), np.uint64)
+    block = Block(np.ones(2, np.float32), numbers, keys, keys > 0)
+    batch = encode(block, Schema(columns=columns), {})
+    wanted = np.log([[1 / 4, 4], [1, 2.5]]).astype(np.float32)
+    np.testing.assert_allclose(batch.numbers, wanted, rtol=1e-6)
+
+
 def test_a_model_without_categories_gets_no_ids():
     block = next(SyntheticSource(10, 0).blocks(0, 10))
-    assert encode(block, {}).ids.shape == (10, 0)
+    assert encode(block, CRITEO, {}).ids.shape == (10, 0)
 
 
 def test_grain_can_save_and_restore_the_position():

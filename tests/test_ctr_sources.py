@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from qrhash.ctr.data import sources
-from qrhash.ctr.data.block import CATEGORIES, COLUMNS, Block
-from qrhash.ctr.data.cells import decode
-from qrhash.ctr.data.sources import BadLines, open_source
+from qrhash.ctr.data import parquet, text
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.criteo import CATEGORIES, COLUMNS
+from qrhash.ctr.data.decode import decode
+from qrhash.ctr.data.files import BadLines
+from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import Settings
 from support import ctr_files
 
 FORMATS = {
@@ -28,8 +31,9 @@ FORMATS = {
 
 def _open(path, limit=100):
     messages = []
-    bad_lines = BadLines(path, limit, messages.append)
-    return open_source(path, bad_lines), bad_lines, messages
+    bad_lines = BadLines(limit, messages.append)
+    settings = Settings(data=str(path), preset="criteo")
+    return open_source(settings, bad_lines), bad_lines, messages
 
 
 def _read(source, start=0, stop=None):
@@ -48,8 +52,8 @@ def _oracle(rows):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("span", [(0, 100), (0, 1), (30, 80), (99, 100), (37, 74)])
 def test_rows_of_any_span_equal_the_oracle(name, span, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr(sources, "_PARQUET_ROWS", 16)
+    monkeypatch.setattr(text, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(parquet, "_PARQUET_ROWS", 16)
     rows = ctr_files.random_rows(100)
     source, bad_lines, _ = _open(FORMATS[name](tmp_path / "any.name", rows))
     assert source.num_lines == 100
@@ -236,7 +240,8 @@ def test_what_is_not_a_data_file_is_said_in_a_sentence(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     says(tmp_path / "absent", "There is no file .*absent")
-    says(tmp_path, "is a directory")
+    (tmp_path / "folder").mkdir()
+    says(tmp_path / "folder", "folder holds no file of data")
     says(tmp_path / "empty", "empty is empty")
     says(tmp_path / "empty.gz", "is empty")
     says(tmp_path / "truncated.gz", "truncated gzip file")

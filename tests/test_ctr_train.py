@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from qrhash.ctr.data.block import CATEGORIES
+from qrhash.ctr.data.criteo import CATEGORIES
+from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
-from qrhash.ctr.data.sources import BadLines, open_source
+from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.vocabulary import build_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Scores, constant_logit, log_loss
@@ -80,11 +81,12 @@ def test_keys_of_64_bits_train_alike_whatever_holds_them(tmp_path):
     for name, kind in (("unsigned", pa.uint64()), ("signed", pa.int64())):
         files.append(ctr_files.write_parquet(tmp_path / name, rows, integer_keys=kind))
     columns = COLUMNS | {"C2": {"hash_size": 50}}
-    settings = Settings(**SMALL | {"columns": columns})
+    options = SMALL | {"columns": columns}
     found = []
     for path in files:
-        source = open_source(path, BadLines(path, 0, print))
-        ids = build_ids(settings, source.blocks(0, 300))
+        settings = Settings(**options, data=str(path))
+        source = open_source(settings, BadLines(0, print))
+        ids = build_ids(settings, CATEGORIES, source.blocks(0, 300))
         with batches(source, 0, 300, ids, 300) as stream:
             (batch,) = stream
         found.append(batch.ids)

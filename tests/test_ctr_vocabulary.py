@@ -7,8 +7,16 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from qrhash.ctr.data.block import CATEGORIES, Block
-from qrhash.ctr.data.vocabulary import UNSEEN_ID, HashedIds, KeyCounts, build_ids
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.criteo import CATEGORIES
+from qrhash.ctr.data.vocabulary import (
+    MISSING_KEY,
+    UNSEEN_ID,
+    HashedIds,
+    KeyCounts,
+    RawKeys,
+    build_ids,
+)
 from qrhash.ctr.settings import Settings
 
 
@@ -86,7 +94,7 @@ def test_every_column_has_ids_of_its_own():
     keys = np.arange(4, dtype=np.uint64)[:, None] * np.arange(1, 27, dtype=np.uint64)
     block = Block(np.zeros(4, np.float32), np.zeros((4, 13), np.float32), keys, keys > 100)
     settings = Settings(columns={"C2": {"hash_size": 5}, "C3": {"min_count": 2}})
-    ids = build_ids(settings, iter([block, block]))
+    ids = build_ids(settings, CATEGORIES, iter([block, block]))
     assert list(ids) == list(CATEGORIES)
     assert ids["C1"](*_arrays([0, 3, 4])).tolist() == [1, 4, 0]
     assert ids["C4"](*_arrays([0, 12, 3])).tolist() == [1, 4, 0]
@@ -99,4 +107,23 @@ def test_hashing_all_columns_reads_no_rows():
         raise AssertionError("read")
         yield
 
-    assert set(build_ids(Settings(hash_size=9), blocks()).values()) == {HashedIds(9)}
+    assert set(build_ids(Settings(hash_size=9), CATEGORIES, blocks()).values()) == {HashedIds(9)}
+    assert set(build_ids(Settings(ids="keys"), CATEGORIES, blocks()).values()) == {RawKeys()}
+
+
+def test_a_column_may_have_keys_among_others_with_ids():
+    keys = np.arange(12, dtype=np.uint64).reshape(4, 3)
+    block = Block(np.zeros(4, np.float32), np.zeros((4, 0), np.float32), keys, keys > 100)
+    columns = {"a": {"ids": "keys"}, "b": {"ids": "vocabulary"}, "c": {"hash_size": 3}}
+    settings = Settings(data="events", ids="keys", columns=columns)
+    ids = build_ids(settings, ("a", "b", "c"), [block])
+    assert (ids["a"], ids["c"]) == (RawKeys(), HashedIds(3))
+    assert ids["b"].num_embeddings == 5
+
+
+@hypothesis.given(CELLS)
+def test_raw_keys_are_the_keys_and_one_for_a_missing_cell(cells):
+    keys = RawKeys()(*_arrays(cells))
+    assert (keys.hi.dtype, keys.lo.dtype) == (np.uint32, np.uint32)
+    wanted = [MISSING_KEY if cell is None else cell for cell in cells]
+    assert keys.to_numpy().tolist() == wanted

@@ -1,14 +1,24 @@
-"""The click-through-rate trainer: DLRM and DCN-v2 on Criteo-format data.
+"""The click-through-rate trainer: DLRM and DCN-v2 on tables of events.
 
 The rooms, in reading order (a module imports the ones above it only):
 
   errors           the one exception the command line turns into a sentence
-  data/block       rows on the host, and the columns of the format
+  data/criteo      the names of the Criteo format
+  data/schema      what the columns of the data are used as
+  data/block       rows on the host
   options          what an option is: its type, help and bounds
+  column_settings  the options that may differ from column to column
   settings         every option of a run
   config_file      defaults, configuration file and command line -> settings
-  data/cells       arrow columns of text or numbers -> a block, and what is wrong with each bad row
-  data/sources     text, gzip and Parquet files -> blocks, with bounded memory
+  data/cells       arrow columns of text or numbers -> arrays, and the cells that cannot be read
+  data/decode      arrow tables -> blocks, and what is wrong with each bad row
+  data/files       which files there are, whether they stay as they are, bad lines
+  data/formats     how text is written: delimiter, header, quotation marks
+  data/text        files of text -> tables, with bounded memory
+  data/parquet     Parquet files -> tables, with bounded memory
+  data/folders     columns that are in the names of folders
+  data/inference   what the columns of a table are used as
+  data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known
   data/vocabulary  64-bit category keys -> ids
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
@@ -20,6 +30,8 @@ The rooms, in reading order (a module imports the ones above it only):
   run/learner      parameters, optimizers and the compiled step
   run/progress     where a training stands
   run/records      what is kept of a run
+  run/overview     the table of columns shown before training
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
+  run/predict      the scores that a trained model gives to new rows
 """

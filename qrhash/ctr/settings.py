@@ -10,19 +10,20 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from qrhash import EmbedConfig
-from qrhash.ctr.data.block import CATEGORIES
+from qrhash.ctr.column_settings import (
+    AMOUNTS,
+    MULTI_TABLE,
+    OF_IDS,
+    ColumnOptions,
+    ColumnSettings,
+    check_amount,
+)
+from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
 
-PartitionName = Literal[
-    "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
-]
-Operation = Literal["mult", "concat", "add", "project"]
-_MULTI_TABLE = ("mixed-radix", "chinese-remainder")
-
-# How much a column is compressed, by bytes or by rows: one of these says it.
-_AMOUNTS = ("compression", "collisions")
-DEFAULT_COLLISIONS = 4
+# What a table's columns are used as; the Criteo format has its own.
+_OF_TABLES = ("label", "positive_from", "numbers", "categories", "ignore", "time")
 
 _data, _embeddings, _model, _training, _devices, _output = (
     partial(Option, panel) for panel in PANELS
@@ -30,84 +31,7 @@ _data, _embeddings, _model, _training, _devices, _output = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ColumnOptions:
-    """What may differ from column to column."""
-
-    partition: Annotated[
-        PartitionName,
-        _embeddings(
-            "Family for columns longer than --threshold; 'drop' leaves them out of the model."
-        ),
-    ] = "quotient-remainder"
-    compression: Annotated[
-        float | None,
-        _embeddings(
-            "How many times fewer bytes all embeddings have than full tables of float32, whatever "
-            "the operation; in a column's section, its own.",
-            least=1,
-        ),
-    ] = None
-    collisions: Annotated[
-        int | None,
-        _embeddings(
-            "Or by rows: how many ids share a row of a column's largest table, in every family. "
-            "The tables have about so many times fewer rows than a full one, whose bytes go by "
-            "the operation: 'concat' has rows of half the width, 'project' of a quarter. 0: as "
-            "few rows as the family can. Default: 4, without --compression.",
-            least=0,
-        ),
-    ] = None
-    num_tables: Annotated[
-        int,
-        _embeddings("Tables per column for mixed-radix and chinese-remainder.", least=2),
-    ] = 2
-    operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
-        "mult"
-    )
-    init_stddev: Annotated[
-        float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
-    ] = 0.05
-    min_count: Annotated[
-        int, _data("Categories met less often in the training lines share id 0.", least=1)
-    ] = 1
-    hash_size: Annotated[
-        int | None,
-        _data(
-            "Take ids modulo this size instead of from a vocabulary pass over the training lines.",
-            least=2,
-            most=2**31 - 1,
-        ),
-    ] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColumnSettings(_ColumnOptions):
-    """The options of one column: a section of the configuration file over the run's own."""
-
-    radices: Annotated[tuple[int, ...] | None, _embeddings("Radices of mixed-radix.")] = None
-    moduli: Annotated[tuple[int, ...] | None, _embeddings("Moduli of chinese-remainder.")] = None
-    widths: Annotated[tuple[int, ...] | None, _embeddings("Width of each table.")] = None
-    use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
-    param_dtype: Annotated[
-        Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
-    ] = "float32"
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        for name, family in (("radices", "mixed-radix"), ("moduli", "chinese-remainder")):
-            if getattr(self, name) is not None and self.partition != family:
-                raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
-        _check_amount(self)
-
-    @property
-    def is_sized_by_bytes(self) -> bool:
-        """Whether `compression` says how many rows the tables have."""
-        is_fixed = self.partition in ("full", "drop") or self.radices or self.moduli
-        return self.compression is not None and not is_fixed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(_ColumnOptions):
+class Settings(ColumnOptions):
     """The options of a run.
 
     Attributes:
@@ -117,10 +41,43 @@ class Settings(_ColumnOptions):
     data: Annotated[
         str | None,
         _data(
-            "Criteo-format file: tab-separated text, plain or gzip, or Parquet. "
+            "A table of events: Parquet or text (comma, tab, semicolon or pipe between cells, "
+            "plain or gzip), in a file, a folder, or all that match a pattern such as 'day_*.csv'. "
             "Default: a synthetic click stream whose true click rates are known."
         ),
     ] = None
+    preset: Annotated[
+        Literal["auto", "criteo", "table"],
+        _data(
+            "'criteo': a label, 13 integers and 26 categories of hex digits; 'table': the columns "
+            "that there are; 'auto': Criteo, if the data look like it."
+        ),
+    ] = "auto"
+    label: Annotated[
+        str | None,
+        _data("The column of clicks, 0 and 1. Default: the one that is called label, click, ..."),
+    ] = None
+    positive_from: Annotated[
+        float | None, _data("Labels are numbers, and clicks from this one on: ratings, say.")
+    ] = None
+    numbers: Annotated[str | None, _data("Columns that are numbers: a,b.")] = None
+    categories: Annotated[str | None, _data("Columns that are categories: c,d.")] = None
+    ignore: Annotated[str | None, _data("Columns to leave out: e,f.")] = None
+    time: Annotated[
+        str | None,
+        _data(
+            "Test on the rows that come last by this column (timestamps, dates, integers, or text "
+            "such as 2024-01-31 12:00:00), not on the last lines."
+        ),
+    ] = None
+    delimiter: Annotated[
+        Literal["auto", "comma", "tab", "semicolon", "pipe"],
+        _data("What stands between the cells of text."),
+    ] = "auto"
+    header: Annotated[
+        Literal["auto", "yes", "no"],
+        _data("Whether text begins with a row of names; without, they are column1, column2, ..."),
+    ] = "auto"
     synthetic_rows: Annotated[int, _data("Rows of the synthetic stream.", least=2)] = 200_000
     test_fraction: Annotated[float, _data("Last part of the lines, to test on.", least=0)] = 0.2
     test_rows: Annotated[
@@ -219,36 +176,75 @@ class Settings(_ColumnOptions):
         check_values(self)
         if not isinstance(self.columns, Mapping):
             raise UserError(f"columns must be sections, got {self.columns!r}.")
+        for name in _OF_TABLES:
+            if getattr(self, name) is not None and (self.data is None or self.preset == "criteo"):
+                raise UserError(
+                    f"{name} goes with a table in --data, not with the columns of Criteo."
+                )
         if not 0 < self.test_fraction < 1:
             raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
         for name in ("bottom_mlp", "top_mlp", "deep_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
-            if name not in CATEGORIES:
+            if name not in CATEGORIES and (self.data is None or self.preset == "criteo"):
                 raise UserError(f"columns must be named C1 to C{len(CATEGORIES)}, got {name}.")
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
+            if column.kind in ("number", "ignore") and len(section) > 1:
+                raise UserError(
+                    f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "
+                    "options."
+                )
+            unfit = [option for option in OF_IDS if option in section]
+            if column.takes_keys and unfit:
+                raise UserError(
+                    f"columns.{name}: {unfit[0]} goes with ids from a vocabulary, not with 'keys', "
+                    "whose tables are of key_bits and num_tables."
+                )
             if "compression" in section and not column.is_sized_by_bytes:
                 raise UserError(
                     f"columns.{name}: compression sets the rows of a compressed column, and has no "
                     f"meaning beside partition {column.partition!r} or radices or moduli."
                 )
-        _check_amount(self)
-        families = {self.partition, *(self.column(name).partition for name in self.columns)}
-        if self.num_tables != Settings.num_tables and not families.intersection(_MULTI_TABLE):
+        check_amount(self)
+        of_columns = [self, *map(self.column, self.columns)]
+        families = {options.partition for options in of_columns}
+        has_keys = any(options.ids == "keys" for options in of_columns)
+        if self.num_tables != Settings.num_tables and not (
+            has_keys or families.intersection(MULTI_TABLE)
+        ):
             raise UserError(
-                f"num_tables goes with partition {' or '.join(_MULTI_TABLE)}, not "
-                f"{self.partition!r}."
+                f"num_tables goes with partition {' or '.join(MULTI_TABLE)}, or with ids 'keys', "
+                f"not {self.partition!r}."
+            )
+        if self.ids == "keys" and self.compression is not None:
+            raise UserError(
+                "compression goes with a vocabulary; the tables of ids 'keys' have the sizes that "
+                "key_bits and num_tables give them."
             )
 
     def column(self, name: str) -> ColumnSettings:
         """The options of the categorical column `name`."""
-        shared = {option.name: getattr(self, option.name) for option in fields(_ColumnOptions)}
+        shared = {option.name: getattr(self, option.name) for option in fields(ColumnOptions)}
         section = self.columns.get(name, {})
-        if not section.keys().isdisjoint(_AMOUNTS):
-            shared |= dict.fromkeys(_AMOUNTS)
+        if not section.keys().isdisjoint(AMOUNTS):
+            shared |= dict.fromkeys(AMOUNTS)
         return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Column -> what its section makes it: options of an embedding make it a category."""
+        uses = {"ignore": "ignored", "number": "number", "category": "category", None: "category"}
+        return {name: uses[self.column(name).kind] for name in self.columns}
+
+    @property
+    def may_be_criteo(self) -> bool:
+        """Whether the data may turn out to be in the Criteo format: no option speaks of columns."""
+        is_given = any(getattr(self, name) is not None for name in _OF_TABLES)
+        kinds = {section.get("kind") for section in self.columns.values()}
+        is_given |= self.delimiter != "auto" or self.header != "auto" or bool(kinds - {None})
+        return self.preset == "auto" and not is_given
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the records of a run."""
@@ -268,11 +264,3 @@ def widths(name: str, text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
     return tuple(int(part) for part in parts)
-
-
-def _check_amount(settings: _ColumnOptions) -> None:
-    if settings.compression is not None and settings.collisions is not None:
-        raise UserError(
-            "compression (in bytes) and collisions (in rows) say the same thing in two ways: give "
-            f"one of them, got {settings.compression} and {settings.collisions}."
-        )

@@ -1,13 +1,16 @@
-"""Small Criteo-format files, made from plain Python rows."""
+"""Small files of events, made from plain Python values: in the Criteo format, and any tables."""
 
+import csv
 import gzip
+import io
 import random
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from qrhash.ctr.data.block import CATEGORIES, COLUMNS, INTEGERS
+from qrhash.ctr.data.criteo import CATEGORIES, COLUMNS, INTEGERS
 
 Row = list[str]
 
@@ -61,3 +64,54 @@ def write_parquet(path: Path, rows: list[Row], *, integer_keys: pa.DataType | No
     table = pa.table({name: column(name, values) for name, values in cells})
     pyarrow.parquet.write_table(table, path, row_group_size=37)
     return path
+
+
+# --- tables of any columns ------------------------------------------------------------------------
+
+Events = dict[str, list[object]]
+
+
+def events(count: int, *, users: int = 60) -> Events:
+    """Rows in time order: a click that follows its user, whose id has 64 bits and a sign, and more.
+
+    `user` and `ad` are categories, `price` and `age` numbers, and `when` is a time.
+    """
+    rng = random.Random(1)
+    ids = [rng.randrange(-(2**63), 2**63) for _ in range(users)]
+    taste = [rng.random() < 0.5 for _ in ids]
+    who = [rng.randrange(users) for _ in range(count)]
+    clicks = [int(rng.random() < (0.95 if taste[i] else 0.05)) for i in who]
+    start = datetime(2024, 1, 1)
+    return {
+        "clicked": clicks,
+        "when": [start + timedelta(minutes=i) for i in range(count)],
+        "user": [ids[i] for i in who],
+        "ad": [rng.choice(["red, big", 'a "blue" one', "two\nlines", "späte", None]) for _ in who],
+        "price": [rng.choice([None, rng.uniform(-5, 50)]) for _ in who],
+        "age": [rng.randrange(200) for _ in who],
+    }
+
+
+def write_csv(
+    path: Path, columns: Events, *, delimiter: str = ",", header: bool = True, end: str = "\n"
+) -> Path:
+    """As Python writes it: quotation marks where they must be; gzip by the name."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end)
+    if header:
+        writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    data = text.getvalue().encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def write_table(path: Path, columns: Events, **types: pa.DataType) -> Path:
+    """Parquet, with the types that arrow gives the values, or those given."""
+    arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pa.table(arrays), path, row_group_size=41)
+    return path
+
+
+def rows_of(columns: Events, start: int, stop: int) -> Events:
+    return {name: values[start:stop] for name, values in columns.items()}

@@ -9,11 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from grain import experimental as grain_experimental
 
-from qrhash.ctr.data.block import CATEGORIES, Block, Source
+from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.vocabulary import Ids
+from qrhash.keys import Keys
 
 _PREFETCHED = 4  # batches made ahead of the step
 
@@ -24,30 +27,37 @@ class Batch(NamedTuple):
     Attributes:
       labels: [batch] float32, 0 or 1.
       weights: [batch] float32, 1 for a row, 0 for padding.
-      numbers: [batch, 13] float32, log(1 + max(x, 0)), 0 for a missing integer.
-      ids: [batch, columns] int32.
+      numbers: [batch, N] float32, sign(x) log(1 + |x|), 0 for a missing number; in the Criteo
+        format log(1 + max(x, 0)).
+      ids: [batch, columns] int32, of the columns that have ids.
+      keys: `Keys` [batch, columns], of those that have none.
     """
 
     labels: np.ndarray
     weights: np.ndarray
     numbers: np.ndarray
     ids: np.ndarray
+    keys: Keys
 
 
-def encode(block: Block, ids: Mapping[str, Ids]) -> Batch:
+def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
     """Rows as a model takes them; `ids` names the columns of the model, in order."""
-    numbers = np.log1p(np.maximum(np.nan_to_num(block.numbers), 0))
-    places = {name: CATEGORIES.index(name) for name in ids}
-    columns = [
-        of_keys(block.keys[:, places[name]], block.missing[:, places[name]])
-        for name, of_keys in ids.items()
-    ]
+    numbers = np.nan_to_num(block.numbers)
+    if schema.preset == "criteo":
+        numbers = np.maximum(numbers, 0)
+    numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
     rows = len(block.labels)
+    numbered, raw = [np.zeros((rows, 0), np.int32)], [Keys.of(np.zeros((rows, 0), np.uint64))]
+    for name, of_keys in ids.items():
+        place = slice(at := schema.categories.index(name), at + 1)
+        found = of_keys(block.keys[:, place], block.missing[:, place])
+        (raw if of_keys.num_embeddings is None else numbered).append(found)
     return Batch(
         labels=block.labels,
         weights=np.ones(rows, np.float32),
         numbers=numbers,
-        ids=np.stack(columns, axis=1) if columns else np.zeros((rows, 0), np.int32),
+        ids=np.concatenate(numbered, axis=1),
+        keys=jax.tree.map(lambda *words: np.concatenate(words, axis=1), *raw),
     )
 
 
@@ -59,10 +69,10 @@ def batches(
 
     def pad(batch: Batch) -> Batch:
         missing = batch_size - len(batch.labels)
-        return Batch(*(np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in batch))
+        return jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), batch)
 
     blocks: grain.IterDataset[Any] = _Blocks(source, start, stop)
-    encoded = blocks.map(lambda block: encode(block, ids))
+    encoded = blocks.map(lambda block: encode(block, source.schema, ids))
     batched = grain_experimental.RebatchIterDataset(encoded, batch_size).map(pad)
     prefetched = grain_experimental.ThreadPrefetchIterDataset(
         batched, prefetch_buffer_size=_PREFETCHED

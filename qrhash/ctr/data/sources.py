@@ -1,215 +1,265 @@
-"""Text, gzip and Parquet files -> blocks, with bounded memory.
+"""The data of a run, in one file or many, -> blocks of rows.
 
-A text file is read in chunks of whole lines, so that every line keeps its physical number:
-the numbers decide the split by time, and a malformed line is shown with its own. What a file
-is, its first bytes say, not its name.
+What a file is, its first bytes say, not its name. Rows come in the order of the files by name, and
+within them in their own. Which of them are trained and which tested on is decided by that order,
+or by a column of times: then the training rows are numbered first, and the test rows after them.
 """
 
-import contextlib
-import gzip
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
-from qrhash.ctr.data.block import COLUMNS, Block, Source
-from qrhash.ctr.data.cells import decode
+from qrhash.ctr.data import cells
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.criteo import COLUMNS
+from qrhash.ctr.data.decode import decode
+from qrhash.ctr.data.files import MAGIC_BYTES, BadLines, File, Part, file_errors, find_files
+from qrhash.ctr.data.folders import in_folders
+from qrhash.ctr.data.formats import CRITEO_TEXT, TextFormat, is_criteo, read_head, sniff
+from qrhash.ctr.data.inference import SAMPLE_ROWS, check_sections, infer, listed
+from qrhash.ctr.data.parquet import ParquetFile
+from qrhash.ctr.data.schema import CRITEO, Schema
+from qrhash.ctr.data.text import TextFile
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import Settings
 
-_CHUNK_BYTES = 1 << 20  # text read at once, about 4,000 Criteo lines; also the longest line
-_PARQUET_ROWS = 8192  # rows decoded at once
+_CRITEO_CATEGORIES = ("integer", "string", "large_string", "string_view", "dictionary", "null")
 
 
-class BadLines:
-    """Counts the malformed lines of one file; too many of them stop the run.
-
-    A line met again in a later pass is counted once.
+class FileSource:
+    """The rows of some files; a `Source`.
 
     Args:
-      path: the file, for the messages.
-      limit: how many malformed lines are skipped before `UserError`.
-      notify: called with a message for each of the first few.
+      name: what to call them.
+      files: in order.
+      schema: what their columns are used as.
+      bad_lines: is told of malformed rows.
     """
 
-    _SHOWN = 5
+    def __init__(self, name: str, files: list[File], schema: Schema, bad_lines: BadLines) -> None:
+        self.name, self.schema = name, schema
+        self._files, self._bad_lines = files, bad_lines
+        self.num_lines = sum(file.num_rows for file in files)
+        self.checksum = files[0].checksum
+        for file in files[1:]:
+            self.checksum = zlib.crc32(f"{self.checksum} {file.checksum}".encode())
+        self._first_test_time: int | None = None
+        self._split = self.num_lines
 
-    def __init__(self, path: Path, limit: int, notify: Callable[[str], None]) -> None:
-        self._path, self._limit, self._notify = path, limit, notify
-        self._lines: set[int] = set()
+    def split_by_time(self, test_lines: int) -> int:
+        """Numbers the last rows by time after all others; returns the number of the first of them.
 
-    def __len__(self) -> int:
-        return len(self._lines)
+        Rows of the same time stay together: there may be more of them than asked for.
 
-    def add(self, line: int, reason: str) -> None:
-        """Records line number `line`, counted from 0; raises UserError beyond the limit."""
-        if line in self._lines:
-            return
-        self._lines.add(line)
-        message = f"{self._path}, line {line + 1}: {reason}"
-        if len(self._lines) > self._limit:
+        Args:
+          test_lines: how many rows are to be last.
+
+        Raises:
+          UserError: that would be all rows.
+        """
+        assert self.schema.time is not None
+        # 8 bytes for each row.
+        found = [times[~bad] for _, _, times, bad in self._timed_parts([self.schema.time])]
+        times = np.concatenate([np.zeros(0, np.int64), *found])
+        if len(times) <= test_lines:
             raise UserError(
-                f"More than {self._limit} malformed lines, the last of them {message}; "
-                "a larger --max-bad-lines skips more."
+                f"{self.name}: only {len(times):,} rows have a time in {self.schema.time}; testing "
+                f"on the last {test_lines:,} leaves none to train on."
             )
-        if len(self._lines) <= self._SHOWN:
-            more = " (further ones are only counted)" if len(self._lines) == self._SHOWN else ""
-            self._notify(f"skipped {message}{more}")
-
-
-class TextSource:
-    """A Criteo text file: 40 tab-separated cells a line, no header, plain or gzip."""
-
-    def __init__(self, path: Path, bad_lines: BadLines, *, compressed: bool) -> None:
-        self.name = str(path)
-        self._path, self._bad_lines = path, bad_lines
-        self._open: Callable[[Path, str], Any] = gzip.open if compressed else open
-        self.num_lines = self.checksum = 0
-        for _, lines in self._chunks():
-            self.num_lines += len(lines)
-            self.checksum = zlib.crc32(b"\n".join([*lines, b""]), self.checksum)
+        first = int(np.partition(times, len(times) - test_lines)[len(times) - test_lines])
+        tested = int(np.sum(times >= first))
+        if tested == len(times):
+            raise UserError(
+                f"{self.name}: {self.schema.time} does not divide the rows: testing on the last "
+                f"{test_lines:,} of {len(times):,}, and those of the same time, leaves none to "
+                "train on."
+            )
+        self._first_test_time = first
+        self._split = self.num_lines - tested
+        return self._split
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Yields the rows of lines [start, stop); see `Source`."""
-        for first, lines in self._chunks():
-            if first >= stop:
+        for path, part, lines in self._parts(start, stop):
+            block, reasons = decode(part.table, self.schema)
+            for row in sorted(reasons):
+                self._bad_lines.add(path, int(part.lines[row]), reasons[row])
+            yield block._replace(places=lines[block.places])
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Path, Part, np.ndarray]]:
+        """Yields (path, rows, their places among all rows) of lines [start, stop)."""
+        columns = [column.name for column in self.schema.used]
+        if self._first_test_time is not None:
+            yield from self._parts_by_time(start, stop, columns)
+            return
+        first = 0
+        for file in self._files:
+            if start < first + file.num_rows and first < stop:
+                for part in file.parts(max(0, start - first), stop - first, columns):
+                    for line, reason in part.faults.values():
+                        self._bad_lines.add(file.path, line, reason)
+                    yield file.path, part, part.places + first
+            first += file.num_rows
+
+    def _parts_by_time(
+        self, start: int, stop: int, columns: list[str]
+    ) -> Iterator[tuple[Path, Part, np.ndarray]]:
+        """As `_parts`, numbered by time: before the first test row, or from it on.
+
+        A row without a time counts as one of those before, so that no line is without a number.
+        """
+        assert self._first_test_time is not None
+        trained, tested = 0, self._split
+        for file, part, times, bad in self._timed_parts(columns):
+            is_test = ~bad & (times >= self._first_test_time)
+            numbers = np.where(is_test, tested + np.cumsum(is_test), trained + np.cumsum(~is_test))
+            numbers -= 1
+            trained += int(np.sum(~is_test)) + len(part.faults)
+            tested += int(np.sum(is_test))
+            self._tell(file, part, bad)
+            kept = np.flatnonzero((numbers >= start) & (numbers < stop) & ~bad)
+            if kept.size:
+                table = part.table.take(pa.array(kept))
+                yield file.path, Part(table, part.places[kept], part.lines[kept], {}), numbers[kept]
+            if (tested if start >= self._split else trained) >= min(stop, self.num_lines):
                 return
-            skipped = max(0, start - first)
-            lines = lines[skipped : stop - first]
-            if lines:
-                yield self._parse(lines, first + skipped)
 
-    def _chunks(self) -> Iterator[tuple[int, list[bytes]]]:
-        """Yields (number of the first line, whole lines without their line ends)."""
-        first, rest = 0, b""
-        with _file_errors(self._path), self._open(self._path, "rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                *lines, rest = (rest + chunk).split(b"\n")
-                if len(rest) > _CHUNK_BYTES:
-                    raise UserError(
-                        f"{self.name}, line {first + len(lines) + 1} is longer than "
-                        f"{_CHUNK_BYTES:,} bytes; this is not a click log."
-                    )
-                yield first, lines
-                first += len(lines)
-            if rest:
-                yield first, [rest]
+    def _timed_parts(
+        self, columns: list[str]
+    ) -> Iterator[tuple[File, Part, np.ndarray, np.ndarray]]:
+        """Yields (file, rows, their times, which of them have none)."""
+        time = self.schema.time
+        assert time is not None
+        for file in self._files:
+            for part in file.parts(0, file.num_rows, columns):
+                yield file, part, *cells.times(time, part.table[time].combine_chunks())
 
-    def _parse(self, lines: list[bytes], first: int) -> Block:
-        """[rows] lines -> the block of the well-formed ones; the others go to `bad_lines`."""
-        cells = np.array([line.count(b"\t") + 1 for line in lines])
-        reasons = {
-            row: f"expected {len(COLUMNS)} columns, found {cells[row]}"
-            for row in np.flatnonzero(cells != len(COLUMNS)).tolist()
-        }
-        whole = np.flatnonzero(cells == len(COLUMNS))
-        block, unreadable = decode(_split_cells([lines[row] for row in whole]))
-        reasons |= {int(whole[row]): reason for row, reason in unreadable.items()}
-        for row in sorted(reasons):
-            self._bad_lines.add(first + row, reasons[row])
-        return block
+    def _tell(self, file: File, part: Part, bad: np.ndarray) -> None:
+        for line, reason in part.faults.values():
+            self._bad_lines.add(file.path, line, reason)
+        for row in np.flatnonzero(bad).tolist():
+            cell = cells.quote(part.table[self.schema.time][row].as_py())
+            reason = f"{self.schema.time} is not a time: {cell}"
+            self._bad_lines.add(file.path, int(part.lines[row]), reason)
 
 
-class ParquetSource:
-    """The same 40 columns in a Parquet file, named label, I1..I13, C1..C26."""
+def open_source(
+    settings: Settings,
+    bad_lines: BadLines,
+    notify: Callable[[str], None] = lambda _: None,
+    schema: Schema | None = None,
+) -> FileSource:
+    """Opens the files that the settings name, and counts their lines.
 
-    def __init__(self, path: Path, bad_lines: BadLines) -> None:
-        self.name = str(path)
-        self._path, self._bad_lines = path, bad_lines
-        with self._file() as file:
-            names = file.schema_arrow.names
-            self.num_lines = file.metadata.num_rows
-        # The last part says how many bytes each column has in each group of rows, and their range.
-        with _file_errors(path), path.open("rb") as stream:
-            stream.seek(-8, os.SEEK_END)
-            size = int.from_bytes(stream.read(4), "little")
-            stream.seek(-8 - size, os.SEEK_END)
-            self.checksum = zlib.crc32(stream.read(size))
-        for many, fault in ((0, "no column"), (2, "more than one column")):
-            faulty = [name for name in COLUMNS if min(names.count(name), 2) == many]
-            if faulty:
-                raise UserError(f"{path} has {fault} {', '.join(faulty)}.")
-
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
-        """Yields the rows of lines [start, stop); see `Source`."""
-        with self._file() as file:
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            ends = np.cumsum([0, *sizes])
-            groups = [i for i in range(len(sizes)) if ends[i] < stop and ends[i + 1] > start]
-            first = int(ends[groups[0]]) if groups else stop
-            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[*COLUMNS]):
-                skipped = max(0, start - first)
-                rows = batch.slice(skipped, max(0, stop - first - skipped))
-                if rows.num_rows:
-                    block, reasons = decode(pa.Table.from_batches([rows]))
-                    for row in sorted(reasons):
-                        self._bad_lines.add(first + skipped + row, reasons[row])
-                    yield block
-                first += batch.num_rows
-
-    @contextlib.contextmanager
-    def _file(self) -> Iterator[pyarrow.parquet.ParquetFile]:
-        with _file_errors(self._path), pyarrow.parquet.ParquetFile(self._path) as file:
-            yield file
-
-
-def open_source(path: Path, bad_lines: BadLines) -> Source:
-    """Opens a file by what its first bytes say it is, and counts its lines.
+    Args:
+      settings: where the data are, and what their columns are used as.
+      bad_lines: is told of malformed rows.
+      notify: called with a sentence on files that are left out.
+      schema: of an earlier run; by default it is inferred.
 
     Raises:
-      UserError: there is no such file, it is a directory or empty, or it cannot be read.
+      UserError: there is no such file, or none that holds rows; one cannot be read, or has other
+        columns than the first.
     """
-    if not path.exists():
-        raise UserError(f"There is no file {path}.")
-    if not path.is_file():
-        raise UserError(f"{path} is {'a directory' if path.is_dir() else 'not a regular file'}.")
-    with _file_errors(path), path.open("rb") as stream:
-        magic = stream.read(4)
-    source: Source
+    assert settings.data is not None
+    first, *others = find_files(settings.data, notify)
+    files = [_open_file(first, settings, schema)]
+    found = CRITEO if schema is None and _is_criteo(files[0], settings) else schema
+    raw = [files[0], *(_open_file(path, settings, found) for path in others)]
+    files = [in_folders(file, settings.data) for file in raw]
+    if found is not None and not found.label_required and found.label not in files[0].fields:
+        found = found.without("label")
+    if not sum(file.num_rows for file in files):
+        raise UserError(f"{settings.data} is empty.")
+    used = files[0].fields if found is None else [column.name for column in found.used]
+    for file in files:
+        _check_fields(file, files[0], list(used), may_have_more=found is not None)
+    if found is None:
+        found = infer(files[0].fields, _sample(files), settings)
+    check_sections(settings, found)
+    return FileSource(settings.data, files, found, bad_lines)
+
+
+def _open_file(path: Path, settings: Settings, schema: Schema | None) -> File:
+    with file_errors(path), path.open("rb") as stream:
+        magic = stream.read(MAGIC_BYTES)
     if magic == b"PAR1":
-        source = ParquetSource(path, bad_lines)
-    else:
-        source = TextSource(path, bad_lines, compressed=magic[:2] == b"\x1f\x8b")
-    if source.num_lines == 0:
-        raise UserError(f"{path} is empty.")
-    return source
+        return ParquetFile(path)
+    compressed = magic[:2] == b"\x1f\x8b"
+    head = read_head(path, compressed=compressed)
+    return TextFile(path, _format(head, path, settings, schema), compressed=compressed)
 
 
-def _split_cells(lines: list[bytes]) -> pa.Table:
-    """Lines of 40 cells -> 40 columns of text, null for an empty cell."""
-    text = b"\n".join(lines) + b"\n"
-    # Arrow ends a line at a lone carriage return too; as a space it spoils its cell only.
-    text = text.replace(b"\r\n", b"\n").replace(b"\r", b" ")
-    text = text.decode("utf-8", errors="replace").encode()
-    if not lines:
-        return pa.table({name: pa.array([], pa.string()) for name in COLUMNS})
-    return pyarrow.csv.read_csv(
-        pa.BufferReader(text),
-        pyarrow.csv.ReadOptions(column_names=COLUMNS, use_threads=False, block_size=len(text) + 1),
-        pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
-        pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(COLUMNS, pa.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
+def _format(head: str, path: Path, settings: Settings, schema: Schema | None) -> TextFormat:
+    is_preset = settings.preset == "criteo" or (schema is not None and schema.preset == "criteo")
+    may_lack_label = schema is not None and not schema.label_required
+    if is_preset and may_lack_label and is_criteo(head, lacks_label=True):
+        return CRITEO_TEXT._replace(names=COLUMNS[1:])
+    if is_preset or (schema is None and settings.may_be_criteo and is_criteo(head)):
+        return CRITEO_TEXT
+    form = sniff(
+        head,
+        path,
+        delimiter=settings.delimiter,
+        header=settings.header,
+        label=settings.label,
+    )
+    if schema is None or form.has_header or not may_lack_label:
+        return form
+    # Without a header columns go by their places, which one that is not there moves.
+    names = tuple(each.name for each in schema.columns if each.use != "label")
+    return form._replace(names=names) if len(names) == len(form.names) else form
+
+
+def _is_criteo(file: File, settings: Settings) -> bool:
+    """Whether a file is in the Criteo format: as the options say, or by its form."""
+    if settings.preset == "criteo" or (isinstance(file, TextFile) and file.form == CRITEO_TEXT):
+        return True
+    if not settings.may_be_criteo or not set(COLUMNS) <= set(file.fields):
+        return False
+    kinds = [file.fields[name] for name in CRITEO.categories]
+    return isinstance(file, ParquetFile) and all(
+        cells.is_a(kind, *_CRITEO_CATEGORIES) for kind in kinds
     )
 
 
-@contextlib.contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
-    """What goes wrong while a file is read, in a sentence."""
-    try:
-        yield
-    except EOFError as error:
-        raise UserError(f"{path} is a truncated gzip file: its end is missing.") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is a damaged gzip file: {error}.") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{path} is a damaged Parquet file: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+def _sample(files: list[File]) -> pa.Table:
+    """The first rows, and those of the last file: what is one value in a file may be a day."""
+    ends = files[:1] if len(files) == 1 else [files[0], files[-1]]
+    tables = [file.sample(SAMPLE_ROWS).select(list(files[0].fields)) for file in ends]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _check_fields(file: File, first: File, used: list[str], *, may_have_more: bool) -> None:
+    """Raises a UserError unless a file has the columns used, of the types of the first file."""
+    absent = [name for name in used if name not in file.fields]
+    if absent:
+        raise UserError(
+            f"{file.path} has no column {', '.join(absent)}; it has {listed(file.fields)}."
+        )
+    for name in used:
+        here, there = file.fields[name], first.fields[name]
+        if _family(here) != _family(there) and "null" not in (_family(here), _family(there)):
+            raise UserError(
+                f"Column {name} is {here} in {file.path}, but {there} in {first.path}: write all "
+                "files with the same types."
+            )
+    more = [name for name in file.fields if name not in first.fields]
+    if more and not may_have_more:
+        raise UserError(f"{file.path} has a column {listed(more)} that {first.path} has not.")
+
+
+def _family(kind: pa.DataType) -> str:
+    """Types that are read alike."""
+    kind = getattr(kind, "value_type", kind) if pa.types.is_dictionary(kind) else kind
+    alike = {
+        "text": ("string", "large_string", "string_view"),
+        # A data frame writes integers beside missing ones as floats.
+        "number": ("integer", "floating", "decimal"),
+        "time": ("date", "timestamp"),
+        "null": ("null",),
+    }
+    return next((name for name, of in alike.items() if cells.is_a(kind, *of)), str(kind))

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from qrhash.arithmetic import ceil_div
-from qrhash.ctr.data.block import CATEGORIES, INTEGERS, Block
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.criteo import CATEGORIES, INTEGERS
+from qrhash.ctr.data.schema import CRITEO
 
 _BLOCK_ROWS = 8192
 
@@ -38,6 +40,7 @@ class SyntheticSource:
     """
 
     name = "synthetic click stream"
+    schema = CRITEO
     checksum = 0  # the settings say it all
 
     def __init__(self, num_lines: int, seed: int) -> None:
@@ -75,7 +78,9 @@ class SyntheticSource:
         keys = np.stack([_keys(j, rank) for j, rank in enumerate(ranks)], axis=1)
         keys[missing] = 0
         numbers[absent] = np.nan
-        return Block(labels.astype(np.float32), numbers.astype(np.float32), keys, missing, logits)
+        labels, numbers = labels.astype(np.float32), numbers.astype(np.float32)
+        places = np.arange(_BLOCK_ROWS) + number * _BLOCK_ROWS
+        return Block(labels, numbers, keys, missing, logits, places)
 
 
 def _zipf_cumulative(size: int) -> np.ndarray:

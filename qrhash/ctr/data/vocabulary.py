@@ -1,33 +1,44 @@
 """64-bit category keys -> ids.
 
-Two ways, with one face: `num_embeddings`, and a call that turns keys into ids. A `Vocabulary`
+Three ways, with one face: a call that turns keys into what a model takes. A `Vocabulary`
 numbers the categories of the training lines, most frequent first, so that in a compressed
 table a frequent category shares its row with rare ones only (`columns`).
-`HashedIds` needs no pass over the data: Criteo's categories are hashes already.
+`HashedIds` needs no pass over the data: keys of text are hashes, and so are Criteo's.
+`RawKeys` are no ids: the keys themselves, for tables that take any key, so that nothing need be
+known of the data before and nothing be kept of them.
 """
 
-from collections.abc import Iterable
+import json
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from qrhash.ctr.data.block import CATEGORIES, Block
+from qrhash.ctr.column_settings import ColumnSettings
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
+from qrhash.keys import Keys
 
 UNSEEN_ID = 0
 
+# The key of a missing cell: the first 64 bits of the fraction of pi.
+MISSING_KEY = 0x243F6A8885A308D3
+
 
 class Ids(Protocol):
-    """What turns the keys of one column into ids."""
+    """What turns the keys of one column into what a model takes."""
 
     @property
-    def num_embeddings(self) -> int:
-        """Number of ids."""
+    def num_embeddings(self) -> int | None:
+        """Number of ids; None: there are none, but keys."""
         ...
 
-    def __call__(self, keys: np.ndarray, missing: np.ndarray) -> np.ndarray:
-        """Keys [rows] uint64, where they are missing [rows] -> ids [rows] int32."""
+    def __call__(self, keys: np.ndarray, missing: np.ndarray) -> Any:
+        """Keys [rows] uint64, where they are missing [rows] -> ids [rows] int32, or `Keys`."""
         ...
 
 
@@ -70,6 +81,17 @@ class HashedIds:
         """Keys [rows] uint64, where they are missing [rows] -> ids [rows] int32."""
         ids = 1 + keys % np.uint64(self.num_embeddings - 1)
         return np.where(missing, 0, ids).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class RawKeys:
+    """The keys as they are; a missing cell has a key of its own, which one in 2**64 others has."""
+
+    num_embeddings: None = None
+
+    def __call__(self, keys: np.ndarray, missing: np.ndarray) -> Keys:
+        """Keys [rows] uint64, where they are missing [rows] -> `Keys` [rows]."""
+        return Keys.of(np.where(missing, np.uint64(MISSING_KEY), keys))
 
 
 class KeyCounts:
@@ -120,26 +142,71 @@ class KeyCounts:
         self._pending, self._num_pending = [], 0
 
 
-def build_ids(settings: Settings, blocks: Iterable[Block]) -> dict[str, Ids]:
+def build_ids(
+    settings: Settings, categories: Sequence[str], blocks: Iterable[Block]
+) -> dict[str, Ids]:
     """The ids of every column.
 
     Args:
-      settings: which columns are hashed, and the others' `min_count`.
+      settings: which columns are hashed or take keys, and the others' `min_count`.
+      categories: the columns, as the blocks have them.
       blocks: the training rows; read only if a column needs a vocabulary.
 
     Returns:
       {column name: ids}, in the order of the columns.
     """
-    columns = {name: settings.column(name) for name in CATEGORIES}
-    counted = {name: KeyCounts() for name in CATEGORIES if columns[name].hash_size is None}
+    columns = {name: settings.column(name) for name in categories}
+    counted = {
+        name: KeyCounts() for name, column in columns.items() if not _without_vocabulary(column)
+    }
     for block in blocks if counted else ():
         for name, counts in counted.items():
-            place = CATEGORIES.index(name)
+            place = categories.index(name)
             counts.add(block.keys[:, place], block.missing[:, place])
-    ids: dict[str, Ids] = {}
-    for name, column in columns.items():
-        if column.hash_size is not None:
-            ids[name] = HashedIds(column.hash_size)
-        else:
-            ids[name] = counted[name].vocabulary(column.min_count)
-    return ids
+    return {
+        name: _without_vocabulary(column) or counted[name].vocabulary(column.min_count)
+        for name, column in columns.items()
+    }
+
+
+def _without_vocabulary(column: ColumnSettings) -> Ids | None:
+    """The ids of a column that needs to know nothing of the data; None for others."""
+    if column.hash_size is not None:
+        return HashedIds(column.hash_size)
+    return RawKeys() if column.takes_keys else None
+
+
+def save_ids(path: Path, ids: Mapping[str, Ids]) -> None:
+    """Writes the vocabularies among the ids to a file, which is whole or not there."""
+    arrays: dict[str, Any] = {"names": np.array(json.dumps(list(ids)))}
+    for j, of_keys in enumerate(ids.values()):
+        if isinstance(of_keys, Vocabulary):
+            arrays |= {f"keys_{j}": of_keys.keys, f"ids_{j}": of_keys.ids}
+            arrays[f"missing_{j}"] = np.array(of_keys.missing_id)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    part.replace(path)
+
+
+def load_ids(path: Path, settings: Settings, categories: Sequence[str]) -> dict[str, Ids]:
+    """The ids that `save_ids` wrote, and those that the settings make.
+
+    Raises:
+      UserError: there is no such file, or it holds other columns.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream) as file:
+            arrays = dict(file)
+        names = json.loads(str(arrays["names"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read, without which no id has its meaning: {error}."
+        ) from error
+    if names != list(categories):
+        raise UserError(f"{path} is of another run: its columns are not those of the records.")
+    return {
+        name: _without_vocabulary(settings.column(name))
+        or Vocabulary(arrays[f"keys_{j}"], arrays[f"ids_{j}"], int(arrays[f"missing_{j}"]))
+        for j, name in enumerate(names)
+    }

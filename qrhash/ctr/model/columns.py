@@ -10,6 +10,9 @@ goes by the operation: "concat" has rows of half the width, "project" of a quart
 whatever the operation. Columns that are not compressed are paid first, and so are the projections;
 the others share the rest in proportion to their full tables.
 
+A column without a vocabulary has tables of digits of its keys, whatever was met: `key_bits` and
+`num_tables` give their sizes, and neither of the amounts above has a meaning there.
+
 Ids are numbered by falling frequency, and the largest table is indexed by id mod ceil(n / c):
 the ids that share a row are far apart, a frequent one with rare ones. Measured on Criteo, that
 is better than id // c, by which neighbours share it (the paper's layout, in which the quotients
@@ -29,29 +32,31 @@ from qrhash import (
     EmbedConfig,
     FullTable,
     HashTrick,
+    KeyDigits,
     MeshLayout,
     MixedRadix,
     Partition,
     QuotientRemainder,
 )
 from qrhash.arithmetic import ceil_div, ceil_root
+from qrhash.ctr.column_settings import DEFAULT_COLLISIONS, ColumnSettings
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.settings import DEFAULT_COLLISIONS, ColumnSettings, Settings
+from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.
-_SHARED = frozenset({"min_count", "hash_size", "init_stddev"})
+_SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids"})
 
 FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
 
 
 def embed_configs(
-    settings: Settings, sizes: Mapping[str, int], layout: MeshLayout | None = None
+    settings: Settings, sizes: Mapping[str, int | None], layout: MeshLayout | None = None
 ) -> dict[str, EmbedConfig]:
     """The embeddings of a model.
 
     Args:
       settings: the options of the run.
-      sizes: column name -> number of ids.
+      sizes: column name -> number of ids; None, if it takes keys.
       layout: how large tables are split over devices.
 
     Returns:
@@ -61,9 +66,15 @@ def embed_configs(
       UserError: a column cannot have the embedding that its options ask for; or all together
         cannot be compressed as far as asked for.
     """
-    columns, configs = {}, {}
+    columns: dict[str, _Column] = {}
+    configs: dict[str, EmbedConfig] = {}
+    of_keys: dict[str, EmbedConfig] = {}
     for name, size in sizes.items():
         section, options = settings.columns.get(name, {}), settings.column(name)
+        if size is None:
+            if options.partition != "drop":
+                of_keys[name] = _of_keys(name, settings.features, options)
+            continue
         is_named = not _SHARED.issuperset(section)
         if not is_named and size <= settings.threshold:
             options = replace(options, partition="full")
@@ -79,9 +90,32 @@ def embed_configs(
     is_baseline = settings.partition in ("full", "drop")
     if len(configs) < len(columns) or (settings.compression is not None and not is_baseline):
         configs |= _of_bytes_in_all(settings, columns, configs)
+    configs |= of_keys
     return {
         name: replace(configs[name], large_table_rows=settings.large_table_rows, layout=layout)
-        for name in columns
+        for name in sizes
+        if name in configs
+    }
+
+
+def _of_keys(name: str, features: int, options: ColumnSettings) -> EmbedConfig:
+    """Tables that every key has its rows in."""
+    try:
+        digits = KeyDigits(options.key_bits, options.num_tables)
+        return EmbedConfig(
+            digits, features, options.operation, widths=options.widths, **_unsized(options)
+        )
+    except ValueError as error:
+        raise UserError(f"Column {name}, keys of {options.key_bits} bits: {error}") from error
+
+
+def _unsized(options: ColumnSettings) -> dict[str, Any]:
+    """What of a config does not go by its size."""
+    return {
+        "dtype": "float32",
+        "param_dtype": options.param_dtype,
+        "use_bias": options.use_bias,
+        "init_stddev": options.init_stddev,
     }
 
 
@@ -134,7 +168,7 @@ class _Column(NamedTuple):
         """With the tables that so many bytes allow."""
         with self._named():
             single = self.options.partition == "hash-trick"
-            options = self._unsized()
+            options = _unsized(self.options)
             if self.options.widths is not None:
                 options["widths"] = self.options.widths
             return EmbedConfig.fit(
@@ -161,16 +195,8 @@ class _Column(NamedTuple):
             self.features,
             self.options.operation if combined else "mult",
             widths=self.options.widths if combined else None,
-            **self._unsized(),
+            **_unsized(self.options),
         )
-
-    def _unsized(self) -> dict[str, Any]:
-        return {
-            "dtype": "float32",
-            "param_dtype": self.options.param_dtype,
-            "use_bias": self.options.use_bias,
-            "init_stddev": self.options.init_stddev,
-        }
 
     def _partition(self) -> Partition:
         options = self.options

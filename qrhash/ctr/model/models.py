@@ -1,6 +1,6 @@
 """DLRM and DCN-v2 in Flax NNX.
 
-Both take the integers of a row and one vector for each categorical column, and give the logit
+Both take the numbers of a row and one vector for each categorical column, and give the logit
 of a click. DLRM (Naumov et al., arXiv 1906.00091) lets the vectors meet in pairs, by their dot
 products; DCN-v2 (Wang et al., arXiv 2008.13535) multiplies their concatenation x_0 with linear
 maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
@@ -8,13 +8,13 @@ maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qrhash import EmbedConfig
-from qrhash.ctr.data.block import INTEGERS
+from qrhash import EmbedConfig, Keys
 from qrhash.ctr.settings import Settings, widths
 from qrhash.nnx import EmbedCollection
 
@@ -37,17 +37,27 @@ class Embeddings(nnx.Module):
 
     def __init__(self, configs: Mapping[str, EmbedConfig], *, rngs: nnx.Rngs) -> None:
         self.names = tuple(configs)
+        takes_keys = {name: config.partition.takes_keys for name, config in configs.items()}
+        self.of_ids = tuple(name for name in self.names if not takes_keys[name])
+        self.of_keys = tuple(name for name in self.names if takes_keys[name])
         self.columns = EmbedCollection(configs, rngs=rngs)
 
-    def __call__(self, ids: jax.Array) -> list[jax.Array]:
-        """Ids [batch, columns] -> one [batch, features] for each column."""
-        if ids.ndim != 2 or ids.shape[1] != len(self.names):
-            raise ValueError(
-                f"ids must have shape [batch, {len(self.names)}], of the columns "
-                f"{', '.join(self.names)}, got {ids.shape}."
-            )
-        vectors = self.columns({name: ids[:, j] for j, name in enumerate(self.names)})
+    def __call__(self, ids: jax.Array, keys: Keys | None = None) -> list[jax.Array]:
+        """Ids and keys [batch, columns] -> one [batch, features] for each column."""
+        inputs = self._columns("ids", ids, self.of_ids)
+        if self.of_keys:
+            inputs |= self._columns("keys", keys, self.of_keys)
+        vectors = self.columns(inputs)
         return [vectors[name] for name in self.names]
+
+    def _columns(self, what: str, values: Any, names: tuple[str, ...]) -> dict[str, Any]:
+        shape = None if values is None else values.shape
+        if shape is None or len(shape) != 2 or shape[1] != len(names):
+            raise ValueError(
+                f"{what} must have shape [batch, {len(names)}], of the columns "
+                f"{', '.join(names)}, got {shape}."
+            )
+        return {name: values[:, j] for j, name in enumerate(names)}
 
 
 class DLRM(nnx.Module):
@@ -55,7 +65,9 @@ class DLRM(nnx.Module):
 
     Args:
       configs: of the categorical columns, by name, all `features` wide.
-      features: width of the vectors, and of what the bottom MLP makes of the integers.
+      num_numbers: how many numbers a row has. Without any there is no bottom MLP, and the top one
+        takes the vectors themselves in place of what that makes.
+      features: width of the vectors, and of what the bottom MLP makes of the numbers.
       bottom: hidden widths of the bottom MLP.
       top: hidden widths of the top MLP.
       rngs: random number generators.
@@ -65,25 +77,33 @@ class DLRM(nnx.Module):
         self,
         configs: Mapping[str, EmbedConfig],
         *,
+        num_numbers: int,
         features: int,
         bottom: Sequence[int],
         top: Sequence[int],
         rngs: nnx.Rngs,
     ) -> None:
-        vectors = len(configs) + 1
+        vectors = len(configs) + bool(num_numbers)
         self.embeddings = Embeddings(configs, rngs=rngs)
-        self.bottom = MLP((len(INTEGERS), *bottom, features), rngs=rngs)
-        top_sizes = (features + vectors * (vectors - 1) // 2, *top)
+        if num_numbers:
+            self.bottom = MLP((num_numbers, *bottom, features), rngs=rngs)
+        direct = features if num_numbers else vectors * features
+        top_sizes = (direct + vectors * (vectors - 1) // 2, *top)
         self.top = MLP(top_sizes, rngs=rngs)
         self.logit = nnx.Linear(top_sizes[-1], 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
-        """Numbers [batch, 13], ids [batch, columns] -> logits [batch]."""
-        dense = self.bottom(numbers)
-        vectors = jnp.stack([dense, *self.embeddings(ids)], axis=1)
+    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys | None = None) -> jax.Array:
+        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> logits [batch]."""
+        found = self.embeddings(ids, keys)
+        if numbers.shape[1]:
+            direct = self.bottom(numbers)
+            found = [direct, *found]
+        else:
+            direct = jnp.concatenate(found, axis=1)
+        vectors = jnp.stack(found, axis=1)
         products = jnp.einsum("bif,bjf->bij", vectors, vectors)
         pairs = products[:, *jnp.triu_indices(vectors.shape[1], k=1)]
-        return self.logit(self.top(jnp.concatenate([dense, pairs], axis=1)))[:, 0]
+        return self.logit(self.top(jnp.concatenate([direct, pairs], axis=1)))[:, 0]
 
 
 class DCN(nnx.Module):
@@ -91,6 +111,7 @@ class DCN(nnx.Module):
 
     Args:
       configs: of the categorical columns, by name.
+      num_numbers: how many numbers a row has.
       cross_layers: number of cross layers.
       deep: hidden widths of the MLP beside them.
       rngs: random number generators.
@@ -100,38 +121,43 @@ class DCN(nnx.Module):
         self,
         configs: Mapping[str, EmbedConfig],
         *,
+        num_numbers: int,
         cross_layers: int,
         deep: Sequence[int],
         rngs: nnx.Rngs,
     ) -> None:
-        inputs = len(INTEGERS) + sum(config.features for config in configs.values())
+        inputs = num_numbers + sum(config.features for config in configs.values())
         deep_sizes = (inputs, *deep)
         self.embeddings = Embeddings(configs, rngs=rngs)
         self.cross = nnx.List(nnx.Linear(inputs, inputs, rngs=rngs) for _ in range(cross_layers))
         self.deep = MLP(deep_sizes, rngs=rngs)
         self.logit = nnx.Linear(inputs + deep_sizes[-1], 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array) -> jax.Array:
-        """Numbers [batch, 13], ids [batch, columns] -> logits [batch]."""
-        x0 = jnp.concatenate([numbers, *self.embeddings(ids)], axis=1)
+    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys | None = None) -> jax.Array:
+        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> logits [batch]."""
+        x0 = jnp.concatenate([numbers, *self.embeddings(ids, keys)], axis=1)
         x = x0
         for layer in self.cross:
             x = x0 * layer(x) + x
         return self.logit(jnp.concatenate([x, self.deep(x0)], axis=1))[:, 0]
 
 
-def build_model(settings: Settings, configs: Mapping[str, EmbedConfig]) -> DLRM | DCN:
+def build_model(
+    settings: Settings, configs: Mapping[str, EmbedConfig], num_numbers: int
+) -> DLRM | DCN:
     """The model the settings name, with the embeddings of `configs`."""
     rngs = nnx.Rngs(settings.seed)
     if settings.model == "dcn":
         return DCN(
             configs,
+            num_numbers=num_numbers,
             cross_layers=settings.cross_layers,
             deep=widths("deep_mlp", settings.deep_mlp),
             rngs=rngs,
         )
     return DLRM(
         configs,
+        num_numbers=num_numbers,
         features=settings.features,
         bottom=widths("bottom_mlp", settings.bottom_mlp),
         top=widths("top_mlp", settings.top_mlp),

@@ -1,6 +1,7 @@
 """Progress bars on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Sequence
 from typing import Self
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+from rich.text import Text
 
 
 class Display:
@@ -66,6 +69,20 @@ class Display:
             self._progress.update(self._task, completed=min(rows, self._total), note=note)
         else:
             self.line(f"{self._phase}: {rows:,} of {self._total:,} rows  {note}".rstrip())
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table above the bar; elsewhere than on a terminal as lines of equal columns."""
+        if self._live:
+            table = Table(*header, title=title)
+            for row in rows:
+                table.add_row(*map(Text, row))
+            self._console.print(table)
+            return
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        self.line(title)
+        for row in (header, *rows):
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            self.line(f"  {'  '.join(cells)}".rstrip())
 
     def line(self, text: str) -> None:
         """Prints a line above the bar."""

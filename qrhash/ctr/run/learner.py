@@ -30,8 +30,8 @@ class Learner:
     """A model in training.
 
     Args:
-      build: makes the model, which takes numbers [batch, 13] and ids [batch, columns] and gives
-        logits [batch].
+      build: makes the model, which takes numbers [batch, N] and ids and keys [batch, columns] and
+        gives logits [batch].
       settings: learning rates and the initial accumulator.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
       layout: how large tables and the batch are split over devices.
@@ -74,7 +74,7 @@ class Learner:
         self._layout = layout
 
         def logits_of(params: dict[str, Any], batch: Batch) -> jax.Array:
-            return nnx.merge(graph, *params.values())(batch.numbers, batch.ids)
+            return nnx.merge(graph, *params.values())(batch.numbers, batch.ids, batch.keys)
 
         def loss(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
             logits = logits_of(params, batch)
@@ -129,7 +129,7 @@ class Learner:
             return batch
         size = len(batch.labels)
         mine = process_rows(size, self._layout)
-        return put_batch(Batch(*(column[mine] for column in batch)), size, self._layout)
+        return put_batch(jax.tree.map(lambda column: column[mine], batch), size, self._layout)
 
     @property
     def num_params(self) -> int:

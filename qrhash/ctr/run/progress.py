@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from qrhash import Keys
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.metrics import Scores, scores
 
@@ -88,8 +89,8 @@ class Progress:
         self.points = saved["points"]
         self._clicks, self._start = saved["clicks"], now - saved["seconds"]
         for labels, logits in saved["window"]:
-            weights, none = np.ones(len(labels), np.float32), np.empty(0)
-            batch = Batch(np.array(labels, np.float32), weights, none, none)
+            weights, none = np.ones(len(labels), np.float32), np.empty(0, np.int32)
+            batch = Batch(np.array(labels, np.float32), weights, none, none, Keys.of(none))
             self._window.append((now, batch, np.array(logits, np.float32)))
 
     def point(self, test: Scores) -> None:

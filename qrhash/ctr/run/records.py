@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.model.metrics import Scores
 
 
@@ -18,7 +19,7 @@ class Summary:
       embedding_params: parameters of the embeddings: tables and projections.
       embedding_rows: rows of all their tables.
       embedding_bytes: their memory.
-      full_params: parameters of full tables for all 26 columns.
+      full_params: parameters of full tables for all columns; None, if one has no vocabulary.
       full_rows: rows of such tables.
       full_bytes: their memory in float32.
       dense_params: all other parameters.
@@ -33,9 +34,9 @@ class Summary:
     embedding_params: int
     embedding_rows: int
     embedding_bytes: int
-    full_params: int
-    full_rows: int
-    full_bytes: int
+    full_params: int | None
+    full_rows: int | None
+    full_bytes: int | None
     dense_params: int
     rows_per_second: float
     test: Scores
@@ -58,12 +59,20 @@ class Keeper:
     def record(self, record: dict[str, Any]) -> None:
         """Called with the settings, the points of the learning curve, and the summary."""
 
+    def keep_ids(self, ids: Mapping[str, Ids]) -> None:
+        """Called with the ids of every column, after the settings."""
+
     def rewind(self, points: int) -> None:
         """Drops all after so many points of the learning curve: the run goes on from there."""
 
     @property
     def source(self) -> Mapping[str, int] | None:
         """What was recorded of the data, if the run is one that is resumed."""
+        return None
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """What was recorded of the columns, `Schema.as_dict`, if the run is one that is resumed."""
         return None
 
     @property

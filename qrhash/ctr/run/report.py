@@ -1,25 +1,27 @@
 """What a run leaves behind: JSON lines, the picture of the learning curve, the final table.
 
 `metrics.jsonl` holds one record a line, by "kind": first the settings, then the points of the
-learning curve ("progress"), last the "summary".
+learning curve ("progress"), last the "summary". `ids.npz` holds the vocabularies.
 """
 
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
 from rich.table import Table
 
+from qrhash.ctr.data.vocabulary import Ids, save_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Scores
 from qrhash.ctr.run.records import Keeper, Summary
 
 METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
+IDS = "ids.npz"
 RUNS = Path("runs")
 
 
@@ -76,13 +78,18 @@ class RunDirectory(Keeper):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the run began with."""
-        others = ("kind", "source")
+        others = ("kind", "source", "schema")
         return {name: value for name, value in self._records[0].items() if name not in others}
 
     @property
     def source(self) -> dict[str, int] | None:
         """What was recorded of the data that the run began with."""
         return self._records[0].get("source")
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What was recorded of the columns of the data."""
+        return self._records[0].get("schema") if self._records else None
 
     @property
     def checkpoints(self) -> Path | None:
@@ -97,6 +104,11 @@ class RunDirectory(Keeper):
         self._records.append(plain)
         if self._is_writer:
             self._write("a", [plain])
+
+    def keep_ids(self, ids: Mapping[str, Ids]) -> None:
+        """Writes the vocabularies beside the metrics, whole or not at all."""
+        if self._is_writer and self.path is not None:
+            save_ids(self.path / IDS, ids)
 
     def rewind(self, points: int) -> None:
         """Drops all after so many points of the learning curve, from the file too."""
@@ -192,7 +204,9 @@ def final_table(summary: Summary) -> Table:
         title = {"rows": "rows of tables", "params": "embedding parameters"}.get(
             kind, "their bytes"
         )
-        times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
+        times = "keys have no full tables"
+        if full is not None:
+            times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
         table.add_row(title, f"{ours:,}", times)
     table.add_row("dense parameters", f"{summary.dense_params:,}", "")
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")

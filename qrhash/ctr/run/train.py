@@ -1,13 +1,12 @@
 """The run from the first line to the last.
 
 One pass counts the lines, one finds the categories of the training lines, one (or `epochs`)
-trains, one tests. Rows are taken in the order of the file, and tested on are the last ones:
-a model of clicks is judged by days it has not seen.
+trains, one tests. Rows are taken in the order of the files, and tested on are the last ones, or the
+last ones by a column of times: a model of clicks is judged by days it has not seen.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -17,8 +16,10 @@ from qrhash import EmbedConfig
 from qrhash.arithmetic import ceil_div
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import Batch, batches
-from qrhash.ctr.data.sources import BadLines, open_source
+from qrhash.ctr.data.schema import Schema
+from qrhash.ctr.data.sources import FileSource, open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
 from qrhash.ctr.data.vocabulary import Ids, build_ids
 from qrhash.ctr.errors import UserError
@@ -28,6 +29,7 @@ from qrhash.ctr.model.models import build_model
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.overview import HEADER, overview
 from qrhash.ctr.run.progress import Progress, collect
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.settings import Settings
@@ -47,18 +49,25 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
       UserError: the data or the options cannot be used.
     """
     layout = make_layout(settings)  # a mesh that cannot be is told before the data are read
-    source, bad_lines = _open(settings, display)
+    display.phase("counting the rows", 0)
+    bad_lines = BadLines(settings.max_bad_lines, display.line)
+    source = _open(settings, display, keeper, bad_lines)
     if settings.resume:
         _check_source(source, keeper.source)
-    split = split_line(settings, source.num_lines)
-    ids = build_ids(settings, _shown(source.blocks(0, split), display, "vocabulary", split))
+    split = _split(settings, source)
+    schema = source.schema
+    blocks = _shown(source.blocks(0, split), display, "vocabulary", split)
+    ids = build_ids(settings, schema.categories, blocks)
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
+    if not configs and not schema.numbers:
+        raise UserError("All categories are dropped, and there are no numbers to learn from.")
+    display.table(f"columns of {source.name}", HEADER, overview(schema, sizes, configs))
     embedding_params = sum(config.num_params for config in configs.values())
     data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
     display.phase("building the model", split)
     learner = Learner(
-        lambda: build_model(settings, configs),
+        lambda: build_model(settings, configs, len(schema.numbers)),
         settings,
         num_steps=settings.epochs * ceil_div(split, settings.batch_size),
         layout=layout,
@@ -66,7 +75,9 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
 
     if not settings.resume:
         of_data = {"lines": source.num_lines, "checksum": source.checksum}
-        keeper.record({"kind": "settings", **settings.as_dict(), "source": of_data})
+        columns = {"source": of_data, "schema": schema.as_dict()}
+        keeper.record({"kind": "settings", **settings.as_dict(), **columns})
+    keeper.keep_ids(ids)
     with _checkpoints(settings, configs, keeper) as checkpoints:
         progress = _train(settings, data, learner, display, keeper, checkpoints)
     rows_per_second = progress.rows_per_second
@@ -76,9 +87,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     summary = Summary(
         train_rows=progress.rows,
         bad_lines=len(bad_lines),
-        full_params=(full_params := sum(sizes.values()) * settings.features),
-        full_rows=sum(sizes.values()),
-        full_bytes=full_params * FULL_DTYPE.itemsize,
+        **_full(sizes, settings.features),
         embedding_params=embedding_params,
         embedding_rows=sum(sum(config.partition.num_rows) for config in configs.values()),
         embedding_bytes=sum(map(num_bytes, configs.values())),
@@ -92,6 +101,15 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     return summary
 
 
+def _full(sizes: Mapping[str, int | None], features: int) -> dict[str, int | None]:
+    """What full tables would take; None where a column has keys, and no number of ids."""
+    known = [size for size in sizes.values() if size is not None]
+    rows = sum(known) if len(known) == len(sizes) else None
+    params = None if rows is None else rows * features
+    num_bytes = None if params is None else params * FULL_DTYPE.itemsize
+    return {"full_rows": rows, "full_params": params, "full_bytes": num_bytes}
+
+
 def split_line(settings: Settings, num_lines: int) -> int:
     """The first line to test on; lines are counted from 0 and include malformed ones."""
     test_lines = settings.test_rows or max(1, round(num_lines * settings.test_fraction))
@@ -100,6 +118,14 @@ def split_line(settings: Settings, num_lines: int) -> int:
             f"Testing on the last {test_lines} of {num_lines} lines leaves none to train on."
         )
     return num_lines - test_lines
+
+
+def _split(settings: Settings, source: Source) -> int:
+    """The first line to test on, by the order of the lines or by their times."""
+    split = split_line(settings, source.num_lines)
+    if not isinstance(source, FileSource) or source.schema.time is None:
+        return split
+    return source.split_by_time(source.num_lines - split)
 
 
 class _Data(NamedTuple):
@@ -118,12 +144,11 @@ class _Data(NamedTuple):
         return batches(self.source, self.split, stop, self.ids, self.batch_size)
 
 
-def _open(settings: Settings, display: Display) -> tuple[Source, Sized]:
+def _open(settings: Settings, display: Display, keeper: Keeper, bad_lines: BadLines) -> Source:
     if settings.data is None:
-        return SyntheticSource(settings.synthetic_rows, settings.seed), ()
-    path = Path(settings.data)
-    bad_lines = BadLines(path, settings.max_bad_lines, display.line)
-    return open_source(path, bad_lines), bad_lines
+        return SyntheticSource(settings.synthetic_rows, settings.seed)
+    schema = None if keeper.schema is None else Schema.from_dict(keeper.schema)
+    return open_source(settings, bad_lines, display.line, schema)
 
 
 def _check_source(source: Source, begun: Mapping[str, int] | None) -> None:

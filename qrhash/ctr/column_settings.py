@@ -1,0 +1,135 @@
+"""The options that may differ from column to column."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.options import Option, check_values
+
+PartitionName = Literal[
+    "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
+]
+Operation = Literal["mult", "concat", "add", "project"]
+MULTI_TABLE = ("mixed-radix", "chinese-remainder")
+
+# How much a column is compressed, by bytes or by rows: one of these says it.
+AMOUNTS = ("compression", "collisions")
+DEFAULT_COLLISIONS = 4
+
+# What a column without ids has no use for.
+OF_IDS = ("min_count", "compression", "collisions", "radices", "moduli")
+
+_data, _embeddings = (partial(Option, panel) for panel in ("Data", "Embeddings"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """What may differ from column to column."""
+
+    partition: Annotated[
+        PartitionName,
+        _embeddings(
+            "Family for columns longer than --threshold; 'drop' leaves them out of the model."
+        ),
+    ] = "quotient-remainder"
+    compression: Annotated[
+        float | None,
+        _embeddings(
+            "How many times fewer bytes all embeddings have than full tables of float32, whatever "
+            "the operation; in a column's section, its own.",
+            least=1,
+        ),
+    ] = None
+    collisions: Annotated[
+        int | None,
+        _embeddings(
+            "Or by rows: how many ids share a row of a column's largest table, in every family. "
+            "The tables have about so many times fewer rows than a full one, whose bytes go by "
+            "the operation: 'concat' has rows of half the width, 'project' of a quarter. 0: as "
+            "few rows as the family can. Default: 4, without --compression.",
+            least=0,
+        ),
+    ] = None
+    num_tables: Annotated[
+        int,
+        _embeddings(
+            "Tables per column for mixed-radix, chinese-remainder and --ids keys.", least=2
+        ),
+    ] = 2
+    operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
+        "mult"
+    )
+    init_stddev: Annotated[
+        float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
+    ] = 0.05
+    min_count: Annotated[
+        int, _data("Categories met less often in the training lines share id 0.", least=1)
+    ] = 1
+    ids: Annotated[
+        Literal["vocabulary", "keys"],
+        _data(
+            "'vocabulary': number the categories of the training lines; 'keys': take the 64-bit "
+            "keys as they are, without that pass and without memory for what was met."
+        ),
+    ] = "vocabulary"
+    key_bits: Annotated[
+        int,
+        _embeddings(
+            "--ids keys: how many of a key's scrambled bits name its rows, in --num-tables tables. "
+            "With all 64 no two keys share all their rows.",
+            least=1,
+            most=64,
+        ),
+    ] = 32
+    hash_size: Annotated[
+        int | None,
+        _data(
+            "Take ids modulo this size instead of from a vocabulary pass over the training lines.",
+            least=2,
+            most=2**31 - 1,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnSettings(ColumnOptions):
+    """The options of one column: a section of the configuration file over the run's own."""
+
+    radices: Annotated[tuple[int, ...] | None, _embeddings("Radices of mixed-radix.")] = None
+    moduli: Annotated[tuple[int, ...] | None, _embeddings("Moduli of chinese-remainder.")] = None
+    widths: Annotated[tuple[int, ...] | None, _embeddings("Width of each table.")] = None
+    kind: Annotated[
+        Literal["category", "number", "ignore"] | None, _data("What the column is used as.")
+    ] = None
+    use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
+    param_dtype: Annotated[
+        Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
+    ] = "float32"
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        for name, family in (("radices", "mixed-radix"), ("moduli", "chinese-remainder")):
+            if getattr(self, name) is not None and self.partition != family:
+                raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
+        check_amount(self)
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether there is no vocabulary, and are no ids."""
+        return self.ids == "keys" and self.hash_size is None
+
+    @property
+    def is_sized_by_bytes(self) -> bool:
+        """Whether `compression` says how many rows the tables have."""
+        is_fixed = self.partition in ("full", "drop") or self.radices or self.moduli
+        return self.compression is not None and not is_fixed and not self.takes_keys
+
+
+def check_amount(settings: ColumnOptions) -> None:
+    """Raises a UserError if two options say how much is compressed."""
+    if settings.compression is not None and settings.collisions is not None:
+        raise UserError(
+            "compression (in bytes) and collisions (in rows) say the same thing in two ways: give "
+            f"one of them, got {settings.compression} and {settings.collisions}."
+        )

@@ -1,0 +1,92 @@
+"""Arrow tables -> blocks, and what is wrong with each row that is left out.
+
+Only for the few cells that cannot be read is a reason put into words.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from qrhash.ctr.data import cells
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.schema import CRITEO, Schema
+
+# (name, column) -> what it holds, and a mask of the cells that cannot be read.
+_Reader = Callable[[str, pa.Array], tuple[Any, np.ndarray]]
+
+
+class _Readers(NamedTuple):
+    """How the cells of a column are read, and what they must be: (reader, rule)."""
+
+    label: tuple[_Reader, str]
+    number: tuple[_Reader, str]
+    category: tuple[_Reader, str]
+
+
+def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, str]]:
+    """Decodes the columns of a table.
+
+    Args:
+      table: the columns that the schema uses; numbers, or text with "" or null for missing.
+      schema: what each is used as.
+
+    Returns:
+      The block of the rows that are well formed, whose places are those in the table, and {row
+      number: reason} for the others.
+    """
+    reasons: dict[int, str] = {}
+    readers = _readers(schema)
+
+    def read(name: str, reader: _Reader, rule: str, *, required: bool = True) -> Any:
+        column = table[name].combine_chunks()
+        values, bad = reader(name, column)
+        if not required:
+            return np.where(bad, np.nan, values)
+        for row in np.flatnonzero(bad).tolist():
+            reasons.setdefault(row, f"{name} is not {rule}: {cells.quote(column[row].as_py())}")
+        return values
+
+    rows = table.num_rows
+    labels = np.full(rows, np.nan, np.float32)
+    if schema.label is not None:
+        labels = read(schema.label, *readers.label, required=schema.label_required)
+    numbers = [read(name, *readers.number) for name in schema.numbers]
+    found = [read(name, *readers.category) for name in schema.categories]
+    good = np.ones(rows, bool)
+    good[list(reasons)] = False
+    block = Block(
+        labels,
+        _stacked(numbers, rows, np.float32),
+        _stacked([keys for keys, _ in found], rows, np.uint64),
+        _stacked([missing for _, missing in found], rows, np.bool_),
+        places=np.arange(rows),
+    )
+    return block.take(good), reasons
+
+
+def _readers(schema: Schema) -> _Readers:
+    if schema.preset == "criteo":
+        return _Readers(
+            (_criteo_labels, "0 or 1"),
+            (cells.integers, "an integer"),
+            (cells.hex_keys, f"a category of up to {cells.MAX_DIGITS} hex digits"),
+        )
+    labels = partial(cells.labels, positive_from=schema.positive_from)
+    return _Readers(
+        (labels, "0 or 1" if schema.positive_from is None else "a number"),
+        (cells.numbers, "a number"),
+        (cells.keys, "a category"),
+    )
+
+
+def _criteo_labels(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    values, _ = cells.integers(name, column)
+    return values, ~np.isin(values, (0.0, 1.0))
+
+
+def _stacked(columns: list[np.ndarray], rows: int, dtype: Any) -> np.ndarray:
+    """Columns [rows] -> [rows, columns], of none too."""
+    return np.stack(columns, axis=1) if columns else np.zeros((rows, 0), dtype)

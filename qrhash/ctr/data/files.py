@@ -1,0 +1,198 @@
+"""Which files the data are in, whether they stay as they are, and what goes wrong with them."""
+
+import contextlib
+import glob
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from qrhash.ctr.errors import UserError
+
+# What a folder is searched for; a file that is named itself may have any name.
+SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
+MAGIC_BYTES = 4
+
+
+class Part(NamedTuple):
+    """Some consecutive rows of a file.
+
+    Attributes:
+      table: [rows] of the columns wanted.
+      places: [rows] int64, which row of the file each is, from 0, malformed ones counted.
+      lines: [rows] int64, the line each begins in, from 1: for messages.
+      faults: {place: (line, reason)} of the rows that have no cells.
+    """
+
+    table: pa.Table
+    places: np.ndarray
+    lines: np.ndarray
+    faults: dict[int, tuple[int, str]]
+
+
+class File(Protocol):
+    """A file of rows.
+
+    Attributes:
+      path: where it is.
+      fields: its columns, with their types.
+      num_rows: rows in all, malformed ones included.
+      checksum: by it other rows are told.
+    """
+
+    path: Path
+    fields: dict[str, pa.DataType]
+    num_rows: int
+    checksum: int
+
+    def parts(self, start: int, stop: int, columns: list[str]) -> Iterator[Part]:
+        """Yields the rows [start, stop), counted from 0, in order."""
+        ...
+
+    def sample(self, rows: int) -> pa.Table:
+        """The first rows, or fewer, with all columns."""
+        ...
+
+
+class BadLines:
+    """Counts the malformed lines of all files; too many of them stop the run.
+
+    A line met again in a later pass is counted once.
+
+    Args:
+      limit: how many malformed lines are skipped before `UserError`.
+      notify: called with a message for each of the first few.
+    """
+
+    _SHOWN = 5
+
+    def __init__(self, limit: int, notify: Callable[[str], None]) -> None:
+        self._limit, self._notify = limit, notify
+        self._lines: set[tuple[Path, int]] = set()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, path: Path, line: int, reason: str) -> None:
+        """Records line number `line`, counted from 1; raises UserError beyond the limit."""
+        if (path, line) in self._lines:
+            return
+        self._lines.add((path, line))
+        message = f"{path}, line {line}: {reason}"
+        if len(self._lines) > self._limit:
+            raise UserError(
+                f"More than {self._limit} malformed lines, the last of them {message}; "
+                "a larger --max-bad-lines skips more."
+            )
+        if len(self._lines) <= self._SHOWN:
+            more = " (further ones are only counted)" if len(self._lines) == self._SHOWN else ""
+            self._notify(f"skipped {message}{more}")
+
+
+class Unchanged:
+    """A file that must stay as it is while a run reads it.
+
+    Args:
+      path: where it is.
+
+    Raises:
+      UserError: there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp = self._now()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it, a file that is not as it was is told so, whatever else that led to."""
+        self._check()
+        try:
+            yield
+        except UserError:
+            self._check()
+            raise
+        self._check()
+
+    def _check(self) -> None:
+        """Raises a UserError if the file is not as it was."""
+        before, now = self._stamp, self._now()
+        if before != now:
+            sizes = f"it had {before[0]:,} bytes, and now has {now[0]:,}"
+            if before[0] == now[0]:
+                sizes = "it was written to"
+            raise UserError(
+                f"{self._path} changed during the run: {sizes}; start again when it is complete."
+            )
+
+    def _now(self) -> tuple[int, int]:
+        with file_errors(self._path):
+            stat = self._path.stat()
+        return stat.st_size, stat.st_mtime_ns
+
+
+def find_files(data: str, notify: Callable[[str], None]) -> list[Path]:
+    """The files that a path names: one, those of a folder, or those of a pattern; by name.
+
+    Args:
+      data: a file, a folder, or a pattern such as "day_*.csv".
+      notify: called with a sentence on files that are left out.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return _in_folder(path, notify)
+    if not path.exists() and glob.has_magic(data):
+        found = sorted(each for each in map(Path, glob.glob(data, recursive=True)))
+        if not found:
+            raise UserError(f"No file matches {data}.")
+        return [each for each in found if each.is_file()]
+    if not path.exists():
+        raise UserError(f"There is no file {path}.")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file.")
+    return [path]
+
+
+def _in_folder(folder: Path, notify: Callable[[str], None]) -> list[Path]:
+    """The files of data in a folder and its folders; not those whose name begins with . or _."""
+    hidden = (".", "_")
+    files = [
+        each
+        for each in sorted(folder.rglob("*"))
+        if each.is_file()
+        and not any(part.startswith(hidden) for part in each.relative_to(folder).parts)
+    ]
+    found = [each for each in files if each.name.lower().endswith(SUFFIXES)]
+    if not found:
+        raise UserError(
+            f"{folder} holds no file of data: none has a name that ends in {', '.join(SUFFIXES)}."
+        )
+    others = [str(each.relative_to(folder)) for each in files if each not in found]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        notify(f"left out of {folder}, as no data by their names: {', '.join(others[:3])}{more}")
+    return found
+
+
+@contextlib.contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """What goes wrong while a file is read, in a sentence."""
+    try:
+        yield
+    except EOFError as error:
+        raise UserError(f"{path} is a truncated gzip file: its end is missing.") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path} is a damaged gzip file: {error}.") from error
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is a damaged Parquet file: {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is gone: there is no such file any more.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error

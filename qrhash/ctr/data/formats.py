@@ -1,0 +1,156 @@
+"""How a file of text is written: its delimiter, its header, its quotation marks.
+
+The first bytes of the file say it, where the options do not.
+"""
+
+import collections
+import csv
+import gzip
+import io
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from qrhash.ctr.data.cells import BOOLEANS, DECIMAL, NO_NUMBER
+from qrhash.ctr.data.criteo import COLUMNS
+from qrhash.ctr.data.files import file_errors
+from qrhash.ctr.errors import UserError
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DELIMITERS = {"tab": "\t", "pipe": "|", "semicolon": ";", "comma": ","}  # rare in text first
+
+_HEAD_BYTES = 1 << 17  # what is looked at; a cell of more would be an error of `csv`
+_HEAD_ROWS = 100
+_DATE = re.compile("[0-9]{4}[-/][0-9]{2}[-/][0-9]{2}")
+
+
+class TextFormat(NamedTuple):
+    """How rows are written.
+
+    Attributes:
+      delimiter: what stands between cells.
+      names: of the columns, in the order of the file.
+      has_header: whether they are in the first row, which holds no data then.
+      has_quotes: whether quotation marks around a cell are no part of it.
+    """
+
+    delimiter: str
+    names: tuple[str, ...]
+    has_header: bool
+    has_quotes: bool
+
+
+CRITEO_TEXT = TextFormat("\t", COLUMNS, has_header=False, has_quotes=False)
+
+
+def is_criteo(head: str, *, lacks_label: bool = False) -> bool:
+    """Whether text looks like the Criteo format: most of its lines have 40 cells, and no header."""
+    expected = len(COLUMNS) - lacks_label
+    counts = collections.Counter(line.count("\t") + 1 for line in _lines(head))
+    del counts[1]  # Lines of one cell are malformed in any format.
+    if not counts or counts.most_common(1)[0][0] != expected:
+        return False
+    first = next(line for line in _lines(head) if line.count("\t") + 1 == expected)
+    return not _is_header(first.split("\t"))
+
+
+def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | None) -> TextFormat:
+    """The format of a file.
+
+    Args:
+      head: its beginning.
+      path: for messages.
+      delimiter: one of `DELIMITERS`, or "auto".
+      header: "yes", "no" or "auto".
+      label: a column that must be in a header, if there is one.
+
+    Raises:
+      UserError: no delimiter divides its lines.
+    """
+    mark = _delimiter(head, path) if delimiter == "auto" else DELIMITERS[delimiter]
+    # Tables of tabs and pipes seldom have quotation marks that are no part of a cell.
+    opening = re.compile(f'(?:^|{re.escape(mark)})"', flags=re.MULTILINE)
+    has_quotes = mark in ",;" or bool(opening.search(head))
+    cells = [cell.strip() for cell in _first_rows(head, mark, has_quotes=has_quotes)[0]]
+    has_header = header == "yes"
+    if header == "auto":
+        has_header = label in cells or _is_header(cells)
+    names = [cell or f"unnamed{j}" for j, cell in enumerate(cells, 1)]
+    if not has_header:
+        names = [f"column{j}" for j in range(1, len(cells) + 1)]
+    twice = [name for name, times in collections.Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(
+            f"{path} has more than one column {', '.join(twice)}: name each once, or say "
+            "--header no, if its first line is none."
+        )
+    return TextFormat(mark, tuple(names), has_header, has_quotes)
+
+
+def read_head(path: Path, *, compressed: bool) -> str:
+    """The beginning of a file of text, up to its last whole line.
+
+    Raises:
+      UserError: it is no text, or empty.
+    """
+    with file_errors(path), (gzip.open if compressed else open)(path, "rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    if not head:
+        raise UserError(f"{path} is empty.")
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is text in UTF-16; write it in UTF-8.")
+    if b"\0" in head:
+        raise UserError(f"{path} is neither text, plain or gzip, nor Parquet: it holds zero bytes.")
+    if len(head) == _HEAD_BYTES and b"\n" in head:
+        head = head[: head.rindex(b"\n")]
+    return head.removeprefix(BYTE_ORDER_MARK).decode("utf-8", errors="replace")
+
+
+def _lines(head: str) -> list[str]:
+    """The first lines that are not empty."""
+    lines = [line.removesuffix("\r") for line in head.split("\n")]
+    return [line for line in lines if line][:_HEAD_ROWS] or [""]
+
+
+def _delimiter(head: str, path: Path) -> str:
+    """What divides most rows into as many cells as the first one has; of several, the rarest."""
+
+    def agreement(mark: str) -> int:
+        first, *others = (len(row) for row in _first_rows(head, mark, has_quotes=True))
+        return 0 if first == 1 else 1 + others.count(first)
+
+    best = max(DELIMITERS.values(), key=agreement)
+    if not agreement(best):
+        raise UserError(
+            f"{path} has no columns: none of {', '.join(DELIMITERS)} divides its first lines."
+        )
+    return best
+
+
+def _first_rows(head: str, mark: str, *, has_quotes: bool) -> list[list[str]]:
+    """The cells of the first rows that are not empty."""
+    text = io.StringIO(head, newline="")
+    rows = csv.reader(text, delimiter=mark, quoting=csv.QUOTE_MINIMAL)
+    if not has_quotes:
+        rows = csv.reader(text, delimiter=mark, quoting=csv.QUOTE_NONE)
+    return list(itertools.islice(filter(None, rows), _HEAD_ROWS)) or [[""]]
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Whether cells are names: no two alike, none of them a number, a date or a truth value.
+
+    A name may be missing: that of the index of a data frame.
+    """
+    named = [cell for cell in cells if cell]
+    return (
+        len(named) >= max(1, len(cells) - 1)
+        and len(set(named)) == len(named)
+        and not any(
+            re.match(DECIMAL, cell)
+            or _DATE.match(cell)
+            or cell.lower() in BOOLEANS
+            or cell in NO_NUMBER
+            for cell in named
+        )
+    )

@@ -1,0 +1,104 @@
+"""What the columns of the data are used as."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from qrhash.ctr.data.criteo import CATEGORIES, COLUMNS, INTEGERS, LABEL
+
+Use = Literal["label", "number", "category", "time", "ignored"]
+
+# What a column holds. A CSV file holds text alone: there it is what the text says.
+Holds = Literal["integer", "number", "boolean", "time", "text", "nothing", "nested"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the data.
+
+    Attributes:
+      name: its name.
+      type: its type, in the words of the file.
+      holds: what kind of values.
+      use: what it is used as.
+      reason: why, where that is no matter of course.
+    """
+
+    name: str
+    type: str
+    holds: Holds
+    use: Use
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """All columns of the data.
+
+    Attributes:
+      columns: in the order of the data.
+      preset: "criteo": integers that are clipped at 0, and categories of hex digits; "table":
+        signed numbers, and categories of integers or text.
+      positive_from: from which value on a label is a click; None: labels are 0 and 1.
+      label_required: whether a row without one is malformed, and data without the column.
+    """
+
+    columns: tuple[Column, ...]
+    preset: Literal["criteo", "table"] = "table"
+    positive_from: float | None = None
+    label_required: bool = True
+
+    @property
+    def label(self) -> str | None:
+        """The column of clicks, where there is one."""
+        return next(iter(self._names("label")), None)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The columns of numbers."""
+        return self._names("number")
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The columns of categories."""
+        return self._names("category")
+
+    @property
+    def time(self) -> str | None:
+        """The column that says which rows come last, where one is named."""
+        return next(iter(self._names("time")), None)
+
+    @property
+    def used(self) -> tuple[Column, ...]:
+        """The columns that are read."""
+        return tuple(column for column in self.columns if column.use != "ignored")
+
+    def without(self, *uses: Use) -> "Schema":
+        """The same columns, with those of some uses left out."""
+        kept = tuple(column for column in self.columns if column.use not in uses)
+        return replace(self, columns=kept)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Schema":
+        """The schema of which `as_dict` made these values."""
+        columns = tuple(Column(**column) for column in values["columns"])
+        return cls(**{**values, "columns": columns})
+
+    def _names(self, use: Use) -> tuple[str, ...]:
+        return tuple(column.name for column in self.columns if column.use == use)
+
+
+def _criteo(name: str) -> Column:
+    if name == LABEL:
+        return Column(name, "0 or 1", "integer", "label")
+    if name in INTEGERS:
+        return Column(name, "integer", "integer", "number")
+    assert name in CATEGORIES
+    return Column(name, "hex digits", "text", "category")
+
+
+CRITEO = Schema(columns=tuple(map(_criteo, COLUMNS)), preset="criteo")

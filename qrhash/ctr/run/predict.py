@@ -1,0 +1,283 @@
+"""`qrhash predict`: the scores that a trained model gives to new rows.
+
+The model is built again from the records of its run, and takes over the last checkpoint. The rows
+go through the readers, ids, batches and the compiled function that the training's test rows went
+through, so that they get the same logits to the last bit.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from qrhash.checkpoint import Checkpoints, MismatchError
+from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.files import BadLines
+from qrhash.ctr.data.pipeline import batches
+from qrhash.ctr.data.schema import CRITEO, Schema
+from qrhash.ctr.data.sources import open_source
+from qrhash.ctr.data.vocabulary import Ids, load_ids
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.columns import embed_configs
+from qrhash.ctr.model.metrics import Scores, scores
+from qrhash.ctr.model.models import build_model
+from qrhash.ctr.options import build
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.report import IDS, RunDirectory
+from qrhash.ctr.settings import Settings
+
+SUFFIXES = (".parquet", ".pq", ".csv")
+_ROWS = 1 << 16  # rows written at once
+
+
+class Predicted(NamedTuple):
+    """What came of it.
+
+    Attributes:
+      rows: how many rows have a score.
+      bad_lines: malformed ones that have none.
+      unlabelled: rows with a score whose label cannot be read, where there is such a column.
+      scores: how good the scores are on the rows that have labels; None without any.
+    """
+
+    rows: int
+    bad_lines: int
+    unlabelled: int
+    scores: Scores | None
+
+
+def predict(
+    run: Path,
+    data: str,
+    output: Path,
+    display: Display,
+    *,
+    overwrite: bool = False,
+    max_bad_lines: int | None = None,
+) -> Predicted:
+    """Writes the score of every row of some data.
+
+    Args:
+      run: the directory of a run.
+      data: as in `Settings`; needs no label.
+      output: a file ending in .parquet or .csv: `row`, the number of the row from 0, `logit`,
+        `score`, the probability of a click, and `label`, if there are labels.
+      display: is told how far it is.
+      overwrite: whether there may be such a file.
+      max_bad_lines: malformed lines to skip before giving up; by default as in the run.
+
+    Raises:
+      UserError: the run has no checkpoint; the data cannot be used, or have not the columns of the
+        run; the output cannot be written, or exists.
+    """
+    _check_output(output, data, overwrite=overwrite)
+    directory = RunDirectory(str(run), resume=True)
+    settings = build(Settings, directory.settings, f"the run in {run}")
+    settings = replace(settings, data=data, mesh=None)
+    if max_bad_lines is not None:
+        settings = replace(settings, max_bad_lines=max_bad_lines)
+    schema = CRITEO if directory.schema is None else Schema.from_dict(directory.schema)
+    # Opened first: what is wrong with the data is told before a model is built.
+    display.phase("counting the rows", 0)
+    bad_lines = BadLines(settings.max_bad_lines, display.line)
+    asked = replace(schema.without("time"), label_required=False)
+    source = _Placed(open_source(settings, bad_lines, display.line, asked))
+    ids = load_ids(run / IDS, settings, schema.categories)
+    learner, used = _model(run, settings, schema, ids, display)
+    result = _Counts()
+    with _writer(output, has_labels=source.schema.label is not None) as writer:
+        display.phase("scoring", source.num_lines)
+        with batches(source, 0, source.num_lines, used, settings.batch_size) as stream:
+            for batch in stream:
+                real = batch.weights > 0
+                if real.any():
+                    logits = np.asarray(learner.logits(batch))[real]
+                    places = source.take(len(logits))
+                    writer.write(places, logits, batch.labels[real])
+                    result.add(logits, batch.labels[real])
+                if display.is_due:
+                    display.update(result.rows)
+        if not result.rows:
+            raise UserError(f"{source.name}: none of its {source.num_lines:,} rows can be read.")
+    unlabelled = result.unlabelled if source.schema.label is not None else 0
+    return Predicted(result.rows, len(bad_lines), unlabelled, result.scores())
+
+
+class _Placed:
+    """A source that remembers the place of each row that it gave, until it is asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.name, self.schema = source.name, source.schema
+        self.num_lines, self.checksum = source.num_lines, source.checksum
+        self._places: deque[np.ndarray] = deque()
+        self._rest = np.zeros(0, np.int64)
+
+    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+        """Yields the rows of lines [start, stop); see `Source`."""
+        for block in self._source.blocks(start, stop):
+            assert block.places is not None
+            self._places.append(block.places)
+            yield block
+
+    def take(self, rows: int) -> np.ndarray:
+        """The places of the next rows."""
+        while len(self._rest) < rows:
+            self._rest = np.concatenate([self._rest, self._places.popleft()])
+        taken, self._rest = self._rest[:rows], self._rest[rows:]
+        return taken
+
+
+class _Counts:
+    """The labels there are, with the logits given."""
+
+    def __init__(self) -> None:
+        self.rows = self.unlabelled = 0
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Takes note of the logits of some rows, and of their labels, nan for none."""
+        self.rows += len(logits)
+        known = ~np.isnan(labels)
+        self.unlabelled += int(np.sum(~known))
+        if known.any():
+            self._pairs.append((labels[known], logits[known]))
+
+    def scores(self) -> Scores | None:
+        """How good the logits are."""
+        if not self._pairs:
+            return None
+        labels, logits = (np.concatenate(column) for column in zip(*self._pairs, strict=True))
+        return scores(labels, logits)
+
+
+def _model(
+    run: Path, settings: Settings, schema: Schema, ids: dict[str, Ids], display: Display
+) -> tuple[Learner, dict[str, Ids]]:
+    """The trained model, and the ids of its columns."""
+    directory = RunDirectory(str(run), resume=True).checkpoints
+    assert directory is not None
+    nothing = (
+        f"{run} holds no complete checkpoint, so there is no model to predict with: train with "
+        "--checkpoint-every other than 0, to the first checkpoint."
+    )
+    if not directory.is_dir():
+        raise UserError(nothing)
+    display.phase("building the model", 0)
+    sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
+    configs = embed_configs(settings, sizes)
+    learner = Learner(
+        lambda: build_model(settings, configs, len(schema.numbers)), settings, num_steps=1
+    )
+    with Checkpoints(directory, configs, max_to_keep=None) as checkpoints:
+        if not checkpoints.steps:
+            raise UserError(nothing)
+        try:
+            restored = learner.restore(checkpoints)
+        except MismatchError as error:
+            raise UserError(f"{error} The run is of another version of qrhash.") from error
+        except OSError as error:
+            raise UserError(str(error)) from error
+    for sentence in restored.damaged:
+        display.line(f"Warning: {sentence}")
+    display.line(f"{run}: the model after {restored.step:,} steps")
+    return learner, {name: ids[name] for name in configs}
+
+
+# --- the file of scores ---------------------------------------------------------------------------
+
+
+def _check_output(output: Path, data: str, *, overwrite: bool) -> None:
+    if output.suffix not in SUFFIXES:
+        raise UserError(f"--output must end in {', '.join(SUFFIXES)}, got {output}.")
+    if output.is_dir():
+        raise UserError(f"{output} is a directory; name a file in --output.")
+    if not output.parent.is_dir():
+        raise UserError(f"There is no directory {output.parent} for --output {output.name}.")
+    if output.exists() and Path(data).exists() and output.samefile(data):
+        raise UserError(f"--output {output} is the data; choose another.")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; choose another --output, or --overwrite it.")
+
+
+class _Writer:
+    """Writes rows of scores."""
+
+    def __init__(self, path: Path, kind: str, *, has_labels: bool) -> None:
+        fields = [("row", pa.int64()), ("logit", pa.float32()), ("score", pa.float32())]
+        if has_labels:
+            fields.append(("label", pa.int8()))
+        self._schema = pa.schema(fields)
+        kinds = {".csv": pyarrow.csv.CSVWriter}
+        self._file = kinds.get(kind, pyarrow.parquet.ParquetWriter)(path, self._schema)
+        self._columns: list[list[np.ndarray]] = []
+
+    def write(self, places: np.ndarray, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Adds rows; labels may be nan."""
+        self._columns.append([places, logits, labels])
+        if sum(len(column[0]) for column in self._columns) >= _ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes out what was added."""
+        if not self._columns:
+            return
+        places, logits, labels = map(np.concatenate, zip(*self._columns, strict=True))
+        self._columns = []
+        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        arrays = [pa.array(places), pa.array(logits), pa.array(probabilities.astype(np.float32))]
+        if "label" in self._schema.names:
+            known = ~np.isnan(labels)
+            arrays.append(pa.array(np.where(known, labels, 0).astype(np.int8), mask=~known))
+        self._file.write_table(pa.table(arrays, schema=self._schema))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.flush()
+        self._file.close()
+
+
+@contextmanager
+def _writer(output: Path, *, has_labels: bool) -> Iterator[_Writer]:
+    """Writes a file that is there when it is whole, and not before."""
+    part = output.with_name(f"{output.name}.part")
+    try:
+        with _Writer(part, output.suffix, has_labels=has_labels) as writer:
+            yield writer
+        part.replace(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def report(result: Predicted, output: Path) -> str:
+    """What came of it, in a sentence."""
+    text = f"{result.rows:,} rows scored, {result.bad_lines:,} malformed lines skipped: {output}"
+    if result.scores is None:
+        return text
+    found = {"log loss": result.scores.log_loss, "AUC": result.scores.auc}
+    shown = ", ".join(
+        f"{name} {'undefined' if math.isnan(value) else f'{value:.4f}'}"
+        for name, value in found.items()
+    )
+    without = f"; {result.unlabelled:,} rows have no label" if result.unlabelled else ""
+    return f"{text}; {shown} on {result.scores.rows:,} labels{without}"

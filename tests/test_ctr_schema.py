@@ -1,0 +1,353 @@
+"""What columns are used as, by their types, their values, their names and the options."""
+
+import datetime
+import decimal
+import json
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from qrhash.ctr.data import cells
+from qrhash.ctr.data.decode import decode
+from qrhash.ctr.data.inference import infer
+from qrhash.ctr.data.schema import CRITEO, Schema
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import Settings
+from qrhash.keys import Keys
+from qrhash.strings import hash_strings
+
+ROWS = 400
+DAYS = [datetime.datetime(2024, 1, 1) + datetime.timedelta(hours=i) for i in range(ROWS)]
+
+
+def _infer(table_columns, **options):
+    """The schema of columns, beside a label and a category that make it a whole one."""
+    table = pa.table(
+        {"click": [i % 2 for i in range(ROWS)], "word": ["a", "b"] * 200} | table_columns
+    )
+    options = {"label": "click"} | options
+    fields = dict(zip(table.column_names, table.schema.types, strict=True))
+    return infer(fields, table, Settings(data="events", **options))
+
+
+def _column(values, name="x", **options):
+    schema = _infer({name: values}, **options)
+    return next(column for column in schema.columns if column.name == name)
+
+
+INTEGERS = list(range(ROWS))
+USES = {
+    "floats": ([i / 7 for i in INTEGERS], "number"),
+    "decimals": ([decimal.Decimal(i) / 4 for i in INTEGERS], "number"),
+    "many integers": (INTEGERS, "number"),
+    "few integers": ([i % 100 for i in INTEGERS], "category"),
+    "one too many": ([i % 101 for i in INTEGERS], "number"),
+    "hashes": ([i * 7**20 % 2**63 - 2**62 for i in INTEGERS], "category"),
+    "31 bits": ([2**31 - 1 - i for i in INTEGERS], "number"),
+    "32 bits": ([-(2**31) + i for i in INTEGERS], "category"),
+    "unsigned": (pa.array([2**64 - 1 - i for i in INTEGERS], pa.uint64()), "category"),
+    "words": ([f"w{i}" for i in INTEGERS], "category"),
+    "dictionary": (pa.array([f"w{i}" for i in INTEGERS]).dictionary_encode(), "category"),
+    "large text": (pa.array([f"w{i}" for i in INTEGERS], pa.large_string()), "category"),
+    "whole decimals": (pa.array([i * 7**20 for i in INTEGERS], pa.decimal128(38, 0)), "category"),
+    "bytes": ([f"w{i}".encode() for i in INTEGERS], "category"),
+    "truth": ([i % 3 == 0 for i in INTEGERS], "category"),
+    "truth in text": (["True", "false"] * 200, "category"),
+    "integers in text": (list(map(str, INTEGERS)), "number"),
+    "hashes in text": ([str(i * 7**20 % 2**64) for i in INTEGERS], "category"),
+    "decimals in text": ([f"{i / 7}" for i in INTEGERS], "number"),
+    "numbers with gaps": ([None, "", "NA", *map(str, range(ROWS - 3))], "number"),
+    "one cell spoilt": (["x", *(f"{i / 7}" for i in range(ROWS - 1))], "number"),
+    "many cells spoilt": (["x"] * 9 + [f"{i / 7}" for i in range(ROWS - 9)], "category"),
+    "codes with zeros": ([f"{i:05d}" for i in INTEGERS], "category"),
+    "hex text": ([f"{i * 7**10 % 2**32:08x}" for i in INTEGERS], "category"),
+    "timestamps": (DAYS, "ignored"),
+    "dates": ([day.date() for day in DAYS], "ignored"),
+    "timestamps in text": (list(map(str, DAYS)), "ignored"),
+    "lists": ([[i] for i in INTEGERS], "ignored"),
+    "structs": ([{"a": i} for i in INTEGERS], "ignored"),
+    "nothing": ([None] * ROWS, "ignored"),
+    "empty text": ([""] * ROWS, "ignored"),
+    "one value": ([7] * ROWS, "ignored"),
+    "one word": (["w"] * ROWS, "ignored"),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_a_column_is_used_as(name):
+    values, use = USES[name]
+    column = _column(values)
+    assert column.use == use
+    assert use != "ignored" or column.reason
+
+
+@pytest.mark.parametrize(
+    "name", ["user_id", "id", "userId", "userid", "ZIP", "item.type", "hash_of_it", "main category"]
+)
+def test_integers_that_are_categories_by_their_names(name):
+    assert _column(INTEGERS, name).use == "category"
+
+
+@pytest.mark.parametrize("name", ["paid", "width", "idle", "video", "grid", "price"])
+def test_integers_that_are_not(name):
+    assert _column(INTEGERS, name).use == "number"
+
+
+def test_a_category_of_its_own_in_every_row_is_pointed_out():
+    assert _column(INTEGERS, "row_id").reason.endswith("another one in every row: --ignore row_id?")
+    assert "every row" not in _column([i % 399 for i in INTEGERS], "row_id").reason
+
+
+@pytest.mark.parametrize("of", [float, lambda i: f"{i}.0"])
+def test_ids_that_a_data_frame_made_floats_of_are_categories(of):
+    values = [None, *map(of, range(1, ROWS))]
+    assert _column(values, "user_id").use == "category"
+    assert _column(values, "weight").use == "number"
+    assert _column(values, "weight", categories="weight").use == "category"
+    spoilt = "3.5" if of(3) == "3.0" else 3.5
+    assert _column([*values[:-1], spoilt], "user_id").use == "number"
+
+
+def test_one_value_and_missing_cells_are_two_things():
+    assert _column(["w", None] * 200).use == "category"
+    assert _column([True, None] * 200).use == "category"
+
+
+def test_the_index_of_a_data_frame_is_left_out():
+    assert _column(INTEGERS, "Unnamed: 0").use == "ignored"
+    assert _column(INTEGERS, "Unnamed: 0", numbers="Unnamed: 0").use == "number"
+
+
+def test_options_win():
+    columns = {"a": INTEGERS, "b": [i % 3 for i in INTEGERS], "c": DAYS, "d": ["v", "w"] * 200}
+    columns |= {"e": [1] * ROWS, "f": INTEGERS}
+    sections = {"e": {"kind": "category"}, "f": {"min_count": 2}}
+    schema = _infer(
+        columns, categories="a", numbers=" b ", time="c", ignore="d,word", columns=sections
+    )
+    assert schema.label == "click"
+    assert (schema.numbers, schema.time) == (("b",), "c")
+    assert schema.categories == ("a", "e", "f")
+    assert [each.name for each in schema.used] == ["click", "a", "b", "c", "e", "f"]
+
+
+def test_a_label_is_found_by_its_name_if_there_is_one():
+    def label(*names, **options):
+        columns = {name: [i % 2 for i in range(ROWS)] for name in names}
+        table = pa.table(columns | {"word": ["a", "b"] * 200})
+        fields = dict(zip(table.column_names, table.schema.types, strict=True))
+        return infer(fields, table, Settings(data="events", **options)).label
+
+    assert label("a", "Clicked") == "Clicked"
+    assert label("Click", "label", label="Click") == "Click"
+    assert label("click", "label", ignore="label") == "click"
+    with pytest.raises(UserError, match=r"No column is named as one; name it with .*a, b, word"):
+        label("a", "b")
+    with pytest.raises(UserError, match=r"could be click or y; name it with --label NAME"):
+        label("click", "y")
+
+
+def _label_of(values, **options):
+    schema = _infer({"l": values}, label="l", **options)
+    others = {each.name: ["1"] * ROWS for each in schema.used}
+    return decode(pa.table(others | {"l": values}), schema)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0, 1], [0.0, 1.0], [False, True], ["0", "1"], ["false", "True"], ["0.0", " 1"]],
+)
+def test_labels_of_0_and_1_whatever_holds_them(values):
+    block, reasons = _label_of(values * 200)
+    assert (block.labels.tolist(), reasons) == ([0.0, 1.0] * 200, {})
+
+
+def test_labels_are_clicks_from_a_number_on():
+    block, reasons = _label_of([1, 2, 3.5, 5] * 99 + [None] * 4, positive_from=3.5)
+    assert block.labels.tolist() == [0, 0, 1, 1] * 99
+    assert set(reasons.values()) == {"l is not a number: ''"}
+
+
+def test_a_few_labels_that_are_neither_are_malformed_rows():
+    block, reasons = _label_of([0, 1] * 195 + [7] * 10)
+    assert len(block.labels) == 390
+    assert set(reasons.values()) == {"l is not 0 or 1: '7'"}
+
+
+MISTAKES = {
+    "ratings": ({"l": [1, 2, 3, 4] * 100}, {"label": "l"}, "label l holds '1', '2'.*--positive-fr"),
+    "words": ({"l": ["yes", "no"] * 200}, {"label": "l"}, "The label l holds 'yes', 'no': it must"),
+    "no labels": ({"l": [None] * ROWS}, {"label": "l"}, "Column l .*cannot be used as label"),
+    "absent": ({}, {"label": "q"}, "--label: there is no column 'q', but click, word"),
+    "absent too": ({}, {"ignore": "word,q"}, "--ignore: there is no column 'q', but click, word"),
+    "twice": ({"x": INTEGERS}, {"numbers": "x", "ignore": "x"}, "'x' is named by --numbers alre"),
+    "as label": ({}, {"numbers": "click"}, "column 'click' is named by --label already"),
+    "text": (
+        {},
+        {"numbers": "word"},
+        "word has type string and cannot be used as number.*'a'",
+    ),
+    "float": ({"x": [0.5, 1] * 200}, {"categories": "x"}, "x has type double .*Int64 in pandas"),
+    "list": ({"x": [[1]] * ROWS}, {"categories": "x"}, "Column x .*list.*cannot be used as cat"),
+    "stamp": ({"x": DAYS}, {"categories": "x"}, "Column x .*timestamp.*cannot be used as category"),
+    "no time": ({}, {"time": "word"}, "word .*cannot be used as time, which takes timestamps"),
+    "no category": ({}, {"ignore": "word"}, "No column is a category.*--categories"),
+    "section": (
+        {"x": INTEGERS},
+        {"columns": {"x": {"kind": "number"}}, "categories": "x"},
+        "columns.x: column 'x' is named by --categories already",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(name):
+    columns, options, sentence = MISTAKES[name]
+    with pytest.raises(UserError, match=sentence) as error:
+        _infer(columns, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"label": "a"}, "label goes with a table in --data"),
+        ({"data": "f", "preset": "criteo", "time": "a"}, "time goes with a table"),
+        ({"data": "f", "columns": {"a": {"kind": "number", "collisions": 3}}}, "columns.a: kind"),
+        ({"data": "f", "columns": {"a": {"kind": "text"}}}, "kind must be one of category, number"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Settings(**options)
+
+
+def test_a_schema_comes_back_from_json():
+    schema = _infer({"x": INTEGERS, "t": DAYS}, time="t", positive_from=0.5)
+    for each in (schema, CRITEO):
+        assert Schema.from_dict(json.loads(json.dumps(each.as_dict()))) == each
+
+
+# --- cells ----------------------------------------------------------------------------------------
+
+
+def _keys(values, kind=None):
+    (keys, missing), bad = cells.keys("x", pa.array(values, kind))
+    assert not bad.any()
+    return [
+        None if none else key for key, none in zip(keys.tolist(), missing.tolist(), strict=True)
+    ]
+
+
+@hypothesis.given(st.lists(st.none() | st.integers(-(2**63), 2**64 - 1)))
+def test_an_integer_has_one_key_whatever_holds_it(values):
+    wanted = [None if value is None else value % 2**64 for value in values]
+    texts = [None if value is None else str(value) for value in values]
+    assert _keys(texts, pa.string()) == wanted
+    assert _keys(texts, pa.large_binary()) == wanted
+    assert _keys(values, pa.decimal128(30, 0)) == wanted
+    signed = [value for value in values if value is None or value < 2**63]
+    assert _keys(signed, pa.int64()) == [None if v is None else v % 2**64 for v in signed]
+    unsigned = [value for value in values if value is None or value >= 0]
+    assert _keys(unsigned, pa.uint64()) == unsigned
+    known = [value for value in values if value is not None]
+    assert Keys.of(known).to_numpy().tolist() == [v for v in wanted if v is not None]
+
+
+@hypothesis.given(st.lists(st.text() | st.from_regex(r"[-+]?0?[0-9]{1,21}(\.0)?", fullmatch=True)))
+def test_text_has_the_key_of_the_integer_that_it_is_or_its_hash(values):
+    def key(text):
+        if text == "":
+            return None
+        if re.fullmatch(r"(0|-?[1-9][0-9]*)(\.0)?", text, flags=re.ASCII):
+            number = int(text.removesuffix(".0"))
+            if -(2**63) <= number < 2**64:
+                return number % 2**64
+        elif text.lower() in ("true", "false"):
+            text = text.lower()
+        return int(hash_strings([text])[0])
+
+    assert _keys(values, pa.string()) == list(map(key, values))
+    assert _keys(pa.array(values, pa.string()).dictionary_encode()) == list(map(key, values))
+
+
+def test_a_float_has_the_key_of_its_integer():
+    values = [0.0, -0.0, 42.0, -7.0, 2.0**52, None, float("nan")]
+    wanted = [0, 0, 42, 2**64 - 7, 2**52, None, None]
+    assert _keys(values, pa.float64()) == wanted
+    assert _keys(["0.0", "42.0", "-7.0", None]) == [0, 42, 2**64 - 7, None]
+    _, bad = cells.keys("x", pa.array([0.5, 2.0**60, float("inf"), 1.0]))
+    assert bad.tolist() == [True, True, True, False]
+
+
+def test_truth_has_one_key_whatever_holds_it():
+    wanted = _keys(["true", "false", None])
+    assert _keys([True, False, None]) == _keys(["True", "FALSE", None]) == wanted
+    assert len(set(wanted)) == 3
+
+
+NUMBERS = {"7": 7, "-0.5": -0.5, "+3": 3, "1e3": 1000, ".5": 0.5, "5.": 5, " 8 ": 8, "007": 7}
+NUMBERS |= {"true": 1, "": np.nan, "NaN": np.nan, "NULL": np.nan, r"\N": np.nan, "1e-60": 0}
+
+
+def test_numbers_of_text():
+    values, bad = cells.numbers("x", pa.array([*NUMBERS, None]))
+    np.testing.assert_array_equal(values, np.array([*NUMBERS.values(), np.nan], np.float32))
+    assert not bad.any()
+    _, bad = cells.numbers("x", pa.array(["x", "1,5", "0x1", "inf", "1e60", "--1", "1 2", "٣"]))
+    assert bad.all()
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.int8(), pa.uint64(), pa.float32(), pa.float64(), pa.decimal128(30, 2), pa.string()]
+)
+def test_numbers_of_every_type(kind):
+    column = pa.array([0, 3, None, 12], pa.int64()).cast(kind)
+    values, bad = cells.numbers("x", column)
+    np.testing.assert_array_equal(values, np.array([0, 3, np.nan, 12], np.float32))
+    assert not bad.any()
+    assert values.dtype == np.float32
+
+
+STAMPS = {
+    "2024-1-3 9:05": (2024, 1, 3, 9, 5),
+    "2024-01-31": (2024, 1, 31),
+    "2024/01/31": (2024, 1, 31),
+    "2024-01-31 12:30": (2024, 1, 31, 12, 30),
+    "2024-01-31T12:30:15": (2024, 1, 31, 12, 30, 15),
+    "2024-01-31 12:30:15.25": (2024, 1, 31, 12, 30, 15, 250_000),
+    "2024-01-31 12:30:15.123456789": (2024, 1, 31, 12, 30, 15, 123_456),
+    "2024-01-31T12:30:15Z": (2024, 1, 31, 12, 30, 15),
+    "2024-01-31 12:30:15 UTC": (2024, 1, 31, 12, 30, 15),
+    "2024-01-31T12:30:15+02:00": (2024, 1, 31, 10, 30, 15),
+    "2024-01-31T12:30:15-0130": (2024, 1, 31, 14, 0, 15),
+    "1969-12-31 23:59:59": (1969, 12, 31, 23, 59, 59),
+}
+
+
+@pytest.mark.parametrize("spoilt", [[], ["2024-02-30", "31.12.2024", "soon", "", None]])
+def test_times_of_text(spoilt):
+    """One cell after the other, where there are days that no month has."""
+    zone = datetime.UTC
+    since = datetime.datetime(1970, 1, 1, tzinfo=zone)
+    moments = [datetime.datetime(*parts, tzinfo=zone) - since for parts in STAMPS.values()]
+    wanted = [moment // datetime.timedelta(microseconds=1) for moment in moments]
+    times, bad = cells.times("t", pa.array([*STAMPS, *spoilt, "17"], pa.string()))
+    assert times[: len(STAMPS)].tolist() == wanted
+    assert times[-1] == 17
+    assert bad.tolist() == [False] * len(STAMPS) + [True] * len(spoilt) + [False]
+
+
+def test_times_of_every_type_are_in_order():
+    days = [datetime.datetime(2024, 1, day) for day in (1, 2, 3)]
+    for kind in (pa.timestamp("s"), pa.timestamp("ns"), pa.date32(), pa.date64()):
+        times, bad = cells.times("t", pa.array(days).cast(kind, safe=False))
+        assert np.diff(times).tolist() == [86_400 * 10**6] * 2
+        assert not bad.any()
+    zoned = pa.array(days, pa.timestamp("us", "Europe/Berlin"))
+    assert np.diff(cells.times("t", zoned)[0]).tolist() == [86_400 * 10**6] * 2
+    assert cells.times("t", pa.array([5, None, -1]))[1].tolist() == [False, True, False]
