@@ -13,12 +13,24 @@ import jax
 import numpy as np
 from grain import experimental as grain_experimental
 
-from qrhash.ctr.data.block import Block, Source
-from qrhash.ctr.data.schema import Schema
+from qrhash.ctr.data.block import Block, Lists, Source
+from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.data.vocabulary import Ids
 from qrhash.keys import Keys
 
 _PREFETCHED = 4  # batches made ahead of the step
+
+
+class Padded(NamedTuple):
+    """A column of lists as a step takes it.
+
+    Attributes:
+      ids: [batch, length] int32, or `Keys`; 0 in places that are not taken.
+      mask: [batch, length] bool, which places are: the first ones of every row.
+    """
+
+    ids: Any
+    mask: np.ndarray
 
 
 class Batch(NamedTuple):
@@ -31,6 +43,7 @@ class Batch(NamedTuple):
         format log(1 + max(x, 0)).
       ids: [batch, columns] int32, of the columns that have ids.
       keys: `Keys` [batch, columns], of those that have none.
+      lists: the columns of lists.
     """
 
     labels: np.ndarray
@@ -38,6 +51,7 @@ class Batch(NamedTuple):
     numbers: np.ndarray
     ids: np.ndarray
     keys: Keys
+    lists: tuple[Padded, ...] = ()
 
 
 def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
@@ -49,6 +63,8 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
     rows = len(block.labels)
     numbered, raw = [np.zeros((rows, 0), np.int32)], [Keys.of(np.zeros((rows, 0), np.uint64))]
     for name, of_keys in ids.items():
+        if name not in schema.categories:
+            continue
         place = slice(at := schema.categories.index(name), at + 1)
         found = of_keys(block.keys[:, place], block.missing[:, place])
         (raw if of_keys.num_embeddings is None else numbered).append(found)
@@ -58,7 +74,26 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
         numbers=numbers,
         ids=np.concatenate(numbered, axis=1),
         keys=jax.tree.map(lambda *words: np.concatenate(words, axis=1), *raw),
+        lists=tuple(
+            _padded(lists, column, ids[column.name])
+            for lists, column in zip(block.lists, schema.of_use("list"), strict=True)
+            if column.name in ids
+        ),
     )
+
+
+def _padded(lists: Lists, column: Column, ids: Ids) -> Padded:
+    """Lists, none of them longer than the column allows, in rows of its length."""
+    assert column.length is not None  # Once the data are open.
+    mask = np.arange(column.length) < lists.lengths[:, None]
+
+    def in_places(flat: np.ndarray) -> np.ndarray:
+        padded = np.zeros(mask.shape, flat.dtype)
+        padded[mask] = flat
+        return padded
+
+    found = ids(lists.keys, np.zeros(len(lists.keys), bool))
+    return Padded(jax.tree.map(in_places, found), mask)
 
 
 @contextlib.contextmanager

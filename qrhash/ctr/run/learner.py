@@ -30,8 +30,8 @@ class Learner:
     """A model in training.
 
     Args:
-      build: makes the model, which takes numbers [batch, N] and ids and keys [batch, columns] and
-        gives logits [batch].
+      build: makes the model, which takes numbers [batch, N], ids and keys [batch, columns] and
+        lists, and gives logits [batch].
       settings: learning rates and the initial accumulator.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
       layout: how large tables and the batch are split over devices.
@@ -74,7 +74,8 @@ class Learner:
         self._layout = layout
 
         def logits_of(params: dict[str, Any], batch: Batch) -> jax.Array:
-            return nnx.merge(graph, *params.values())(batch.numbers, batch.ids, batch.keys)
+            model = nnx.merge(graph, *params.values())
+            return model(batch.numbers, batch.ids, batch.keys, batch.lists)
 
         def loss(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
             logits = logits_of(params, batch)

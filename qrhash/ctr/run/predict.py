@@ -92,7 +92,7 @@ def predict(
     bad_lines = BadLines(settings.max_bad_lines, display.line)
     asked = replace(schema.without("time"), label_required=False)
     source = _Placed(open_source(settings, bad_lines, display.line, asked))
-    ids = load_ids(run / IDS, settings, schema.categories)
+    ids = load_ids(run / IDS, settings, schema.embedded)
     learner, used = _model(run, settings, schema, ids, display)
     result = _Counts()
     with _writer(output, has_labels=source.schema.label is not None) as writer:
@@ -177,7 +177,9 @@ def _model(
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes)
     learner = Learner(
-        lambda: build_model(settings, configs, len(schema.numbers)), settings, num_steps=1
+        lambda: build_model(settings, configs, len(schema.numbers), schema.lists),
+        settings,
+        num_steps=1,
     )
     with Checkpoints(directory, configs, max_to_keep=None) as checkpoints:
         if not checkpoints.steps:

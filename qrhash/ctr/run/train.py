@@ -57,7 +57,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     split = _split(settings, source)
     schema = source.schema
     blocks = _shown(source.blocks(0, split), display, "vocabulary", split)
-    ids = build_ids(settings, schema.categories, blocks)
+    ids = build_ids(settings, schema.categories, blocks, schema.lists)
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
     if not configs and not schema.numbers:
@@ -67,7 +67,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
     display.phase("building the model", split)
     learner = Learner(
-        lambda: build_model(settings, configs, len(schema.numbers)),
+        lambda: build_model(settings, configs, len(schema.numbers), schema.lists),
         settings,
         num_steps=settings.epochs * ceil_div(split, settings.batch_size),
         layout=layout,
