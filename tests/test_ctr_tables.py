@@ -278,7 +278,7 @@ def test_columns_in_the_names_of_folders(kind, tmp_path):
         folder.mkdir(parents=True)
         write(folder / f"part.{kind}", ctr_files.rows_of(events, 40 * k, 40 * k + 40))
     source, _, _ = _open(tmp_path / "events", time="day")
-    assert source.split_by_time(30) == 80
+    assert source.split_by_time(30) == [80]
     wanted = [None if site is None else _key(site) for site in sites for _ in range(40)]
     place = source.schema.categories.index("site")
     block = _read(source)
@@ -346,7 +346,7 @@ def test_the_last_rows_by_time_are_numbered_last(kind, tmp_path, monkeypatch):
     mixed, order = _shuffled(events)
     write = FORMATS["folder" if kind == "folder" else "comma" if kind == "csv" else "parquet"]
     source, _, _ = _open(write(tmp_path, mixed), time="when")
-    assert source.split_by_time(30) == 130
+    assert source.split_by_time(30) == [130]
     for start, stop in [(0, 130), (130, 160), (20, 77), (130, 140), (129, 130), (150, 160)]:
         part = [i for i in order if (i >= 130) == (start >= 130)]
         first = 130 if start >= 130 else 0
@@ -360,8 +360,8 @@ def test_rows_of_one_time_stay_together(tmp_path):
     events = ctr_files.events(90)
     events["when"] = [i // 30 for i in range(90)]
     source, _, _ = _open(ctr_files.write_table(tmp_path / "e", events), time="when")
-    assert source.split_by_time(7) == 60
-    assert source.split_by_time(31) == 30
+    assert source.split_by_time(7) == [60]
+    assert source.split_by_time(31) == [30]
     with pytest.raises(UserError, match="when does not divide the rows: testing on the last 61 of"):
         source.split_by_time(61)
 
@@ -372,7 +372,7 @@ def test_rows_without_a_time_are_malformed(tmp_path):
     events["when"][93] = "soon"
     path = ctr_files.write_csv(tmp_path / "e.csv", events | {"ad": ["x", "y"] * 100})
     source, bad_lines, messages = _open(path, time="when", label="clicked")
-    assert source.split_by_time(10) == 190
+    assert source.split_by_time(10) == [190]
     assert len(_read(source, 0, 190).labels) == 188
     assert len(_read(source, 190, 200).labels) == 10
     assert messages == [
