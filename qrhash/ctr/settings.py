@@ -219,6 +219,11 @@ class Settings(ColumnOptions):
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
+            if column.kind is not None and (self.data is None or self.preset == "criteo"):
+                raise UserError(
+                    f"columns.{name}: kind goes with a table in --data; partition 'drop' leaves a "
+                    "category of the Criteo format out."
+                )
             if column.kind in ("number", "ignore") and len(section) > 1:
                 raise UserError(
                     f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "

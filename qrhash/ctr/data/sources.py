@@ -182,7 +182,13 @@ def open_source(
     for file in files:
         _check_fields(file, files[0], list(used), may_have_more=found is not None)
     if found is None:
-        found = infer(files[0].fields, _sample(files), settings)
+        sample = _sample(files)
+        if not sample.num_rows:
+            raise UserError(
+                f"{settings.data}: none of the first rows has the {len(files[0].fields)} cells of "
+                "the first one; is that a header, and --delimiter right?"
+            )
+        found = infer(files[0].fields, sample, settings)
     check_sections(settings, found)
     return FileSource(settings.data, files, found, bad_lines)
 
