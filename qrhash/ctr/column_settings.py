@@ -18,7 +18,10 @@ AMOUNTS = ("compression", "collisions")
 DEFAULT_COLLISIONS = 4
 
 # What a column without ids has no use for.
-OF_IDS = ("min_count", "compression", "collisions", "radices", "moduli")
+OF_IDS = ("min_count", "partition", "compression", "collisions", "radices", "moduli")
+
+# From keys to what a model takes: a section that says one has not the run's other.
+WAYS = ("ids", "hash_size")
 
 _data, _embeddings = (partial(Option, panel) for panel in ("Data", "Embeddings"))
 
@@ -91,6 +94,11 @@ class ColumnOptions:
         ),
     ] = None
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether there is no vocabulary, and are no ids."""
+        return self.ids == "keys" and self.hash_size is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSettings(ColumnOptions):
@@ -113,11 +121,6 @@ class ColumnSettings(ColumnOptions):
             if getattr(self, name) is not None and self.partition != family:
                 raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
         check_amount(self)
-
-    @property
-    def takes_keys(self) -> bool:
-        """Whether there is no vocabulary, and are no ids."""
-        return self.ids == "keys" and self.hash_size is None
 
     @property
     def is_sized_by_bytes(self) -> bool:

@@ -63,7 +63,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     configs = embed_configs(settings, sizes, layout)
     if not configs and not schema.numbers:
         raise UserError("All categories are dropped, and there are no numbers to learn from.")
-    display.table(f"columns of {source.name}", HEADER, overview(schema, sizes, configs))
+    form = ", in the Criteo format" if schema.preset == "criteo" else ""
+    display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
     embedding_params = sum(config.num_params for config in configs.values())
     used = {name: ids[name] for name in configs}
     data = _Data(source, train, split, used, settings.batch_size)
