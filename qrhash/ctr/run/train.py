@@ -86,7 +86,10 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         with _checkpoints(settings, configs, keeper) as checkpoints:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
         rows_per_second = progress.rows_per_second
-        best.restore(learner)
+        if not best.restore(learner):
+            display.line(
+                "Warning: the checkpoint of the best model is gone; the last one is tested"
+            )
     constant = constant_logit(progress.click_rate)
     test, constant_scores = _test(data, learner, constant, display)
     progress.point(test)
