@@ -15,6 +15,7 @@ from qrhash.ctr.column_settings import (
     MULTI_TABLE,
     OF_IDS,
     OF_LISTS,
+    WAYS,
     ColumnOptions,
     ColumnSettings,
     check_amount,
@@ -131,6 +132,22 @@ class Settings(ColumnOptions):
     cross_layers: Annotated[int, _model("DCN: number of cross layers.", least=1)] = 3
     epochs: Annotated[int, _training("Passes over the training lines.", least=1)] = 1
     batch_size: Annotated[int, _training("Rows per step.", least=1)] = 128
+    validation_fraction: Annotated[
+        float,
+        _training(
+            "Last part of the training rows, held back to choose the best point of the learning "
+            "curve by: its model is tested and kept. 0: none, the last model counts.",
+            least=0,
+        ),
+    ] = 0.0
+    patience: Annotated[
+        int | None,
+        _training(
+            "Points of the learning curve in a row that may be no better on the validation rows "
+            "before the training ends. Default: it goes to its end.",
+            least=1,
+        ),
+    ] = None
     table_lr: Annotated[float, _training("Adagrad's learning rate, tables.", least=0)] = 0.05
     table_accumulator: Annotated[
         float,
@@ -190,9 +207,12 @@ class Settings(ColumnOptions):
         ),
     ] = False
     evaluations: Annotated[int, _output("Points of the learning curve.", least=1)] = 10
-    eval_rows: Annotated[int, _output("Test rows for the points before the last.", least=1)] = (
-        10_000
-    )
+    eval_rows: Annotated[
+        int,
+        _output(
+            "Rows to score at a point: test rows, or validation rows if there are any.", least=1
+        ),
+    ] = 10_000
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -206,6 +226,15 @@ class Settings(ColumnOptions):
                 )
         if not 0 < self.test_fraction < 1:
             raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction must be below 1, got {self.validation_fraction}.")
+        if self.patience is not None and not self.validation_fraction:
+            raise UserError("patience goes with a validation_fraction above 0.")
+        if self.validation_fraction and self.checkpoint_every == 0:
+            raise UserError(
+                "validation_fraction keeps the best model as a checkpoint, and does not go with "
+                "checkpoint_every=0."
+            )
         for name in ("bottom_mlp", "top_mlp", "deep_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
@@ -218,12 +247,17 @@ class Settings(ColumnOptions):
             is_criteo = self.data is None or self.preset == "criteo"
             if unfit and (column.kind == "category" or is_criteo):
                 raise UserError(f"columns.{name}: {unfit[0]} goes with kind 'list'.")
+            if column.kind is not None and is_criteo:
+                raise UserError(
+                    f"columns.{name}: kind goes with a table in --data; partition 'drop' leaves a "
+                    "category of the Criteo format out."
+                )
             if column.kind in ("number", "ignore") and len(section) > 1:
                 raise UserError(
                     f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "
                     "options."
                 )
-            unfit = [option for option in OF_IDS if option in section]
+            unfit = [option for option in OF_IDS if section.get(option, "drop") != "drop"]
             if column.takes_keys and unfit:
                 raise UserError(
                     f"columns.{name}: {unfit[0]} goes with ids from a vocabulary, not with 'keys', "
@@ -246,6 +280,13 @@ class Settings(ColumnOptions):
                 f"num_tables goes with partition {' or '.join(MULTI_TABLE)}, or with ids 'keys', "
                 f"not {self.partition!r}."
             )
+        if self.ids == "keys" and self.hash_size is not None:
+            raise UserError("ids 'keys' and hash_size are two ways: give one of them.")
+        is_plain = self.partition in (Settings.partition, "drop")
+        if not is_plain and all(options.takes_keys for options in of_columns):
+            raise UserError(
+                f"partition {self.partition!r} goes with ids from a vocabulary, not with 'keys'."
+            )
         if self.ids == "keys" and self.compression is not None:
             raise UserError(
                 "compression goes with a vocabulary; the tables of ids 'keys' have the sizes that "
@@ -259,6 +300,8 @@ class Settings(ColumnOptions):
         section = self.columns.get(name, {})
         if not section.keys().isdisjoint(AMOUNTS):
             shared |= dict.fromkeys(AMOUNTS)
+        if not section.keys().isdisjoint(WAYS):
+            shared |= {name: getattr(ColumnOptions, name) for name in WAYS}
         return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
 
     @property

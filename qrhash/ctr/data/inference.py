@@ -99,10 +99,15 @@ def _of_lists(column: Column, kind: pa.DataType, settings: Settings) -> Column:
 
 def check_sections(settings: Settings, schema: Schema) -> None:
     """Raises a UserError if a section of the options is of no column that it could be of."""
-    names = [column.name for column in schema.columns]
-    for name in settings.columns:
-        if name not in names:
-            raise UserError(f"columns.{name}: the data have no such column, but {listed(names)}.")
+    uses = {column.name: column.use for column in schema.columns}
+    for name, kind in settings.kinds.items():
+        if name not in uses:
+            raise UserError(f"columns.{name}: the data have no such column, but {listed(uses)}.")
+        if uses[name] not in ({"category", "list"} if kind is None else {kind}):
+            raise UserError(
+                f"columns.{name}: in the Criteo format this column is used as {uses[name]}, and "
+                "has no section; --preset table makes it what the section says."
+            )
 
 
 def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:

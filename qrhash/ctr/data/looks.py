@@ -22,7 +22,7 @@ class Seen(NamedTuple):
       largest: the largest absolute value of integers.
       is_whole: of numbers that are no integers by their type: whether they all are by value.
       has_gaps: whether cells are missing.
-      why: why it is not read, where its values are none that are.
+      why: why it is not read, if it holds "nothing", or what is "nested".
     """
 
     holds: Holds
@@ -34,6 +34,7 @@ class Seen(NamedTuple):
     why: str = ""
 
 
+_UNREAD = "this type is not read"
 _NOTHING = Seen("nothing", 0, 0, why="there is nothing in it")
 
 
@@ -46,7 +47,7 @@ def look(column: pa.Array) -> Seen:
     if cells.is_a(kind, "nested", "duration", "time", "interval") or isinstance(
         kind, pa.BaseExtensionType
     ):
-        return Seen("nested", 0, 0, why="this type is not read")
+        return Seen("nested", 0, 0, why=_UNREAD)
     present = column.drop_null()
     if pa.types.is_string(kind):
         present = present.filter(pc.not_equal(present, ""))
@@ -59,8 +60,9 @@ def look(column: pa.Array) -> Seen:
         ends = pc.min_max(distinct).as_py()
         largest = max(abs(ends["min"]), abs(ends["max"]))
         return Seen("integer", len(distinct), len(present), largest)
-    holds = "text"
+    holds = "nested"
     for held, names in {
+        "text": ("binary",),
         "number": ("floating", "decimal"),
         "boolean": ("boolean",),
         "time": ("timestamp", "date"),
@@ -68,7 +70,7 @@ def look(column: pa.Array) -> Seen:
         if cells.is_a(kind, *names):
             holds = held
     is_whole = pa.types.is_floating(kind) and not cells.keys("", distinct)[1].any()
-    return Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole)
+    return Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole, why=_UNREAD)
 
 
 def _look_at_lists(column: pa.Array) -> Seen:

@@ -93,8 +93,8 @@ class Progress:
             batch = Batch(np.array(labels, np.float32), weights, none, none, Keys.of(none))
             self._window.append((now, batch, np.array(logits, np.float32)))
 
-    def point(self, test: Scores) -> None:
-        """Records a point of the learning curve."""
+    def point(self, found: Scores, part: str = "test") -> None:
+        """Records a point of the learning curve: scores on test rows, or on validation rows."""
         train = self.running()
         self.points += 1
         self._record(
@@ -104,9 +104,9 @@ class Progress:
                 "seconds": round(self.seconds, 3),
                 "train_log_loss": train.log_loss,
                 "train_auc": train.auc,
-                "test_log_loss": test.log_loss,
-                "test_auc": test.auc,
-                "test_rows": test.rows,
+                f"{part}_log_loss": found.log_loss,
+                f"{part}_auc": found.auc,
+                f"{part}_rows": found.rows,
             }
         )
 

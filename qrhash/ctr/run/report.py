@@ -21,7 +21,7 @@ from qrhash.ctr.model.metrics import Scores
 from qrhash.ctr.run.records import Keeper, Summary
 
 METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
-IDS = "ids.npz"
+BEST, IDS = "best", "ids.npz"
 RUNS = Path("runs")
 
 
@@ -90,6 +90,11 @@ class RunDirectory(Keeper):
     def schema(self) -> dict[str, Any] | None:
         """What was recorded of the columns of the data."""
         return self._records[0].get("schema") if self._records else None
+
+    @property
+    def best(self) -> Path | None:
+        """Where the checkpoint of the best model goes, if one is chosen."""
+        return None if self.path is None else self.path / BEST
 
     @property
     def checkpoints(self) -> Path | None:
@@ -177,9 +182,15 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     for axes, metric, title in zip(
         figure.subplots(1, 2), ("log_loss", "auc"), ("log loss", "AUC"), strict=True
     ):
-        for part, name in (("train", "training rows, before each step"), ("test", "test rows")):
-            values = [point[f"{part}_{metric}"] for point in points]
-            axes.plot(rows, np.array(values, float), marker="o", markersize=3, label=name)
+        for part, name in (
+            ("train", "training rows, before each step"),
+            ("validation", "validation rows"),
+            ("test", "test rows"),
+        ):
+            # A run that validates has one point of test rows, the last one.
+            values = np.array([point.get(f"{part}_{metric}") for point in points], float)
+            if part != "validation" or not np.isnan(values).all():
+                axes.plot(rows, values, marker="o", markersize=3, label=name)
         for part, name, color in (
             ("constant", "constant predictor", "gray"),
             ("truth", "ground truth", "black"),
@@ -209,6 +220,8 @@ def final_table(summary: Summary) -> Table:
             times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
         table.add_row(title, f"{ours:,}", times)
     table.add_row("dense parameters", f"{summary.dense_params:,}", "")
+    if summary.best_rows < summary.train_rows:
+        table.add_row("best model, tested here", f"after {summary.best_rows:,} rows", "")
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
     table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
     table.add_section()

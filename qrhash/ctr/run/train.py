@@ -6,7 +6,7 @@ last ones by a column of times: a model of clicks is judged by days it has not s
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -26,6 +26,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
 from qrhash.ctr.model.metrics import Scores, constant_logit, scores
 from qrhash.ctr.model.models import build_model
+from qrhash.ctr.run.best import Best
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.learner import Learner
@@ -54,22 +55,24 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     source = _open(settings, display, keeper, bad_lines)
     if settings.resume:
         _check_source(source, keeper.source)
-    split = _split(settings, source)
+    train, split = _splits(settings, source)
     schema = source.schema
-    blocks = _shown(source.blocks(0, split), display, "vocabulary", split)
+    blocks = _shown(source.blocks(0, train), display, "vocabulary", train)
     ids = build_ids(settings, schema.categories, blocks, schema.lists)
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
     if not configs and not schema.numbers:
         raise UserError("All categories are dropped, and there are no numbers to learn from.")
-    display.table(f"columns of {source.name}", HEADER, overview(schema, sizes, configs))
+    form = ", in the Criteo format" if schema.preset == "criteo" else ""
+    display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
     embedding_params = sum(config.num_params for config in configs.values())
-    data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
-    display.phase("building the model", split)
+    used = {name: ids[name] for name in configs}
+    data = _Data(source, train, split, used, settings.batch_size)
+    display.phase("building the model", train)
     learner = Learner(
         lambda: build_model(settings, configs, len(schema.numbers), schema.lists),
         settings,
-        num_steps=settings.epochs * ceil_div(split, settings.batch_size),
+        num_steps=settings.epochs * ceil_div(train, settings.batch_size),
         layout=layout,
     )
 
@@ -78,14 +81,21 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         columns = {"source": of_data, "schema": schema.as_dict()}
         keeper.record({"kind": "settings", **settings.as_dict(), **columns})
     keeper.keep_ids(ids)
-    with _checkpoints(settings, configs, keeper) as checkpoints:
-        progress = _train(settings, data, learner, display, keeper, checkpoints)
-    rows_per_second = progress.rows_per_second
+    best = Best(keeper.best if train < split else None, configs, settings.patience)
+    with closing(best):
+        with _checkpoints(settings, configs, keeper) as checkpoints:
+            progress = _train(settings, data, learner, display, keeper, checkpoints, best)
+        rows_per_second = progress.rows_per_second
+        if not best.restore(learner):
+            display.line(
+                "Warning: the checkpoint of the best model is gone; the last one is tested"
+            )
     constant = constant_logit(progress.click_rate)
     test, constant_scores = _test(data, learner, constant, display)
     progress.point(test)
     summary = Summary(
         train_rows=progress.rows,
+        best_rows=best.rows or progress.rows,
         bad_lines=len(bad_lines),
         **_full(sizes, settings.features),
         embedding_params=embedding_params,
@@ -120,28 +130,44 @@ def split_line(settings: Settings, num_lines: int) -> int:
     return num_lines - test_lines
 
 
-def _split(settings: Settings, source: Source) -> int:
-    """The first line to test on, by the order of the lines or by their times."""
+def _splits(settings: Settings, source: Source) -> tuple[int, int]:
+    """The first lines to validate and to test on, by the order of the lines or by their times."""
     split = split_line(settings, source.num_lines)
+    held_back = settings.validation_fraction
+    validated = max(1, round(split * held_back)) if held_back else 0
+    if validated >= split:
+        raise UserError(f"Validating on {validated} of {split} training lines leaves none.")
     if not isinstance(source, FileSource) or source.schema.time is None:
-        return split
-    return source.split_by_time(source.num_lines - split)
+        return split - validated, split
+    tested = source.num_lines - split
+    *first, split = source.split_by_time(*([validated] if validated else []), tested)
+    return (first[0] if first else split), split
 
 
 class _Data(NamedTuple):
+    """The rows of a run: up to `train` to train on, up to `split` to validate on."""
+
     source: Source
+    train: int
     split: int
     ids: Mapping[str, Ids]
     batch_size: int
 
     def training(self) -> AbstractContextManager[Any]:
-        return batches(self.source, 0, self.split, self.ids, self.batch_size)
+        return batches(self.source, 0, self.train, self.ids, self.batch_size)
 
-    def test(self, rows: int | None = None) -> AbstractContextManager[Iterator[Batch]]:
-        """All the test rows, or those of the first so many lines."""
-        stop = self.source.num_lines if rows is None else self.split + rows
-        stop = min(stop, self.source.num_lines)
-        return batches(self.source, self.split, stop, self.ids, self.batch_size)
+    def test(self) -> AbstractContextManager[Iterator[Batch]]:
+        return batches(self.source, self.split, self.source.num_lines, self.ids, self.batch_size)
+
+    @property
+    def is_validated(self) -> bool:
+        return self.train < self.split
+
+    def sample(self, rows: int) -> AbstractContextManager[Iterator[Batch]]:
+        """The rows to score at a point: of the first lines to validate on, or to test on."""
+        end = self.split if self.is_validated else self.source.num_lines
+        stop = min(self.train + rows, end)
+        return batches(self.source, self.train, stop, self.ids, self.batch_size)
 
 
 def _open(settings: Settings, display: Display, keeper: Keeper, bad_lines: BadLines) -> Source:
@@ -194,20 +220,37 @@ def _train(
     display: Display,
     keeper: Keeper,
     checkpoints: Checkpoints | None,
+    best: Best,
 ) -> Progress:
     """Trains; adds a point to the learning curve now and then, but not the last one."""
-    with data.test(settings.eval_rows) as stream:
+    with data.sample(settings.eval_rows) as stream:
         sample = list(stream)
-    total = data.split * settings.epochs
+    if data.is_validated and not sample:
+        raise UserError(f"{data.source.name}: none of the lines to validate on can be read.")
+    total = data.train * settings.epochs
     points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
     progress = Progress(keeper.record, settings.batch_size)
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
-        first_epoch, position = _resume(learner, checkpoints, progress, display)
+        first_epoch, position = _resume(learner, checkpoints, progress, best, display)
         keeper.rewind(progress.points)
         points = [point for point in points if point > progress.rows]
     display.phase("training", total)
+
+    def point() -> None:
+        found = scores(*collect((batch, learner.logits(batch)) for batch in sample))
+        part = "validation" if data.is_validated else "test"
+        progress.point(found, part)
+        display.line(
+            f"after {progress.rows:,} rows: {part} log loss {found.log_loss:.4f}, "
+            f"AUC {found.auc:.4f}"
+        )
+        if data.is_validated:
+            best.update(found, learner, progress.rows)
+
     for epoch in range(first_epoch, settings.epochs):
+        if best.is_over:
+            break
         with data.training() as stream:
             if position is not None:
                 stream.set_state(position)
@@ -223,20 +266,20 @@ def _train(
                 is_point = bool(points) and progress.rows >= points[0]
                 if is_point:
                     points = [point for point in points if point > progress.rows]
-                    test = scores(*collect((batch, learner.logits(batch)) for batch in sample))
-                    progress.point(test)
-                    display.line(
-                        f"after {progress.rows:,} rows: test log loss {test.log_loss:.4f}, "
-                        f"AUC {test.auc:.4f}"
-                    )
+                    point()
+                if best.is_over:
+                    display.line(f"no better since {best.rows:,} rows: the training ends here")
+                    break
                 if _is_due(settings.checkpoint_every, learner.steps, is_point):
-                    _save(learner, checkpoints, where, progress)
-            is_last = epoch == settings.epochs - 1
+                    _save(learner, checkpoints, where, progress, best)
+            is_last = epoch == settings.epochs - 1 or best.is_over
             if is_last and settings.checkpoint_every != 0 and progress.rows:
-                _save(learner, checkpoints, where, progress)
+                _save(learner, checkpoints, where, progress, best)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
     if not progress.rows:
-        raise UserError(f"{data.source.name}: none of the {data.split} training lines can be read.")
+        raise UserError(f"{data.source.name}: none of the {data.train} training lines can be read.")
+    if data.is_validated and best.seen != progress.rows:
+        point()
     return progress
 
 
@@ -255,23 +298,30 @@ def _is_due(every: int | None, step: int, is_point: bool) -> bool:
 
 
 def _save(
-    learner: Learner, checkpoints: Checkpoints | None, where: _Position, progress: Progress
+    learner: Learner,
+    checkpoints: Checkpoints | None,
+    where: _Position,
+    progress: Progress,
+    best: Best,
 ) -> None:
     if checkpoints is None:
         return
     position = {"epoch": where.epoch, "position": where.stream.get_state()}
-    learner.save(checkpoints, position | {"progress": progress.as_dict()})
+    state = {"progress": progress.as_dict(), "best": best.as_dict()}
+    learner.save(checkpoints, position | state)
 
 
 def _resume(
     learner: Learner,
     checkpoints: Checkpoints,
     progress: Progress,
+    best: Best,
     display: Display,
 ) -> tuple[int, Any]:
     """Takes up the last checkpoint that can be read; returns the epoch and the position in it."""
     if not checkpoints.steps:
         display.line(f"{checkpoints.directory} holds no complete checkpoint: starting anew")
+        best.forget_after(0)
         return 0, None
     try:
         restored = learner.restore(checkpoints)
@@ -285,6 +335,8 @@ def _resume(
     for sentence in restored.damaged:
         display.line(f"Warning: {sentence}")
     progress.take_over(restored.extra["progress"])
+    if "best" in restored.extra:  # An earlier version knew none.
+        best.take_over(restored.extra["best"], restored.step)
     display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
     return restored.extra["epoch"], restored.extra["position"]
 
