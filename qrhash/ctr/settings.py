@@ -4,7 +4,7 @@
 the command line and the configuration file are both made from its fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from qrhash.ctr.column_settings import (
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
+from qrhash.ctr.tower_settings import NO_LABEL, TWO_TOWER, TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
 _OF_TABLES = ("label", "positive_from", "numbers", "categories", "ignore", "time")
@@ -31,7 +32,7 @@ _data, _embeddings, _model, _training, _devices, _output = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ColumnOptions):
+class Settings(ColumnOptions, TowerOptions):
     """The options of a run.
 
     Attributes:
@@ -55,7 +56,10 @@ class Settings(ColumnOptions):
     ] = "auto"
     label: Annotated[
         str | None,
-        _data("The column of clicks, 0 and 1. Default: the one that is called label, click, ..."),
+        _data(
+            "The column of clicks, 0 and 1. Default: the one that is called label, click, ... For "
+            "--model two-tower 'none', if there is no such column and every row is a positive one."
+        ),
     ] = None
     positive_from: Annotated[
         float | None, _data("Labels are numbers, and clicks from this one on: ratings, say.")
@@ -98,7 +102,11 @@ class Settings(ColumnOptions):
         ),
     ] = EmbedConfig.large_table_rows
     model: Annotated[
-        Literal["dlrm", "dcn"], _model("DLRM, or the deep and cross network (version 2).")
+        Literal["dlrm", "dcn", "two-tower"],
+        _model(
+            "DLRM, or the deep and cross network (version 2), of clicks; or two towers, which "
+            "find the --items of the positive rows."
+        ),
     ] = "dlrm"
     bottom_mlp: Annotated[
         str, _model("DLRM: hidden widths over the integers; --features follows.")
@@ -183,7 +191,8 @@ class Settings(ColumnOptions):
                 )
         if not 0 < self.test_fraction < 1:
             raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
-        for name in ("bottom_mlp", "top_mlp", "deep_mlp"):
+        check_towers(self, self.model)
+        for name in ("bottom_mlp", "top_mlp", "deep_mlp", "tower_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
             if name not in CATEGORIES and (self.data is None or self.preset == "criteo"):
@@ -245,6 +254,22 @@ class Settings(ColumnOptions):
         kinds = {section.get("kind") for section in self.columns.values()}
         is_given |= self.delimiter != "auto" or self.header != "auto" or bool(kinds - {None})
         return self.preset == "auto" and not is_given
+
+    def has_no_label(self, names: Iterable[str]) -> bool:
+        """Whether the options say that data of these columns have no label.
+
+        Raises:
+          UserError: they say so of a model that needs one, or speak of it all the same.
+        """
+        if self.label != NO_LABEL or NO_LABEL in names:
+            return False
+        if self.model != TWO_TOWER:
+            raise UserError(
+                f"label '{NO_LABEL}' goes with model '{TWO_TOWER}', not {self.model!r}."
+            )
+        if self.positive_from is not None:
+            raise UserError("positive_from goes with a label, not with label 'none'.")
+        return True
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the records of a run."""

@@ -16,6 +16,7 @@ from qrhash.ctr.data import cells
 from qrhash.ctr.data.schema import Column, Holds, Schema, Use
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
+from qrhash.ctr.tower_settings import NO_LABEL, TWO_TOWER
 
 SAMPLE_ROWS = 8192
 LABELS = {"label", "labels", "click", "clicks", "clicked", "is_click", "is_clicked", "isclick"}
@@ -73,7 +74,7 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
     for name in fields:
         found = _look(sample[name].combine_chunks())
         seen[name] = found._replace(has_gaps=found.present < sample.num_rows)
-    label = _label(fields, named)
+    label = _label(fields, named, settings)
     columns = []
     for name, kind in fields.items():
         use, reason = _use(name, seen[name], named, label, settings.time)
@@ -81,8 +82,13 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         _check_use(name, str(kind), seen[name], use, sample[name])
         shown = f"text: {holds}" if pa.types.is_string(kind) and holds != "text" else str(kind)
         columns.append(Column(name, shown, holds, use, reason))
-    schema = Schema(columns=tuple(columns), positive_from=settings.positive_from)
-    _check_label(label, sample[label], schema)
+    schema = Schema(
+        columns=tuple(columns),
+        positive_from=settings.positive_from,
+        all_positive=label is None,
+    )
+    if label is not None:
+        _check_label(label, sample[label], schema)
     if not schema.categories:
         raise UserError(
             "No column is a category, and embeddings are all that this trains: name some with "
@@ -112,7 +118,7 @@ def _named(settings: Settings, names: list[str]) -> dict[str, Use]:
             raise UserError(f"{option}: column {name!r} is named by {found[name][1]} already.")
         found[name] = (use, option)
 
-    if settings.label is not None:
+    if settings.label is not None and not settings.has_no_label(names):
         name_one(settings.label, "label", "--label")
     if settings.time is not None:
         name_one(settings.time, "time", "--time")
@@ -133,20 +139,23 @@ def split_names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _label(fields: Mapping[str, Any], named: Mapping[str, Use]) -> str:
+def _label(fields: Mapping[str, Any], named: Mapping[str, Use], settings: Settings) -> str | None:
+    if settings.has_no_label(fields):
+        return None
     given = [name for name, use in named.items() if use == "label"]
     found = given or [n for n in fields if n.lower() in LABELS and n not in named]
     if len(found) != 1:
         why = "no column is named as one" if not found else f"it could be {' or '.join(found)}"
+        every = f"; or say --label {NO_LABEL}, if every row is a positive one"
         raise UserError(
             f"Which column is the label? {why.capitalize()}; name it with --label NAME, of "
-            f"{listed(fields)}."
+            f"{listed(fields)}{every if settings.model == TWO_TOWER else ''}."
         )
     return found[0]
 
 
 def _use(
-    name: str, seen: _Seen, named: Mapping[str, Use], label: str, time: str | None
+    name: str, seen: _Seen, named: Mapping[str, Use], label: str | None, time: str | None
 ) -> tuple[Use, str]:
     """What a column is used as, and why."""
     if name == label:

@@ -21,16 +21,16 @@ from qrhash.ctr.data.pipeline import Batch, batches
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.sources import FileSource, open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.data.vocabulary import Ids, build_ids
+from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
-from qrhash.ctr.model.metrics import Scores, constant_logit, scores
-from qrhash.ctr.model.models import build_model
+from qrhash.ctr.model.metrics import Judged, described, scores
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.goals import Goal, make_goal
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.overview import HEADER, overview
-from qrhash.ctr.run.progress import Progress, collect
+from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.settings import Settings
 
@@ -56,22 +56,20 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         _check_source(source, keeper.source)
     split = _split(settings, source)
     schema = source.schema
-    blocks = _shown(source.blocks(0, split), display, "vocabulary", split)
-    ids = build_ids(settings, schema.categories, blocks)
+    goal = make_goal(settings, schema)
+    source = goal.source(source)
+    ids = goal.ids(_shown(source.blocks(0, split), display, "vocabulary", split))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
-    if not configs and not schema.numbers:
-        raise UserError("All categories are dropped, and there are no numbers to learn from.")
     display.table(f"columns of {source.name}", HEADER, overview(schema, sizes, configs))
+    if goal.note:
+        display.line(goal.note)
     embedding_params = sum(config.num_params for config in configs.values())
-    data = _Data(source, split, {name: ids[name] for name in configs}, settings.batch_size)
+    used = {name: ids[name] for name in configs}
+    data = _Data(source, split, used, settings.batch_size, goal)
     display.phase("building the model", split)
-    learner = Learner(
-        lambda: build_model(settings, configs, len(schema.numbers)),
-        settings,
-        num_steps=settings.epochs * ceil_div(split, settings.batch_size),
-        layout=layout,
-    )
+    num_steps = settings.epochs * ceil_div(goal.num_rows(split), settings.batch_size)
+    learner = goal.learner(configs, ids, num_steps=num_steps, layout=layout)
 
     if not settings.resume:
         of_data = {"lines": source.num_lines, "checksum": source.checksum}
@@ -81,8 +79,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     with _checkpoints(settings, configs, keeper) as checkpoints:
         progress = _train(settings, data, learner, display, keeper, checkpoints)
     rows_per_second = progress.rows_per_second
-    constant = constant_logit(progress.click_rate)
-    test, constant_scores = _test(data, learner, constant, display)
+    test, constant = _test(data, learner, progress.click_rate, display)
     progress.point(test)
     summary = Summary(
         train_rows=progress.rows,
@@ -94,8 +91,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         dense_params=learner.num_params - embedding_params,
         rows_per_second=rows_per_second,
         test=test,
-        constant=constant_scores,
-        truth=_truth(source, split) if settings.data is None else None,
+        constant=constant,
+        truth=_truth(source, split) if settings.data is None and goal.has_truth else None,
     )
     keeper.record(summary.as_record())
     return summary
@@ -133,6 +130,7 @@ class _Data(NamedTuple):
     split: int
     ids: Mapping[str, Ids]
     batch_size: int
+    goal: Goal
 
     def training(self) -> AbstractContextManager[Any]:
         return batches(self.source, 0, self.split, self.ids, self.batch_size)
@@ -141,7 +139,8 @@ class _Data(NamedTuple):
         """All the test rows, or those of the first so many lines."""
         stop = self.source.num_lines if rows is None else self.split + rows
         stop = min(stop, self.source.num_lines)
-        return batches(self.source, self.split, stop, self.ids, self.batch_size)
+        size, find = self.batch_size, self.goal.find
+        return batches(self.source, self.split, stop, self.ids, size, find)
 
 
 def _open(settings: Settings, display: Display, keeper: Keeper, bad_lines: BadLines) -> Source:
@@ -198,9 +197,10 @@ def _train(
     """Trains; adds a point to the learning curve now and then, but not the last one."""
     with data.test(settings.eval_rows) as stream:
         sample = list(stream)
-    total = data.split * settings.epochs
+    goal = data.goal
+    total = goal.num_rows(data.split) * settings.epochs
     points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
-    progress = Progress(keeper.record, settings.batch_size)
+    progress = Progress(keeper.record, settings.batch_size, goal.running)
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
         first_epoch, position = _resume(learner, checkpoints, progress, display)
@@ -223,12 +223,9 @@ def _train(
                 is_point = bool(points) and progress.rows >= points[0]
                 if is_point:
                     points = [point for point in points if point > progress.rows]
-                    test = scores(*collect((batch, learner.logits(batch)) for batch in sample))
+                    test = goal.scores(learner, sample)
                     progress.point(test)
-                    display.line(
-                        f"after {progress.rows:,} rows: test log loss {test.log_loss:.4f}, "
-                        f"AUC {test.auc:.4f}"
-                    )
+                    display.line(f"after {progress.rows:,} rows: test {described(test)}")
                 if _is_due(settings.checkpoint_every, learner.steps, is_point):
                     _save(learner, checkpoints, where, progress)
             is_last = epoch == settings.epochs - 1
@@ -236,7 +233,9 @@ def _train(
                 _save(learner, checkpoints, where, progress)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
     if not progress.rows:
-        raise UserError(f"{data.source.name}: none of the {data.split} training lines can be read.")
+        raise UserError(
+            f"{data.source.name}: none of the {data.split} training lines {goal.wanted}."
+        )
     return progress
 
 
@@ -290,19 +289,19 @@ def _resume(
 
 
 def _test(
-    data: _Data, learner: Learner, constant: float, display: Display
-) -> tuple[Scores, Scores]:
-    """Scores on all test rows, of the model and of a constant logit."""
+    data: _Data, learner: Learner, click_rate: float, display: Display
+) -> tuple[Judged, Judged]:
+    """Scores on all test rows, of the model and of the baseline."""
     lines = data.source.num_lines - data.split
     with data.test() as stream:
         shown = _shown(stream, display, "testing", lines)
-        labels, logits = collect((batch, learner.logits(batch)) for batch in shown)
-    if not len(labels):
-        raise UserError(f"{data.source.name}: none of the last {lines} lines can be read.")
-    return scores(labels, logits), scores(labels, np.full(len(labels), constant))
+        test, baseline = data.goal.tested(learner, shown, click_rate)
+    if not test.rows:
+        raise UserError(f"{data.source.name}: none of the last {lines} lines {data.goal.wanted}.")
+    return test, baseline
 
 
-def _truth(source: Source, split: int) -> Scores:
+def _truth(source: Source, split: int) -> Judged:
     pairs = [(block.labels, block.truth) for block in source.blocks(split, source.num_lines)]
     labels, truth = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return scores(labels, truth)
