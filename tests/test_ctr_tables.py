@@ -278,7 +278,7 @@ def test_columns_in_the_names_of_folders(kind, tmp_path):
         folder.mkdir(parents=True)
         write(folder / f"part.{kind}", ctr_files.rows_of(events, 40 * k, 40 * k + 40))
     source, _, _ = _open(tmp_path / "events", time="day")
-    assert source.split_by_time(30) == 80
+    assert source.split_by_time(30) == [80]
     wanted = [None if site is None else _key(site) for site in sites for _ in range(40)]
     place = source.schema.categories.index("site")
     block = _read(source)
@@ -323,6 +323,76 @@ def test_what_is_not_a_table_is_said_in_a_sentence(tmp_path):
         _open(tmp_path / "x*.csv")
 
 
+def test_rows_that_have_not_the_cells_of_the_first_one(tmp_path):
+    path = tmp_path / "e.csv"
+    path.write_text("click,word\n" + "1,a,2\n" * 20)
+    with pytest.raises(UserError, match="none of the first rows has the 2 cells of the first one"):
+        _open(path)
+    path.write_text("click,word\n" + "1,a,2\n" * 20 + "0,b\n1,c\n" * 40)
+    assert _open(path)[0].schema.categories == ("word",)
+
+
+def test_sections_of_columns_that_the_criteo_format_has_none_for(tmp_path):
+    path = ctr_files.write_text(tmp_path / "f", ctr_files.random_rows(20))
+    with pytest.raises(UserError, match=r"columns.I1: in the Criteo format .*used as number"):
+        _open(path, columns={"I1": {"collisions": 2}})
+    with pytest.raises(UserError, match=r"columns.x: the data have no such column, but label, I1"):
+        _open(path, columns={"x": {"collisions": 2}})
+
+
+def test_text_in_another_encoding_keeps_its_words_apart(tmp_path):
+    """Row by row, so that what is in UTF-8 is what it is."""
+    path = tmp_path / "e.csv"
+    rows = ["1,Müller", "0,Möller", "1,späte", "0,café"] * 20
+    latin = "\n".join(["click,name", *rows]).encode("latin-1")
+    path.write_bytes(latin + "\n1,Müller\n".encode())
+    block = _read(_open(path)[0])
+    names = ["Müller", "Möller", "späte", "café"] * 20 + ["Müller"]
+    np.testing.assert_array_equal(block.keys[:, 0], hash_strings(names))
+
+
+SCRAPS = st.text(st.sampled_from('a1,"\n\r \t'), max_size=100)
+
+
+@hypothesis.given(SCRAPS, st.integers(1, 4), st.booleans(), st.booleans())
+@hypothesis.settings(
+    max_examples=300, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+def test_no_text_is_lost_or_too_much(tmp_path, content, columns, has_quotes, has_header):
+    """Every row is read or a fault, once, wherever reading begins and ends."""
+    path = tmp_path / "scraps"
+    path.write_text(content, newline="")
+    names = tuple("abcd"[:columns])
+    form = TextFormat(",", names, has_header=has_header, has_quotes=has_quotes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_CHUNK_BYTES", 32)
+        try:
+            file = TextFile(path, form, compressed=False)
+        except UserError:  # A row is longer than a chunk, or a quotation mark is not ended.
+            hypothesis.reject()
+        whole = list(file.parts(0, file.num_rows, ["a"]))
+        halves = [
+            part
+            for start, stop in [(0, file.num_rows // 2), (file.num_rows // 2, file.num_rows)]
+            for part in file.parts(start, stop, ["a"])
+        ]
+
+    def found(parts):
+        cells = [cell for part in parts for cell in part.table["a"].to_pylist()]
+        places = [place for part in parts for place in part.places.tolist()]
+        lines = [line for part in parts for line in part.lines.tolist()]
+        assert len(cells) == len(places) == len(lines)
+        return cells, places, lines, {k: v for part in parts for k, v in part.faults.items()}
+
+    assert found(whole) == found(halves)
+    _, places, _, faults = found(whole)
+    assert sorted([*places, *faults]) == list(range(file.num_rows))
+    if not has_quotes:
+        lines = content.split("\n")
+        lines = lines if lines[-1] else lines[:-1]
+        assert file.num_rows == max(0, len(lines) - has_header)
+
+
 def test_a_mark_of_byte_order_is_no_part_of_a_name(tmp_path):
     path = tmp_path / "e.csv"
     path.write_bytes(b"\xef\xbb\xbfclick,word\n" + b"1,a\n0,b\n" * 20)
@@ -346,7 +416,7 @@ def test_the_last_rows_by_time_are_numbered_last(kind, tmp_path, monkeypatch):
     mixed, order = _shuffled(events)
     write = FORMATS["folder" if kind == "folder" else "comma" if kind == "csv" else "parquet"]
     source, _, _ = _open(write(tmp_path, mixed), time="when")
-    assert source.split_by_time(30) == 130
+    assert source.split_by_time(30) == [130]
     for start, stop in [(0, 130), (130, 160), (20, 77), (130, 140), (129, 130), (150, 160)]:
         part = [i for i in order if (i >= 130) == (start >= 130)]
         first = 130 if start >= 130 else 0
@@ -360,8 +430,8 @@ def test_rows_of_one_time_stay_together(tmp_path):
     events = ctr_files.events(90)
     events["when"] = [i // 30 for i in range(90)]
     source, _, _ = _open(ctr_files.write_table(tmp_path / "e", events), time="when")
-    assert source.split_by_time(7) == 60
-    assert source.split_by_time(31) == 30
+    assert source.split_by_time(7) == [60]
+    assert source.split_by_time(31) == [30]
     with pytest.raises(UserError, match="when does not divide the rows: testing on the last 61 of"):
         source.split_by_time(61)
 
@@ -372,7 +442,7 @@ def test_rows_without_a_time_are_malformed(tmp_path):
     events["when"][93] = "soon"
     path = ctr_files.write_csv(tmp_path / "e.csv", events | {"ad": ["x", "y"] * 100})
     source, bad_lines, messages = _open(path, time="when", label="clicked")
-    assert source.split_by_time(10) == 190
+    assert source.split_by_time(10) == [190]
     assert len(_read(source, 0, 190).labels) == 188
     assert len(_read(source, 190, 200).labels) == 10
     assert messages == [

@@ -183,6 +183,7 @@ def test_a_split_that_leaves_nothing_to_train_on():
 
 SUMMARY = Summary(
     train_rows=1000,
+    best_rows=1000,
     bad_lines=2,
     embedding_params=250,
     embedding_rows=20,

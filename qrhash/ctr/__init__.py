@@ -34,6 +34,7 @@ The rooms, in reading order (a module imports the ones above it only):
   run/display      progress bars and plain lines
   run/devices      one device, a mesh of several, or several processes
   run/learner      parameters, optimizers and the compiled step
+  run/best         the best model of a run, and when to look no further
   run/progress     where a training stands
   run/retrieval    finding items
   run/goals        what a run is for: clicks or items

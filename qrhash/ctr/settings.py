@@ -116,6 +116,22 @@ class Settings(ColumnOptions, TowerOptions):
     cross_layers: Annotated[int, _model("DCN: number of cross layers.", least=1)] = 3
     epochs: Annotated[int, _training("Passes over the training lines.", least=1)] = 1
     batch_size: Annotated[int, _training("Rows per step.", least=1)] = 128
+    validation_fraction: Annotated[
+        float,
+        _training(
+            "Last part of the training rows, held back to choose the best point of the learning "
+            "curve by: its model is tested and kept. 0: none, the last model counts.",
+            least=0,
+        ),
+    ] = 0.0
+    patience: Annotated[
+        int | None,
+        _training(
+            "Points of the learning curve in a row that may be no better on the validation rows "
+            "before the training ends. Default: it goes to its end.",
+            least=1,
+        ),
+    ] = None
     table_lr: Annotated[float, _training("Adagrad's learning rate, tables.", least=0)] = 0.05
     table_accumulator: Annotated[
         float,
@@ -175,9 +191,12 @@ class Settings(ColumnOptions, TowerOptions):
         ),
     ] = False
     evaluations: Annotated[int, _output("Points of the learning curve.", least=1)] = 10
-    eval_rows: Annotated[int, _output("Test rows for the points before the last.", least=1)] = (
-        10_000
-    )
+    eval_rows: Annotated[
+        int,
+        _output(
+            "Rows to score at a point: test rows, or validation rows if there are any.", least=1
+        ),
+    ] = 10_000
     columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -191,6 +210,15 @@ class Settings(ColumnOptions, TowerOptions):
                 )
         if not 0 < self.test_fraction < 1:
             raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(f"validation_fraction must be below 1, got {self.validation_fraction}.")
+        if self.patience is not None and not self.validation_fraction:
+            raise UserError("patience goes with a validation_fraction above 0.")
+        if self.validation_fraction and self.checkpoint_every == 0:
+            raise UserError(
+                "validation_fraction keeps the best model as a checkpoint, and does not go with "
+                "checkpoint_every=0."
+            )
         check_towers(self, self.model)
         for name in ("bottom_mlp", "top_mlp", "deep_mlp", "tower_mlp"):
             widths(name, getattr(self, name))
@@ -200,6 +228,11 @@ class Settings(ColumnOptions, TowerOptions):
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
+            if column.kind is not None and (self.data is None or self.preset == "criteo"):
+                raise UserError(
+                    f"columns.{name}: kind goes with a table in --data; partition 'drop' leaves a "
+                    "category of the Criteo format out."
+                )
             if column.kind in ("number", "ignore") and len(section) > 1:
                 raise UserError(
                     f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "

@@ -104,7 +104,11 @@ def read_head(path: Path, *, compressed: bool) -> str:
         raise UserError(f"{path} is neither text, plain or gzip, nor Parquet: it holds zero bytes.")
     if len(head) == _HEAD_BYTES and b"\n" in head:
         head = head[: head.rindex(b"\n")]
-    return head.removeprefix(BYTE_ORDER_MARK).decode("utf-8", errors="replace")
+    head = head.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return head.decode()
+    except UnicodeDecodeError:  # As the rows will be read.
+        return head.decode("latin-1")
 
 
 def _lines(head: str) -> list[str]:

@@ -99,11 +99,14 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
 
 def check_sections(settings: Settings, schema: Schema) -> None:
     """Raises a UserError if a section of the options is of no category of the data."""
-    for name in settings.columns:
-        if name not in {column.name for column in schema.columns}:
+    uses = {column.name: column.use for column in schema.columns}
+    for name, kind in settings.kinds.items():
+        if name not in uses:
+            raise UserError(f"columns.{name}: the data have no such column, but {listed(uses)}.")
+        if uses[name] != kind:
             raise UserError(
-                f"columns.{name}: the data have no such column, but "
-                f"{listed(each.name for each in schema.columns)}."
+                f"columns.{name}: in the Criteo format this column is used as {uses[name]}, and "
+                "has no section; --preset table makes it what the section says."
             )
 
 

@@ -46,40 +46,42 @@ class FileSource:
         self.checksum = files[0].checksum
         for file in files[1:]:
             self.checksum = zlib.crc32(f"{self.checksum} {file.checksum}".encode())
-        self._first_test_time: int | None = None
-        self._split = self.num_lines
+        # By time: from which times on later parts are, and at which numbers they begin.
+        self._cuts = np.zeros(0, np.int64)
+        self._firsts: list[int] = []
 
-    def split_by_time(self, test_lines: int) -> int:
-        """Numbers the last rows by time after all others; returns the number of the first of them.
+    def split_by_time(self, *lines: int) -> list[int]:
+        """Numbers the last rows by time after all others; returns where each part begins.
 
         Rows of the same time stay together: there may be more of them than asked for.
 
         Args:
-          test_lines: how many rows are to be last.
+          lines: how many rows each part is to have, the last ones last.
 
         Raises:
-          UserError: that would be all rows.
+          UserError: a part would be empty, or no row be left before them.
         """
         assert self.schema.time is not None
         # 8 bytes for each row.
         found = [times[~bad] for _, _, times, bad in self._timed_parts([self.schema.time])]
         times = np.concatenate([np.zeros(0, np.int64), *found])
-        if len(times) <= test_lines:
+        firsts = len(times) - np.cumsum(lines[::-1])[::-1]
+        if firsts[0] <= 0:
             raise UserError(
                 f"{self.name}: only {len(times):,} rows have a time in {self.schema.time}; testing "
-                f"on the last {test_lines:,} leaves none to train on."
+                f"on the last {sum(lines):,} leaves none to train on."
             )
-        first = int(np.partition(times, len(times) - test_lines)[len(times) - test_lines])
-        tested = int(np.sum(times >= first))
-        if tested == len(times):
+        cuts = np.partition(times, firsts)[firsts]
+        sizes = np.bincount(np.searchsorted(cuts, times, side="right"), minlength=len(cuts) + 1)
+        if not sizes.all():
             raise UserError(
                 f"{self.name}: {self.schema.time} does not divide the rows: testing on the last "
-                f"{test_lines:,} of {len(times):,}, and those of the same time, leaves none to "
+                f"{sum(lines):,} of {len(times):,}, and those of the same time, leaves none to "
                 "train on."
             )
-        self._first_test_time = first
-        self._split = self.num_lines - tested
-        return self._split
+        self._cuts = cuts
+        self._firsts = (self.num_lines - np.cumsum(sizes[:0:-1])[::-1]).tolist()
+        return list(self._firsts)
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Yields the rows of lines [start, stop); see `Source`."""
@@ -92,7 +94,7 @@ class FileSource:
     def _parts(self, start: int, stop: int) -> Iterator[tuple[Path, Part, np.ndarray]]:
         """Yields (path, rows, their places among all rows) of lines [start, stop)."""
         columns = [column.name for column in self.schema.used]
-        if self._first_test_time is not None:
+        if self._firsts:
             yield from self._parts_by_time(start, stop, columns)
             return
         first = 0
@@ -107,24 +109,26 @@ class FileSource:
     def _parts_by_time(
         self, start: int, stop: int, columns: list[str]
     ) -> Iterator[tuple[Path, Part, np.ndarray]]:
-        """As `_parts`, numbered by time: before the first test row, or from it on.
+        """As `_parts`, numbered by time: within each part in the order of the files.
 
-        A row without a time counts as one of those before, so that no line is without a number.
+        A row without a time counts as one of the first part, so that no line is without a number.
         """
-        assert self._first_test_time is not None
-        trained, tested = 0, self._split
+        done = np.array([0, *self._firsts])  # the next number in each part
+        of_start = int(np.searchsorted(done, start, side="right")) - 1
         for file, part, times, bad in self._timed_parts(columns):
-            is_test = ~bad & (times >= self._first_test_time)
-            numbers = np.where(is_test, tested + np.cumsum(is_test), trained + np.cumsum(~is_test))
-            numbers -= 1
-            trained += int(np.sum(~is_test)) + len(part.faults)
-            tested += int(np.sum(is_test))
+            group = np.where(bad, 0, np.searchsorted(self._cuts, times, side="right"))
+            numbers = np.empty(len(times), np.int64)
+            for k in range(len(done)):
+                rows = np.flatnonzero(group == k)
+                numbers[rows] = done[k] + np.arange(len(rows))
+                done[k] += len(rows)
+            done[0] += len(part.faults)
             self._tell(file, part, bad)
             kept = np.flatnonzero((numbers >= start) & (numbers < stop) & ~bad)
             if kept.size:
                 table = part.table.take(pa.array(kept))
                 yield file.path, Part(table, part.places[kept], part.lines[kept], {}), numbers[kept]
-            if (tested if start >= self._split else trained) >= min(stop, self.num_lines):
+            if done[of_start] >= stop:
                 return
 
     def _timed_parts(
@@ -178,7 +182,13 @@ def open_source(
     for file in files:
         _check_fields(file, files[0], list(used), may_have_more=found is not None)
     if found is None:
-        found = infer(files[0].fields, _sample(files), settings)
+        sample = _sample(files)
+        if not sample.num_rows:
+            raise UserError(
+                f"{settings.data}: none of the first rows has the {len(files[0].fields)} cells of "
+                "the first one; is that a header, and --delimiter right?"
+            )
+        found = infer(files[0].fields, sample, settings)
     check_sections(settings, found)
     return FileSource(settings.data, files, found, bad_lines)
 

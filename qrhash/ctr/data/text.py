@@ -61,7 +61,7 @@ class TextFile:
 
     def sample(self, rows: int) -> pa.Table:
         """The first rows, as text."""
-        tables, found = [], 0
+        tables, found = [read_rows([], self.form, self.form.names)[0]], 0
         for part in self.parts(0, rows, list(self.form.names)):
             tables.append(part.table)
             found += part.table.num_rows
@@ -161,10 +161,8 @@ def _read_csv(
         invalid[row.number - 1] = row.actual_columns
         return "skip"
 
-    text = b"\n".join(rows) + b"\n"
     # Arrow ends a line at a lone carriage return too; as a space it spoils its cell only.
-    text = text.replace(b"\r\n", b"\n").replace(b"\r", b" ")
-    text = text.decode("utf-8", errors="replace").encode()
+    text = _in_utf8(rows).replace(b"\r\n", b"\n").replace(b"\r", b" ")
     places = [f"{j}" for j in range(len(form.names))]  # Names may be alike, and arrow's may not.
     wanted = [places[form.names.index(name)] for name in columns]
     table = pyarrow.csv.read_csv(
@@ -185,6 +183,24 @@ def _read_csv(
         ),
     )
     return table.rename_columns(list(columns)), invalid
+
+
+def _in_utf8(rows: Sequence[bytes]) -> bytes:
+    """Rows with their line ends; one that is not in UTF-8 is taken for Latin-1, which any is."""
+    text = b"\n".join(rows) + b"\n"
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return b"".join(_row_in_utf8(row) + b"\n" for row in rows)
+    return text
+
+
+def _row_in_utf8(row: bytes) -> bytes:
+    try:
+        row.decode()
+    except UnicodeDecodeError:
+        return row.decode("latin-1").encode()
+    return row
 
 
 class _Quotes:

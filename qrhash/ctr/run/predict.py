@@ -173,7 +173,8 @@ def _model(
     run: Path, settings: Settings, schema: Schema, ids: dict[str, Ids], display: Display
 ) -> tuple[Learner, dict[str, Ids]]:
     """The trained model, and the ids of its columns."""
-    directory = RunDirectory(str(run), resume=True).checkpoints
+    kept = RunDirectory(str(run), resume=True)
+    directory = kept.best if kept.best is not None and kept.best.is_dir() else kept.checkpoints
     assert directory is not None
     nothing = (
         f"{run} holds no complete checkpoint, so there is no model to predict with: train with "

@@ -95,8 +95,8 @@ class Progress:
             batch = Batch(np.array(labels, np.float32), weights, none, none, Keys.of(none))
             self._window.append((now, batch, np.array(logits, np.float32)))
 
-    def point(self, test: Judged) -> None:
-        """Records a point of the learning curve."""
+    def point(self, found: Judged, part: str = "test") -> None:
+        """Records a point of the learning curve: scores on test rows, or on validation rows."""
         train = self.running()
         self.points += 1
         self._record(
@@ -105,8 +105,8 @@ class Progress:
                 "rows": self.rows,
                 "seconds": round(self.seconds, 3),
                 **{f"train_{name}": value for name, value in train.named().items()},
-                **{f"test_{name}": value for name, value in test.named().items()},
-                "test_rows": test.rows,
+                **{f"{part}_{name}": value for name, value in found.named().items()},
+                f"{part}_rows": found.rows,
             }
         )
 

@@ -15,6 +15,8 @@ class Summary:
 
     Attributes:
       train_rows: rows trained on, over all epochs.
+      best_rows: those of them that the model tested had learnt from: all, unless an earlier model
+        was better on validation rows.
       bad_lines: malformed lines skipped.
       embedding_params: parameters of the embeddings: tables and projections.
       embedding_rows: rows of all their tables.
@@ -31,6 +33,7 @@ class Summary:
     """
 
     train_rows: int
+    best_rows: int
     bad_lines: int
     embedding_params: int
     embedding_rows: int
@@ -74,6 +77,11 @@ class Keeper:
     @property
     def schema(self) -> Mapping[str, Any] | None:
         """What was recorded of the columns, `Schema.as_dict`, if the run is one that is resumed."""
+        return None
+
+    @property
+    def best(self) -> Path | None:
+        """The directory of the best model's checkpoint, as `checkpoints`."""
         return None
 
     @property

@@ -22,7 +22,7 @@ from qrhash.ctr.model.ranks import POPULAR
 from qrhash.ctr.run.records import Keeper, Summary
 
 METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
-IDS = "ids.npz"
+BEST, IDS = "best", "ids.npz"
 RUNS = Path("runs")
 
 
@@ -91,6 +91,11 @@ class RunDirectory(Keeper):
     def schema(self) -> dict[str, Any] | None:
         """What was recorded of the columns of the data."""
         return self._records[0].get("schema") if self._records else None
+
+    @property
+    def best(self) -> Path | None:
+        """Where the checkpoint of the best model goes, if one is chosen."""
+        return None if self.path is None else self.path / BEST
 
     @property
     def checkpoints(self) -> Path | None:
@@ -178,10 +183,15 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     titles = _drawn([*points, summary])
     baseline = CONSTANT if "auc" in titles else POPULAR
     for axes, metric in zip(figure.subplots(1, 2), titles, strict=True):
-        for part, name in (("train", "training rows, before each step"), ("test", "test rows")):
+        for part, name in (
+            ("train", "training rows, before each step"),
+            ("validation", "validation rows"),
+            ("test", "test rows"),
+        ):
+            # A run that validates has one point of test rows, the last one; of training rows no
+            # recall is known.
             values = np.array([point.get(f"{part}_{metric}") for point in points], float)
-            # Of training rows no recall is known.
-            if not points or not np.isnan(values).all():
+            if part == "test" or not np.isnan(values).all():
                 axes.plot(rows, values, marker="o", markersize=3, label=name)
         for part, name, color in (
             ("constant", baseline, "gray"),
@@ -212,6 +222,8 @@ def final_table(summary: Summary) -> Table:
             times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
         table.add_row(title, f"{ours:,}", times)
     table.add_row("dense parameters", f"{summary.dense_params:,}", "")
+    if summary.best_rows < summary.train_rows:
+        table.add_row("best model, tested here", f"after {summary.best_rows:,} rows", "")
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
     table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
     table.add_section()

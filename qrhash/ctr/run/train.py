@@ -6,7 +6,7 @@ last ones by a column of times: a model of clicks is judged by days it has not s
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -25,6 +25,7 @@ from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
 from qrhash.ctr.model.metrics import Judged, described, scores
+from qrhash.ctr.run.best import Best
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.goals import Goal, make_goal
@@ -54,11 +55,11 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     source = _open(settings, display, keeper, bad_lines)
     if settings.resume:
         _check_source(source, keeper.source)
-    split = _split(settings, source)
+    train, split = _splits(settings, source)
     schema = source.schema
     goal = make_goal(settings, schema)
     source = goal.source(source)
-    ids = goal.ids(_shown(source.blocks(0, split), display, "vocabulary", split))
+    ids = goal.ids(_shown(source.blocks(0, train), display, "vocabulary", train))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
     display.table(f"columns of {source.name}", HEADER, overview(schema, sizes, configs))
@@ -66,9 +67,9 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         display.line(goal.note)
     embedding_params = sum(config.num_params for config in configs.values())
     used = {name: ids[name] for name in configs}
-    data = _Data(source, split, used, settings.batch_size, goal)
-    display.phase("building the model", split)
-    num_steps = settings.epochs * ceil_div(goal.num_rows(split), settings.batch_size)
+    data = _Data(source, train, split, used, settings.batch_size, goal)
+    display.phase("building the model", train)
+    num_steps = settings.epochs * ceil_div(goal.num_rows(train), settings.batch_size)
     learner = goal.learner(configs, ids, num_steps=num_steps, layout=layout)
 
     if not settings.resume:
@@ -76,13 +77,17 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         columns = {"source": of_data, "schema": schema.as_dict()}
         keeper.record({"kind": "settings", **settings.as_dict(), **columns})
     keeper.keep_ids(ids)
-    with _checkpoints(settings, configs, keeper) as checkpoints:
-        progress = _train(settings, data, learner, display, keeper, checkpoints)
-    rows_per_second = progress.rows_per_second
+    best = Best(keeper.best if train < split else None, configs, settings.patience)
+    with closing(best):
+        with _checkpoints(settings, configs, keeper) as checkpoints:
+            progress = _train(settings, data, learner, display, keeper, checkpoints, best)
+        rows_per_second = progress.rows_per_second
+        best.restore(learner)
     test, constant = _test(data, learner, progress.click_rate, display)
     progress.point(test)
     summary = Summary(
         train_rows=progress.rows,
+        best_rows=best.rows or progress.rows,
         bad_lines=len(bad_lines),
         **_full(sizes, settings.features),
         embedding_params=embedding_params,
@@ -117,30 +122,47 @@ def split_line(settings: Settings, num_lines: int) -> int:
     return num_lines - test_lines
 
 
-def _split(settings: Settings, source: Source) -> int:
-    """The first line to test on, by the order of the lines or by their times."""
+def _splits(settings: Settings, source: Source) -> tuple[int, int]:
+    """The first lines to validate and to test on, by the order of the lines or by their times."""
     split = split_line(settings, source.num_lines)
+    held_back = settings.validation_fraction
+    validated = max(1, round(split * held_back)) if held_back else 0
+    if validated >= split:
+        raise UserError(f"Validating on {validated} of {split} training lines leaves none.")
     if not isinstance(source, FileSource) or source.schema.time is None:
-        return split
-    return source.split_by_time(source.num_lines - split)
+        return split - validated, split
+    tested = source.num_lines - split
+    *first, split = source.split_by_time(*([validated] if validated else []), tested)
+    return (first[0] if first else split), split
 
 
 class _Data(NamedTuple):
+    """The rows of a run: up to `train` to train on, up to `split` to validate on."""
+
     source: Source
+    train: int
     split: int
     ids: Mapping[str, Ids]
     batch_size: int
     goal: Goal
 
     def training(self) -> AbstractContextManager[Any]:
-        return batches(self.source, 0, self.split, self.ids, self.batch_size)
+        return batches(self.source, 0, self.train, self.ids, self.batch_size)
 
-    def test(self, rows: int | None = None) -> AbstractContextManager[Iterator[Batch]]:
-        """All the test rows, or those of the first so many lines."""
-        stop = self.source.num_lines if rows is None else self.split + rows
-        stop = min(stop, self.source.num_lines)
-        size, find = self.batch_size, self.goal.find
-        return batches(self.source, self.split, stop, self.ids, size, find)
+    def test(self) -> AbstractContextManager[Iterator[Batch]]:
+        return self._judged(self.split, self.source.num_lines)
+
+    @property
+    def is_validated(self) -> bool:
+        return self.train < self.split
+
+    def sample(self, rows: int) -> AbstractContextManager[Iterator[Batch]]:
+        """The rows to score at a point: of the first lines to validate on, or to test on."""
+        end = self.split if self.is_validated else self.source.num_lines
+        return self._judged(self.train, min(self.train + rows, end))
+
+    def _judged(self, start: int, stop: int) -> AbstractContextManager[Iterator[Batch]]:
+        return batches(self.source, start, stop, self.ids, self.batch_size, self.goal.find)
 
 
 def _open(settings: Settings, display: Display, keeper: Keeper, bad_lines: BadLines) -> Source:
@@ -193,21 +215,35 @@ def _train(
     display: Display,
     keeper: Keeper,
     checkpoints: Checkpoints | None,
+    best: Best,
 ) -> Progress:
     """Trains; adds a point to the learning curve now and then, but not the last one."""
-    with data.test(settings.eval_rows) as stream:
+    with data.sample(settings.eval_rows) as stream:
         sample = list(stream)
     goal = data.goal
-    total = goal.num_rows(data.split) * settings.epochs
+    if data.is_validated and not sample:
+        raise UserError(f"{data.source.name}: none of the lines to validate on {goal.wanted}.")
+    total = goal.num_rows(data.train) * settings.epochs
     points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
     progress = Progress(keeper.record, settings.batch_size, goal.running)
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
-        first_epoch, position = _resume(learner, checkpoints, progress, display)
+        first_epoch, position = _resume(learner, checkpoints, progress, best, display)
         keeper.rewind(progress.points)
         points = [point for point in points if point > progress.rows]
     display.phase("training", total)
+
+    def point() -> None:
+        found = goal.scores(learner, sample)
+        part = "validation" if data.is_validated else "test"
+        progress.point(found, part)
+        display.line(f"after {progress.rows:,} rows: {part} {described(found)}")
+        if data.is_validated:
+            best.update(found, learner, progress.rows)
+
     for epoch in range(first_epoch, settings.epochs):
+        if best.is_over:
+            break
         with data.training() as stream:
             if position is not None:
                 stream.set_state(position)
@@ -223,19 +259,22 @@ def _train(
                 is_point = bool(points) and progress.rows >= points[0]
                 if is_point:
                     points = [point for point in points if point > progress.rows]
-                    test = goal.scores(learner, sample)
-                    progress.point(test)
-                    display.line(f"after {progress.rows:,} rows: test {described(test)}")
+                    point()
+                if best.is_over:
+                    display.line(f"no better since {best.rows:,} rows: the training ends here")
+                    break
                 if _is_due(settings.checkpoint_every, learner.steps, is_point):
-                    _save(learner, checkpoints, where, progress)
-            is_last = epoch == settings.epochs - 1
+                    _save(learner, checkpoints, where, progress, best)
+            is_last = epoch == settings.epochs - 1 or best.is_over
             if is_last and settings.checkpoint_every != 0 and progress.rows:
-                _save(learner, checkpoints, where, progress)
+                _save(learner, checkpoints, where, progress, best)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
     if not progress.rows:
         raise UserError(
-            f"{data.source.name}: none of the {data.split} training lines {goal.wanted}."
+            f"{data.source.name}: none of the {data.train} training lines {goal.wanted}."
         )
+    if data.is_validated and best.seen != progress.rows:
+        point()
     return progress
 
 
@@ -254,23 +293,30 @@ def _is_due(every: int | None, step: int, is_point: bool) -> bool:
 
 
 def _save(
-    learner: Learner, checkpoints: Checkpoints | None, where: _Position, progress: Progress
+    learner: Learner,
+    checkpoints: Checkpoints | None,
+    where: _Position,
+    progress: Progress,
+    best: Best,
 ) -> None:
     if checkpoints is None:
         return
     position = {"epoch": where.epoch, "position": where.stream.get_state()}
-    learner.save(checkpoints, position | {"progress": progress.as_dict()})
+    state = {"progress": progress.as_dict(), "best": best.as_dict()}
+    learner.save(checkpoints, position | state)
 
 
 def _resume(
     learner: Learner,
     checkpoints: Checkpoints,
     progress: Progress,
+    best: Best,
     display: Display,
 ) -> tuple[int, Any]:
     """Takes up the last checkpoint that can be read; returns the epoch and the position in it."""
     if not checkpoints.steps:
         display.line(f"{checkpoints.directory} holds no complete checkpoint: starting anew")
+        best.forget_after(0)
         return 0, None
     try:
         restored = learner.restore(checkpoints)
@@ -284,6 +330,8 @@ def _resume(
     for sentence in restored.damaged:
         display.line(f"Warning: {sentence}")
     progress.take_over(restored.extra["progress"])
+    if "best" in restored.extra:  # An earlier version knew none.
+        best.take_over(restored.extra["best"], restored.step)
     display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
     return restored.extra["epoch"], restored.extra["position"]
 
