@@ -128,6 +128,6 @@ def _taken(scores: jax.Array, places: jax.Array) -> jax.Array:
 @jax.jit
 def _counts(scores: jax.Array, own: jax.Array, num_items: int) -> tuple[jax.Array, jax.Array]:
     """How many of the first `num_items` scores [rows, n] are above each row's own, and at it."""
-    is_item = jnp.arange(scores.shape[1]) < num_items
+    is_item = (jnp.arange(scores.shape[1]) < num_items)[None]
     above, equal = scores > own[:, None], scores == own[:, None]
     return jnp.sum(above & is_item, axis=1), jnp.sum(equal & is_item, axis=1)

@@ -58,12 +58,14 @@ class Frequencies(NamedTuple):
     Attributes:
       steps: [] int32, how many batches were met.
       last: [hashes, buckets] int32, the last of them with an item of this bucket, from 1; 0: none.
+      visits: [hashes, buckets] int32, how many of them had one.
       gaps: [hashes, buckets] float32, moving average of the steps from one to the next.
       counts: [hashes, buckets] float32, moving average of how many such items there were in it.
     """
 
     steps: jax.Array
     last: jax.Array
+    visits: jax.Array
     gaps: jax.Array
     counts: jax.Array
 
@@ -71,7 +73,8 @@ class Frequencies(NamedTuple):
     def create(cls, *, hashes: int = 2, buckets: int = 1 << 17) -> "Frequencies":
         """Of nothing met."""
         floats = np.zeros((hashes, buckets), np.float32)
-        return cls(jnp.int32(0), *map(jnp.asarray, (floats.astype(np.int32), floats, floats)))
+        integers = floats.astype(np.int32)
+        return cls(jnp.int32(0), *map(jnp.asarray, (integers, integers, floats, floats)))
 
     def met(self, items: Keys, weights: Any, *, rate: float = 0.05) -> "Frequencies":
         """After a batch of items [batch], of which those of weight 0 do not count.
@@ -79,7 +82,7 @@ class Frequencies(NamedTuple):
         Args:
           items: what to hash.
           weights: [batch].
-          rate: of the moving averages.
+          rate: of the moving averages; of fewer than 1 / rate visits they are the plain mean.
         """
         hashes, buckets = self.last.shape
         steps = self.steps + 1
@@ -87,14 +90,13 @@ class Frequencies(NamedTuple):
         for k in range(hashes):
             places = _places(items, k, buckets)
             found = (places[:, None] == places[None]).astype(jnp.float32) @ (weights > 0)
-            last, gaps, counts = (each[k][places] for each in self[1:])
-            is_new = last == 0
-            gap = (steps - last).astype(jnp.float32)
-            gaps = jnp.where(is_new, gap, gaps + rate * (gap - gaps))
-            counts = jnp.where(is_new, found, counts + rate * (found - counts))
+            last, visits, gaps, counts = (each[k][places] for each in self[1:])
+            weight = jnp.maximum(rate, 1 / (visits + 1).astype(jnp.float32))
+            gaps += weight * ((steps - last).astype(jnp.float32) - gaps)
+            counts += weight * (found - counts)
             # Rows of one bucket write the same; those that do not count, nothing.
             to = jnp.where(weights > 0, places, buckets)
-            new = (jnp.full_like(last, steps), gaps, counts)
+            new = (jnp.full_like(last, steps), visits + 1, gaps, counts)
             pairs = zip(self[1:], new, strict=True)
             columns.append([old[k].at[to].set(values, mode="drop") for old, values in pairs])
         return Frequencies(steps, *map(jnp.stack, zip(*columns, strict=True)))
