@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 import pytest
-from flax import nnx
 from typer.testing import CliRunner
 
 from qrhash import EmbedConfig, FullTable, KeyDigits, Keys, cli
@@ -256,3 +255,270 @@ def test_a_catalogue_counts_tuples(rng, monkeypatch):
     )
     assert set(catalogue.find(other).tolist()) == {-1}
     assert Catalogue([0]).find(other).tolist() == [-1] * 13
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+SMALL = ["--model=two-tower", "--features=8", "--tower-mlp=16-8", "--batch-size=64"]
+SMALL += ["--dense-lr=0.01", "--table-lr=0.3", "--init-stddev=0.3", "--recall-at=5,10"]
+SMALL += ["--epochs=3", "--evaluations=3", "--eval-rows=300"]
+LIKED = ["--label=rating", "--positive-from=4"]
+BY_MOVIE = ["--items=movie_id", "--ignore=genre"]
+RATINGS = ctr_files.ratings(3000)
+LIKES = [rating >= 4 for rating in RATINGS["rating"]]
+TEST = range(2400, 3000)
+
+
+def _train(path, *arguments, columns=RATINGS):
+    """Trains; returns the records of the run."""
+    data = ctr_files.write_table(path / "ratings.parquet", columns)
+    result = train("--data", data, *SMALL, "--output-dir", path / "run", *arguments)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _defined(run):
+    """The records of a run, without what is not defined."""
+    return [{k: v for k, v in each.items() if v is not None} for each in numbers_of(run)]
+
+
+def _scores(path, columns):
+    """What `qrhash predict` makes of rows of some columns."""
+    data = ctr_files.write_table(path / "asked.parquet", columns)
+    arguments = ["--run", path / "run", "--data", data, "--output", path / "scores.parquet"]
+    result = CliRunner().invoke(
+        cli.build_app(), ["predict", "--overwrite", *map(str, arguments)], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    return pyarrow.parquet.read_table(path / "scores.parquet").to_pydict(), result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("towers")
+    return path, _train(path, *LIKED, *BY_MOVIE)
+
+
+def test_it_finds_what_is_liked_and_says_so(run):
+    path, records = run
+    kinds = [record["kind"] for record in records]
+    assert kinds == ["settings", *["progress"] * 3, "summary"]
+    summary = records[-1]
+    assert summary["train_rows"] == 3 * sum(LIKES[:2400])
+    assert summary["test_rows"] == sum(LIKES[2400:])
+    # Fifteen movies in each of four genres: the best there is has the genre's order.
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    assert summary["test_mrr"] > 1.5 * summary["constant_mrr"]
+    assert summary["test_log_loss"] < records[1]["test_log_loss"] < math.log(64)
+    assert summary["constant_log_loss"] is None
+    point = records[1]
+    assert 0 < point["test_recall_5"] < point["test_recall_10"] < 1
+    assert {name for name in point if "train" in name} == {"train_log_loss"}
+    assert (path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recall_is_that_of_all_scores(run):
+    """`predict` scores every pair of a test row's query and a training item: sorted by hand."""
+    path, _ = run
+    items = sorted(
+        {m for m, likes in zip(RATINGS["movie_id"][:2400], LIKES, strict=False) if likes}
+    )
+    rows = [row for row in TEST if LIKES[row]][:100]
+    asked = {"user_id": [], "hour": [], "movie_id": []}
+    for row in rows:
+        asked["user_id"] += [RATINGS["user_id"][row]] * len(items)
+        asked["hour"] += [RATINGS["hour"][row]] * len(items)
+        asked["movie_id"] += items
+    found, result = _scores(path, asked)
+    assert list(found) == ["row", "score"]
+    assert "no score is defined" not in result.output
+    table = np.reshape(found["score"], (len(rows), len(items)))
+    places = []
+    for scores, row in zip(table, rows, strict=True):
+        movie = RATINGS["movie_id"][row]
+        if movie in items:
+            places.append(1 + np.sum(scores > scores[items.index(movie)] + 1e-5))
+        else:
+            places.append(math.inf)
+    places = np.array(places)
+    # The same run, tested on these rows alone.
+    last = rows[-1] + 1
+    columns = ctr_files.rows_of(RATINGS, 0, last)
+    (path / "again").mkdir()
+    options = [f"--test-rows={last - 2400}", *LIKED, *BY_MOVIE]
+    summary = _train(path / "again", *options, columns=columns)[-1]
+    assert summary["test_rows"] == 100
+    assert summary["test_recall_5"] == pytest.approx(np.mean(places <= 5), abs=0.011)
+    assert summary["test_recall_10"] == pytest.approx(np.mean(places <= 10), abs=0.011)
+    assert summary["test_mrr"] == pytest.approx(np.mean(1 / places), abs=2e-3)
+    counts = collections.Counter(
+        m for m, likes in zip(RATINGS["movie_id"][:2400], LIKES, strict=False) if likes
+    )
+    order = [count for _, count in counts.most_common()]
+    hits = [counts[RATINGS["movie_id"][row]] > order[10] for row in rows]
+    assert summary["constant_recall_10"] == pytest.approx(np.mean(hits), abs=0.05)
+
+
+def test_predicted_are_the_products_of_the_vectors(run):
+    path, _ = run
+    found, result = _scores(path, ctr_files.rows_of(RATINGS, 2900, 3000))
+    assert list(found) == ["row", "score", "label"]
+    assert found["label"] == [int(likes) for likes in LIKES[2900:]]
+    assert max(map(abs, found["score"])) <= 10.001  # 1 / temperature
+    assert "AUC" in result.output
+    assert "log loss" not in result.output
+    liked, other = (
+        np.mean([s for s, likes in zip(found["score"], LIKES[2900:], strict=True) if likes is want])
+        for want in (True, False)
+    )
+    assert liked > other + 1
+
+
+OTHERS = {
+    "keys": ["--ids=keys", "--key-bits=12", *BY_MOVIE],
+    "two columns": ["--items=movie_id,genre"],
+    "two columns, hashed and compressed": [
+        *("--items=genre,movie_id", "--hash-size=500", "--threshold=10", "--compression=3")
+    ],
+    "as they are": ["--temperature=0", *BY_MOVIE],
+    "mesh": ["--mesh=data=2,model=4", "--large-table-rows=20", *BY_MOVIE],
+    "mesh, keys": ["--mesh=data=4", "--ids=keys", "--key-bits=12", *BY_MOVIE],
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_whatever_the_columns_are(options, tmp_path):
+    records = _train(tmp_path, *LIKED, *options)
+    summary = records[-1]
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    found, _ = _scores(tmp_path, ctr_files.rows_of(RATINGS, 2900, 3000))
+    liked, other = (
+        np.mean([s for s, likes in zip(found["score"], LIKES[2900:], strict=True) if likes is want])
+        for want in (True, False)
+    )
+    assert liked > other + 1
+
+
+def test_a_mesh_gives_the_same_numbers(run, tmp_path):
+    _, wanted = run
+    got = _train(tmp_path, *LIKED, *BY_MOVIE, "--mesh=data=2,model=2", "--large-table-rows=20")
+    for name in ("test_log_loss", "test_recall_10", "test_mrr", "train_rows", "constant_mrr"):
+        assert got[-1][name] == pytest.approx(wanted[-1][name], rel=0.02), name
+
+
+def test_events_without_a_label(tmp_path):
+    """Every row is a positive; and those that were none are not there."""
+    columns = {
+        name: [v for v, likes in zip(values, LIKES, strict=True) if likes]
+        for name, values in RATINGS.items()
+        if name not in ("rating", "hour")
+    }
+    rows = len(columns["genre"])
+    records = _train(tmp_path, "--label=none", *BY_MOVIE, columns=columns)
+    summary = records[-1]
+    assert summary["train_rows"] + 3 * summary["test_rows"] == 3 * rows
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    found, _ = _scores(tmp_path, columns)
+    assert list(found) == ["row", "score"]
+    assert len(found["row"]) == rows
+
+
+def test_items_that_are_new_are_misses_and_told(tmp_path):
+    columns = {name: list(values) for name, values in RATINGS.items()}
+    columns["movie_id"][2700:] = [m + 1 for m in columns["movie_id"][2700:]]
+    data = ctr_files.write_table(tmp_path / "r", columns)
+    result = train("--data", data, *SMALL, *LIKED, *BY_MOVIE, "--output-dir", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    share = sum(LIKES[2700:]) / sum(LIKES[2400:])
+    assert summary["test_unseen"] == pytest.approx(share)
+    assert summary["test_recall_10"] < 1 - share
+    assert f"{share:.2%}" in result.output
+    assert "items by movie_id: " in result.output
+
+
+@pytest.mark.parametrize(
+    "options", [BY_MOVIE, ["--items=movie_id,genre"]], ids=["counts", "stream"]
+)
+def test_a_run_that_is_resumed_comes_to_the_same(options, tmp_path):
+    (tmp_path / "whole").mkdir()
+    arguments = [*LIKED, *options, "--checkpoint-every=7", "--keep-checkpoints=50"]
+    _train(tmp_path / "whole", *arguments)
+    wanted = _defined(tmp_path / "whole" / "run")
+    checkpoints = tmp_path / "whole" / "run" / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    for step in steps[len(steps) // 2 :]:
+        (checkpoints / str(step)).rename(tmp_path / f"{step}")
+    result = train("--resume", "--output-dir", tmp_path / "whole" / "run")
+    assert result.exit_code == 0, result.output
+    assert "resuming after" in result.output
+    got = _defined(tmp_path / "whole" / "run")
+    assert_same_curve(got, wanted)
+    for name in ("test_recall_10", "test_mrr"):
+        assert got[-1][name] == pytest.approx(wanted[-1][name], abs=5e-3)
+
+
+def test_the_best_by_validation_rows_is_kept(tmp_path):
+    options = ["--validation-fraction=0.2", "--patience=2", "--epochs=40", "--evaluations=40"]
+    records = _train(tmp_path, *LIKED, *BY_MOVIE, *options)
+    points = [record for record in records if "validation_log_loss" in record]
+    losses = [point["validation_log_loss"] for point in points]
+    assert losses[-2:] > [min(losses)] * 2
+    assert 2 < len(points) < 40
+    assert records[-1]["best_rows"] == points[int(np.argmin(losses))]["rows"]
+    assert 0 < points[0]["validation_recall_10"] < 1
+
+
+def test_frequencies_taken_out_make_for_higher_recall(tmp_path, monkeypatch):
+    """Where some are a hundred times as popular as others, the loss without them hides those."""
+    columns = ctr_files.ratings(4000, items=200, skew=1.2)
+    found = {}
+    for kind in ("counts", "stream", "none"):
+        (tmp_path / kind).mkdir()
+        with monkeypatch.context() as patch:
+            if kind == "stream":
+                patch.setattr(retrieval.Retrieval, "_counts", lambda self: None)
+            if kind == "none":
+                patch.setattr(retrieval.Retrieval, "_counts", lambda self: np.ones(1000))
+            found[kind] = _train(tmp_path / kind, *LIKED, *BY_MOVIE, columns=columns)[-1]
+    for name in ("test_recall_5", "test_recall_10", "test_mrr"):
+        assert found["counts"][name] > 1.5 * found["none"][name]
+        assert found["stream"][name] > 0.9 * found["counts"][name]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_one_sentence(tmp_path):
+    data = ctr_files.write_table(tmp_path / "r.parquet", RATINGS)
+    bare = {name: values for name, values in RATINGS.items() if name in ("user_id", "movie_id")}
+    bare = ctr_files.write_table(tmp_path / "b.parquet", bare)
+
+    def says(sentence, *options, data=data):
+        result = train("--data", data, *options, "--output-dir", tmp_path / "run")
+        assert result.exit_code == 1
+        (error,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert sentence in error
+        assert not (tmp_path / "run").exists()
+
+    two = ["--model=two-tower", *LIKED]
+    says("Name them with --items, of the categories user_id, movie_id, genre", *two)
+    says("--items: 'hour' is no category of the data; these are: user_id", *two, "--items=hour")
+    says("--items: 'film' is no category of the data", *two, "--items=film")
+    names = ["--label=none", "--model=two-tower", "--items=user_id,movie_id"]
+    says("--items names every column: none is left to describe the query by", *names, data=bare)
+    says("or say --label none, if every row is a positive", "--model=two-tower", "--items=movie_id")
+    says("label 'none' goes with model 'two-tower', not 'dlrm'", "--label=none")
+    both = ["--label=none", "--positive-from=4", "--model=two-tower", "--items=movie_id"]
+    says("positive_from goes with a label, not with label 'none'", *both)
+    says("items goes with model 'two-tower', not 'dlrm'", *LIKED, "--items=movie_id")
+    says("temperature goes with model 'two-tower'", *LIKED, "--temperature=1", "--model=dcn")
+    says("recall_at must be positive integers such as 10,100, got '0'", *two, "--recall-at=0")
+    says("tower_mlp must be positive widths", *two, *BY_MOVIE, "--tower-mlp=8-x")
+    says("tower_mlp must name the width", *two, *BY_MOVIE, "--tower-mlp=")
+    high = ["--label=rating", "--positive-from=9", "--model=two-tower", *BY_MOVIE]
+    says("None of the training rows is positive", *high)
+    (tmp_path / "c.toml").write_text("[columns.movie_id]\npartition = 'drop'\n")
+    says("All items are dropped", *two, *BY_MOVIE, "--config", tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text("[columns.user_id]\npartition = 'drop'\n")
+    dropped = ["--ignore=genre,hour", "--items=movie_id", "--config", tmp_path / "c.toml"]
+    says("nothing to describe a query by but columns that are dropped", *two, *dropped)

@@ -11,9 +11,9 @@ softmax, so that the scores do not fall with it.
 Where q is not known from counts it is estimated as the batches go by, as in algorithms 2 and 3 of
 Yi et al., "Sampling-bias-corrected neural modeling for large corpus item recommendations" (RecSys
 2019): moving averages of the steps that lie between two batches with the item, by hashed ids. An
-item may be in a batch several times; so there is a moving average of that number too, and q is the
-one divided by the other. Of several hashes the one counts by which the item is rarest: in the
-others it shares its place with more frequent ones.
+item may be in a batch several times; so there is a moving average of that number too, and q is this
+one divided by the other. The first times an average is the plain mean. Of several hashes the one
+counts by which the item is rarest: in the others it shares its place with more frequent ones.
 """
 
 from typing import Any, NamedTuple

@@ -66,6 +66,8 @@ class Retrieval:
         found = build_ids(self._settings, self._schema.categories, blocks)
         for _ in blocks:  # Where no vocabulary needs the pass, the items do.
             pass
+        if not self._catalogue.rows:
+            raise UserError("None of the training rows is positive: there is nothing to find.")
         return found
 
     def num_rows(self, lines: int) -> int:
