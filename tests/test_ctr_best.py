@@ -137,6 +137,18 @@ def test_a_finished_run_reports_again(stopped_early, tmp_path):
     assert numbers_of(output) == numbers_of(stopped_early[0])
 
 
+def test_a_best_model_that_is_gone(stopped_early, tmp_path):
+    """The last one is tested instead, and it is said."""
+    output = shutil.copytree(stopped_early[0], tmp_path / "run")
+    shutil.rmtree(output / "best")
+    result = train("--resume", "--output-dir", output)
+    assert result.exit_code == 0, result.output
+    assert "Warning: the best model's checkpoint is gone; the last one is" in result.stderr
+    summary, before = numbers_of(output)[-1], numbers_of(stopped_early[0])[-1]
+    assert summary["best_rows"] == summary["train_rows"] == before["train_rows"]
+    assert summary["test_log_loss"] != before["test_log_loss"]
+
+
 def test_a_run_on_a_mesh_finds_the_same_best(data, stopped_early, tmp_path):
     _run(data, tmp_path / "run", "--patience=4", "--mesh=data=2,model=4")
     assert_same_curve(numbers_of(tmp_path / "run"), numbers_of(stopped_early[0]))

@@ -216,6 +216,14 @@ def test_columns_of_keys_have_tables_of_their_digits():
     assert configs["C4"].partition == qrhash.QuotientRemainder(500, 125)
 
 
+def test_a_section_says_its_own_way_from_keys_to_rows():
+    settings = Settings(hash_size=9, columns={"C1": {"ids": "keys"}, "C2": {"ids": "vocabulary"}})
+    assert settings.column("C1").takes_keys
+    assert (settings.column("C2").hash_size, settings.column("C3").hash_size) == (None, 9)
+    settings = Settings(ids="keys", partition="full", columns={"C1": {"hash_size": 9}})
+    assert not settings.column("C1").takes_keys
+
+
 def test_keys_are_no_part_of_a_compression():
     settings = Settings(compression=4.0, columns={"C1": {"ids": "keys", "key_bits": 10}})
     configs = embed_configs(settings, SIZES | {"C1": None})
@@ -231,6 +239,9 @@ def test_keys_are_no_part_of_a_compression():
         ({"ids": "keys", "compression": 4.0}, "compression goes with a vocabulary"),
         ({"columns": {"C1": {"ids": "keys", "min_count": 2}}}, "C1: min_count goes with ids from"),
         ({"ids": "keys", "columns": {"C1": {"collisions": 2}}}, "C1: collisions goes with ids"),
+        ({"columns": {"C1": {"ids": "keys", "partition": "full"}}}, "C1: partition goes with ids"),
+        ({"ids": "keys", "partition": "full"}, "partition 'full' goes with ids from a vocabulary"),
+        ({"ids": "keys", "hash_size": 9}, "ids 'keys' and hash_size are two ways"),
         ({"key_bits": 65}, "key_bits must be at most 64"),
     ],
 )

@@ -221,6 +221,17 @@ def test_files_of_a_pattern_and_folders_in_order_of_their_names(tmp_path):
     assert messages == []
 
 
+def test_files_without_a_suffix_are_data_if_there_are_no_others(tmp_path):
+    events = ctr_files.events(80)
+    for k in range(2):
+        path = tmp_path / f"part-0000{k}"
+        ctr_files.write_csv(path, ctr_files.rows_of(events, 40 * k, 40 * k + 40), delimiter="\t")
+    (tmp_path / "part.crc").touch()
+    _assert_rows(_read(_open(tmp_path)[0]), events)
+    (tmp_path / "more.csv").write_text("click,word\n" + "1,a\n0,b\n" * 20)
+    assert _open(tmp_path)[0].num_lines == 40
+
+
 def _spoil_columns(events):
     words = [f"w{i}" for i in range(len(events["age"]))]
     return {

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import Option, check_values
+from qrhash.ctr.options import PANELS, Option, check_values
 
 PartitionName = Literal[
     "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
@@ -18,9 +18,12 @@ AMOUNTS = ("compression", "collisions")
 DEFAULT_COLLISIONS = 4
 
 # What a column without ids has no use for.
-OF_IDS = ("min_count", "compression", "collisions", "radices", "moduli")
+OF_IDS = ("min_count", "partition", "compression", "collisions", "radices", "moduli")
 
-_data, _embeddings = (partial(Option, panel) for panel in ("Data", "Embeddings"))
+# From keys to what a model takes: a section that says one has not the run's other.
+WAYS = ("ids", "hash_size")
+
+_data, _embeddings = (partial(Option, panel) for panel in PANELS[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,11 @@ class ColumnOptions:
         float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
     ] = 0.05
     min_count: Annotated[
-        int, _data("Categories met less often in the training lines share id 0.", least=1)
+        int, _embeddings("Categories met less often in the training lines share id 0.", least=1)
     ] = 1
     ids: Annotated[
         Literal["vocabulary", "keys"],
-        _data(
+        _embeddings(
             "'vocabulary': number the categories of the training lines; 'keys': take the 64-bit "
             "keys as they are, without that pass and without memory for what was met."
         ),
@@ -84,12 +87,17 @@ class ColumnOptions:
     ] = 32
     hash_size: Annotated[
         int | None,
-        _data(
+        _embeddings(
             "Take ids modulo this size instead of from a vocabulary pass over the training lines.",
             least=2,
             most=2**31 - 1,
         ),
     ] = None
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether there is no vocabulary, and are no ids."""
+        return self.ids == "keys" and self.hash_size is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +121,6 @@ class ColumnSettings(ColumnOptions):
             if getattr(self, name) is not None and self.partition != family:
                 raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
         check_amount(self)
-
-    @property
-    def takes_keys(self) -> bool:
-        """Whether there is no vocabulary, and are no ids."""
-        return self.ids == "keys" and self.hash_size is None
 
     @property
     def is_sized_by_bytes(self) -> bool:

@@ -14,6 +14,7 @@ from qrhash.ctr.column_settings import (
     AMOUNTS,
     MULTI_TABLE,
     OF_IDS,
+    WAYS,
     ColumnOptions,
     ColumnSettings,
     check_amount,
@@ -238,7 +239,7 @@ class Settings(ColumnOptions, TowerOptions):
                     f"columns.{name}: kind {column.kind!r} has no embedding, and takes no other "
                     "options."
                 )
-            unfit = [option for option in OF_IDS if option in section]
+            unfit = [option for option in OF_IDS if section.get(option, "drop") != "drop"]
             if column.takes_keys and unfit:
                 raise UserError(
                     f"columns.{name}: {unfit[0]} goes with ids from a vocabulary, not with 'keys', "
@@ -260,6 +261,13 @@ class Settings(ColumnOptions, TowerOptions):
                 f"num_tables goes with partition {' or '.join(MULTI_TABLE)}, or with ids 'keys', "
                 f"not {self.partition!r}."
             )
+        if self.ids == "keys" and self.hash_size is not None:
+            raise UserError("ids 'keys' and hash_size are two ways: give one of them.")
+        is_plain = self.partition in (Settings.partition, "drop")
+        if not is_plain and all(options.takes_keys for options in of_columns):
+            raise UserError(
+                f"partition {self.partition!r} goes with ids from a vocabulary, not with 'keys'."
+            )
         if self.ids == "keys" and self.compression is not None:
             raise UserError(
                 "compression goes with a vocabulary; the tables of ids 'keys' have the sizes that "
@@ -272,6 +280,8 @@ class Settings(ColumnOptions, TowerOptions):
         section = self.columns.get(name, {})
         if not section.keys().isdisjoint(AMOUNTS):
             shared |= dict.fromkeys(AMOUNTS)
+        if not section.keys().isdisjoint(WAYS):
+            shared |= {name: getattr(ColumnOptions, name) for name in WAYS}
         return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
 
     @property

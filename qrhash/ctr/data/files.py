@@ -14,7 +14,7 @@ import pyarrow as pa
 from qrhash.ctr.errors import UserError
 
 # What a folder is searched for; a file that is named itself may have any name.
-SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
+SUFFIXES = (".parquet", ".pq", ".csv", ".tsv", ".txt", ".dat", ".data", ".gz")
 MAGIC_BYTES = 4
 
 
@@ -170,6 +170,7 @@ def _in_folder(folder: Path, notify: Callable[[str], None]) -> list[Path]:
         and not any(part.startswith(hidden) for part in each.relative_to(folder).parts)
     ]
     found = [each for each in files if each.name.lower().endswith(SUFFIXES)]
+    found = found or [each for each in files if not each.suffix]  # part-00000, of Hadoop
     if not found:
         raise UserError(
             f"{folder} holds no file of data: none has a name that ends in {', '.join(SUFFIXES)}."

@@ -275,8 +275,9 @@ def _look(column: pa.Array) -> _Seen:
         ends = pc.min_max(distinct).as_py()
         largest = max(abs(ends["min"]), abs(ends["max"]))
         return _Seen("integer", len(distinct), len(present), largest)
-    holds = "text"
+    holds = "nested"
     for held, names in {
+        "text": ("binary",),
         "number": ("floating", "decimal"),
         "boolean": ("boolean",),
         "time": ("timestamp", "date"),

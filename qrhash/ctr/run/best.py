@@ -53,10 +53,21 @@ class Best:
         if self._directory is not None:
             learner.save(self._opened(self._directory), {"rows": rows})
 
-    def restore(self, learner: Learner) -> None:
-        """Gives the learner the best model back."""
-        if self._directory is not None and self.rows and self.rows != self.seen:
-            learner.restore(self._opened(self._directory))
+    def restore(self, learner: Learner) -> bool:
+        """Gives the learner the best model back, if it is another one than the last.
+
+        Returns:
+          Whether the learner has it: not, if its checkpoint is gone.
+        """
+        if self._directory is None or not self.rows or self.rows == self.seen:
+            return True
+        checkpoints = self._opened(self._directory)
+        if not checkpoints.steps:
+            self.rows = self.seen
+            return False
+        # What is there may be one before, if a run that went on did not come to the same best.
+        self.rows = learner.restore(checkpoints).extra["rows"]
+        return True
 
     def as_dict(self) -> dict[str, Any]:
         """What it knows, as JSON can hold it."""

@@ -62,7 +62,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     ids = goal.ids(_shown(source.blocks(0, train), display, "vocabulary", train))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
-    display.table(f"columns of {source.name}", HEADER, overview(schema, sizes, configs))
+    form = ", in the Criteo format" if schema.preset == "criteo" else ""
+    display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
     if goal.note:
         display.line(goal.note)
     embedding_params = sum(config.num_params for config in configs.values())
@@ -82,7 +83,10 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         with _checkpoints(settings, configs, keeper) as checkpoints:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
         rows_per_second = progress.rows_per_second
-        best.restore(learner)
+        if not best.restore(learner):
+            display.line(
+                "Warning: the checkpoint of the best model is gone; the last one is tested"
+            )
     test, constant = _test(data, learner, progress.click_rate, display)
     progress.point(test)
     summary = Summary(
