@@ -379,6 +379,18 @@ def test_a_very_long_list_is_pointed_out(tmp_path):
     assert len(told) == 1
 
 
+def test_files_whose_lists_are_encoded_in_other_ways(tmp_path):
+    kinds = [pa.string(), pa.dictionary(pa.int8(), pa.string()), pa.large_string()]
+    for name, kind in zip("abc", kinds, strict=True):
+        columns = {"clicked": [0, 1] * 20, "x": [["v", name]] * 40}
+        ctr_files.write_table(tmp_path / f"{name}.parquet", columns, x=pa.list_(kind))
+    source, messages = _open(tmp_path)
+    assert _lists_of(source) == _keys([["v", name] for name in "abc" for _ in range(40)])
+    assert not messages
+    (tmp_path / "c.parquet").unlink()
+    assert _lists_of(_open(tmp_path)[0]) == _keys([["v", name] for name in "ab" for _ in range(40)])
+
+
 def test_files_whose_lists_are_of_other_types(tmp_path):
     columns = {"clicked": [0, 1] * 20, "word": ["a", "b"] * 20}
     ctr_files.write_table(tmp_path / "a.parquet", columns | {"x": [[1]] * 40})
