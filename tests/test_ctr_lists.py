@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from qrhash.ctr.data import cells
+from qrhash.ctr.data import lists as lists_of
 from qrhash.ctr.data.block import Block, Lists
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.files import BadLines
@@ -135,11 +136,18 @@ def test_text_is_read_as_numpy_writes_it():
 
 def test_characters_in_two_halves_and_escapes_of_either_language():
     """One half alone is no character, and stands for the same as in a text file."""
-    text = pa.array(
-        [r'["\ud83d\ude00", "a\/b"]', r'["x\ud83dy"]', r"""['\U0001f600', "it's \xa0"]"""]
-    )
-    wanted = [["😀", "a/b"], ["x\ufffdy"], ["😀", "it's \xa0"]]
+    text = [r'["\ud83d\ude00", "a\/b"]', r'["x\ud83dy"]', r"""['\U0001f600', "it's \xa0"]"""]
+    text = pa.array([*text, r"""["\\/\/\x41"]"""])
+    wanted = [["😀", "a/b"], ["x\ufffdy"], ["😀", "it's \xa0"], ["\\//A"]]
     assert _read(text) == (_keys(wanted), {})
+
+
+def test_spoilt_text_costs_no_more_than_its_length():
+    """Hours, where an expression tries all ways to divide the spaces."""
+    spaces = " " * 1_000_000
+    spoilt = [f"[1{spaces}x", f"[{spaces}x", "[1" + " 1" * 500_000 + "x", "['" + "a" * 1_000_000]
+    assert list(_read(pa.array(spoilt))[1]) == [0, 1, 2, 3]
+    assert not lists_of.are_of_floats(pa.array(["[" + "1." * 500_000 + "x"]))
 
 
 NO_LISTS = ["a", "[1", "1]", "[1, 2] x", "[a]", "[1.5]", "[1, [2]]", "[1,,2]", "{}", "['a]", "[01]"]
