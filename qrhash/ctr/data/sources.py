@@ -260,7 +260,10 @@ def _sample(files: list[File]) -> pa.Table:
     """The first rows, and those of the last file: what is one value in a file may be a day."""
     ends = files[:1] if len(files) == 1 else [files[0], files[-1]]
     tables = [file.sample(SAMPLE_ROWS).select(list(files[0].fields)) for file in ends]
-    return pa.concat_tables(tables, promote_options="permissive")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:  # Types that are read alike need not be one: a dictionary and text.
+        return tables[0]
 
 
 def _check_fields(file: File, first: File, used: list[str], *, may_have_more: bool) -> None:
