@@ -22,13 +22,13 @@ from qrhash.types import Array
 
 def are_summed_at_once(tables: Sequence[Table], config: EmbedConfig, bag: Bag) -> bool:
     """Whether the vectors of bags are summed up so, rather than gathered, combined and pooled."""
-    is_sum = config.combiner != "max" and not config.pool_rows and bag.length is None
-    is_alone = all(table.is_at_hand for table in tables) and config.logical_axes is None
-    is_alone = is_alone and jax.sharding.get_abstract_mesh().empty
-    has_any = bag.num_bags > 0 and bag.capacity > 0
-    return (
-        is_sum and is_alone and has_any and tuning.sums_at_once(tuning.traced_for(), bag.capacity)
-    )
+    # How many places an exported program will be given is not known.
+    if bag.length is not None or not isinstance(bag.capacity, int) or not bag.num_bags:
+        return False
+    is_sum = config.combiner != "max" and not config.pool_rows
+    is_alone = config.logical_axes is None and jax.sharding.get_abstract_mesh().empty
+    is_many = tuning.sums_at_once(tuning.traced_for(), bag.capacity)
+    return is_sum and is_alone and is_many and all(table.is_at_hand for table in tables)
 
 
 def summed_at_once(

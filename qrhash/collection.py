@@ -129,6 +129,7 @@ def lookup(
       ValueError: ids that are not a mapping, or of a feature that is not in the collection; a stack
         or projection is missing, or has another shape than the config's; or as `qrhash.lookup`.
 
+    >>> from qrhash.config import EmbedConfig
     >>> from qrhash.families import QuotientRemainder
     >>> config = CollectionConfig({"item": EmbedConfig(QuotientRemainder(1000, 4), 8)})
     >>> stacks = init(jax.random.key(0), config)

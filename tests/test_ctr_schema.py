@@ -68,7 +68,7 @@ USES = {
     "timestamps": (DAYS, "ignored"),
     "dates": ([day.date() for day in DAYS], "ignored"),
     "timestamps in text": (list(map(str, DAYS)), "ignored"),
-    "lists": ([[i] for i in INTEGERS], "ignored"),
+    "lists": ([[i] for i in INTEGERS], "list"),
     "structs": ([{"a": i} for i in INTEGERS], "ignored"),
     "nothing": ([None] * ROWS, "ignored"),
     "empty text": ([""] * ROWS, "ignored"),

@@ -65,7 +65,7 @@ per_way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 def _few_places_at_once(monkeypatch):
     """So that sums over bags need several turns, and a rest; or are not taken at all."""
     monkeypatch.setattr(qrhash.tuning, "PLACES_AT_ONCE", 5)
-    monkeypatch.setattr(qrhash.tuning, "sums_at_once", lambda _, places: places != FEW)
+    monkeypatch.setattr(qrhash.tuning, "sums_at_once", lambda _, places: places not in (0, FEW))
 
 
 # --- look-up --------------------------------------------------------------------------------------
@@ -356,6 +356,22 @@ def _split(flat):
 def test_of_equal_ones_the_greatest_has_one_gradient():
     grad = jax.grad(lambda v: pool(v, _ragged([[1, 2, 3]], capacity=4), "max").sum())
     assert grad(jnp.ones((4, 1))).tolist() == [[1], [0], [0], [0]]
+
+
+def test_exported_for_any_number_of_ids(rng):
+    cfg = _config("mult", "mean")
+    tables, _ = parameters(cfg, rng)
+    (n,) = jax.export.symbolic_shape("n")
+    like = jax.ShapeDtypeStruct((n,), jnp.int32)
+
+    def look_up(tables, ids, segments):
+        return qrhash.lookup(tables, Bag(ids, segments, shape=(len(LISTS),)), cfg)
+
+    exported = jax.export.export(jax.jit(look_up))(tables, like, like)
+    for capacity in (7, 30):
+        bag = _ragged(LISTS, capacity=capacity)
+        got = exported.call(tables, np.int32(bag.ids), bag.segments)
+        assert_close(got, oracle.lookup_bags(tables, LISTS, cfg))
 
 
 def test_under_vmap_and_scan(rng):

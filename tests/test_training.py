@@ -169,6 +169,18 @@ def test_many_rows_are_updated_in_blocks_to_the_same_numbers(tx, is_row_wise, rn
     jax.tree.map(assert_close, got, want)
 
 
+@pytest.mark.usefixtures("_blocks")
+def test_updates_in_blocks_may_be_of_another_dtype(rng):
+    """Gradients of bfloat16, whose updates are wider."""
+    wider = optax.stateless(lambda grads, _: jax.tree.map(lambda g: -g.astype(jnp.float32), grads))
+    values = jnp.asarray(rng.standard_normal((7, 2)), jnp.bfloat16)
+    grads = RowGrads(jnp.array([5, 0, 2, 9, 7, 1, 3]), values, num_rows=10)
+    table = jnp.zeros((10, 2), jnp.bfloat16)
+    updates, _ = qrhash.touched_rows(wider).update(grads, wider.init(table), table)
+    assert updates.dtype == jnp.float32
+    np.testing.assert_array_equal(updates.to_dense(), -grads.to_dense().astype(jnp.float32))
+
+
 RATE = 0.05
 RULES = {"sgd": optax.sgd, "adagrad": optax.adagrad, "rowwise": qrhash.rowwise_adagrad}
 

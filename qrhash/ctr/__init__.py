@@ -12,12 +12,14 @@ The rooms, in reading order (a module imports the ones above it only):
   settings         every option of a run
   config_file      defaults, configuration file and command line -> settings
   data/cells       arrow columns of text or numbers -> arrays, and the cells that cannot be read
+  data/lists       arrow columns of lists, or of text that is cut into them -> keys and offsets
   data/decode      arrow tables -> blocks, and what is wrong with each bad row
   data/files       which files there are, whether they stay as they are, bad lines
   data/formats     how text is written: delimiter, header, quotation marks
   data/text        files of text -> tables, with bounded memory
   data/parquet     Parquet files -> tables, with bounded memory
   data/folders     columns that are in the names of folders
+  data/looks       what the first rows say of a column
   data/inference   what the columns of a table are used as
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known

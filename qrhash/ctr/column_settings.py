@@ -11,6 +11,7 @@ PartitionName = Literal[
     "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
 ]
 Operation = Literal["mult", "concat", "add", "project"]
+Combiner = Literal["mean", "sum", "sqrtn", "max"]
 MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 
 # How much a column is compressed, by bytes or by rows: one of these says it.
@@ -19,6 +20,9 @@ DEFAULT_COLLISIONS = 4
 
 # What a column without ids has no use for.
 OF_IDS = ("min_count", "partition", "compression", "collisions", "radices", "moduli")
+
+# What only a column of lists has a use for.
+OF_LISTS = ("combiner", "length", "separator")
 
 # From keys to what a model takes: a section that says one has not the run's other.
 WAYS = ("ids", "hash_size")
@@ -63,6 +67,9 @@ class ColumnOptions:
     operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
         "mult"
     )
+    combiner: Annotated[
+        Combiner, _embeddings("How the vectors of a list's elements become one.")
+    ] = "mean"
     init_stddev: Annotated[
         float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
     ] = 0.05
@@ -108,8 +115,10 @@ class ColumnSettings(ColumnOptions):
     moduli: Annotated[tuple[int, ...] | None, _embeddings("Moduli of chinese-remainder.")] = None
     widths: Annotated[tuple[int, ...] | None, _embeddings("Width of each table.")] = None
     kind: Annotated[
-        Literal["category", "number", "ignore"] | None, _data("What the column is used as.")
+        Literal["category", "number", "list", "ignore"] | None, _data("What the column is used as.")
     ] = None
+    length: Annotated[int | None, _data("How many elements a list may have.", least=1)] = None
+    separator: Annotated[str | None, _data("What stands between the elements of text.")] = None
     use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
     param_dtype: Annotated[
         Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
@@ -121,6 +130,7 @@ class ColumnSettings(ColumnOptions):
             if getattr(self, name) is not None and self.partition != family:
                 raise UserError(f"{name} goes with partition {family!r}, not {self.partition!r}.")
         check_amount(self)
+        check_separator("separator", self.separator)
 
     @property
     def is_sized_by_bytes(self) -> bool:
@@ -136,3 +146,9 @@ def check_amount(settings: ColumnOptions) -> None:
             "compression (in bytes) and collisions (in rows) say the same thing in two ways: give "
             f"one of them, got {settings.compression} and {settings.collisions}."
         )
+
+
+def check_separator(name: str, separator: str | None) -> None:
+    """Raises a UserError for a separator that separates nothing."""
+    if separator == "":
+        raise UserError(f"{name} must be what stands between the elements of a list, got ''.")

@@ -4,7 +4,7 @@
 the command line and the configuration file are both made from its fields.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -14,18 +14,23 @@ from qrhash.ctr.column_settings import (
     AMOUNTS,
     MULTI_TABLE,
     OF_IDS,
+    OF_LISTS,
     WAYS,
     ColumnOptions,
     ColumnSettings,
     check_amount,
+    check_separator,
 )
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
-from qrhash.ctr.tower_settings import NO_LABEL, TWO_TOWER, TowerOptions, check_towers
+from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
-_OF_TABLES = ("label", "positive_from", "numbers", "categories", "ignore", "time")
+_OF_TABLES = (
+    *("label", "positive_from", "numbers", "categories", "lists", "ignore", "time"),
+    *("list_separator", "list_length"),
+)
 
 _data, _embeddings, _model, _training, _devices, _output = (
     partial(Option, panel) for panel in PANELS
@@ -67,6 +72,24 @@ class Settings(ColumnOptions, TowerOptions):
     ] = None
     numbers: Annotated[str | None, _data("Columns that are numbers: a,b.")] = None
     categories: Annotated[str | None, _data("Columns that are categories: c,d.")] = None
+    lists: Annotated[
+        str | None, _data("Columns that are lists of categories, or text that is cut: g,h.")
+    ] = None
+    list_separator: Annotated[
+        str | None,
+        _data(
+            "What stands between the elements of a list in text. Default: |, and nothing where "
+            "all of it is written as lists are, such as ['a', 'b']."
+        ),
+    ] = None
+    list_length: Annotated[
+        int | None,
+        _data(
+            "How many elements a list may have; a row with a longer one is malformed. Default: as "
+            "many as the longest one of each column, which is looked for before training.",
+            least=1,
+        ),
+    ] = None
     ignore: Annotated[str | None, _data("Columns to leave out: e,f.")] = None
     time: Annotated[
         str | None,
@@ -229,7 +252,11 @@ class Settings(ColumnOptions, TowerOptions):
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
-            if column.kind is not None and (self.data is None or self.preset == "criteo"):
+            unfit = [option for option in OF_LISTS if option in section]
+            is_criteo = self.data is None or self.preset == "criteo"
+            if unfit and (column.kind == "category" or is_criteo):
+                raise UserError(f"columns.{name}: {unfit[0]} goes with kind 'list'.")
+            if column.kind is not None and is_criteo:
                 raise UserError(
                     f"columns.{name}: kind goes with a table in --data; partition 'drop' leaves a "
                     "category of the Criteo format out."
@@ -251,6 +278,7 @@ class Settings(ColumnOptions, TowerOptions):
                     f"meaning beside partition {column.partition!r} or radices or moduli."
                 )
         check_amount(self)
+        check_separator("list_separator", self.list_separator)
         of_columns = [self, *map(self.column, self.columns)]
         families = {options.partition for options in of_columns}
         has_keys = any(options.ids == "keys" for options in of_columns)
@@ -275,8 +303,9 @@ class Settings(ColumnOptions, TowerOptions):
             )
 
     def column(self, name: str) -> ColumnSettings:
-        """The options of the categorical column `name`."""
+        """The options of a column of categories, or of lists of them."""
         shared = {option.name: getattr(self, option.name) for option in fields(ColumnOptions)}
+        shared |= {"length": self.list_length, "separator": self.list_separator}
         section = self.columns.get(name, {})
         if not section.keys().isdisjoint(AMOUNTS):
             shared |= dict.fromkeys(AMOUNTS)
@@ -285,10 +314,12 @@ class Settings(ColumnOptions, TowerOptions):
         return build(ColumnSettings, shared | dict(section), f"the section columns.{name}")
 
     @property
-    def kinds(self) -> dict[str, str]:
-        """Column -> what its section makes it: options of an embedding make it a category."""
-        uses = {"ignore": "ignored", "number": "number", "category": "category", None: "category"}
-        return {name: uses[self.column(name).kind] for name in self.columns}
+    def kinds(self) -> dict[str, str | None]:
+        """Column -> what its section makes it; None: a category, or a list of them."""
+        kinds = {name: self.column(name).kind for name in self.columns}
+        of_lists = dict.fromkeys(filter(self._speaks_of_lists, self.columns), "list")
+        ignored = {name: "ignored" for name, kind in kinds.items() if kind == "ignore"}
+        return kinds | of_lists | ignored
 
     @property
     def may_be_criteo(self) -> bool:
@@ -296,23 +327,12 @@ class Settings(ColumnOptions, TowerOptions):
         is_given = any(getattr(self, name) is not None for name in _OF_TABLES)
         kinds = {section.get("kind") for section in self.columns.values()}
         is_given |= self.delimiter != "auto" or self.header != "auto" or bool(kinds - {None})
+        is_given |= any(map(self._speaks_of_lists, self.columns))
         return self.preset == "auto" and not is_given
 
-    def has_no_label(self, names: Iterable[str]) -> bool:
-        """Whether the options say that data of these columns have no label.
-
-        Raises:
-          UserError: they say so of a model that needs one, or speak of it all the same.
-        """
-        if self.label != NO_LABEL or NO_LABEL in names:
-            return False
-        if self.model != TWO_TOWER:
-            raise UserError(
-                f"label '{NO_LABEL}' goes with model '{TWO_TOWER}', not {self.model!r}."
-            )
-        if self.positive_from is not None:
-            raise UserError("positive_from goes with a label, not with label 'none'.")
-        return True
+    def _speaks_of_lists(self, name: str) -> bool:
+        """Whether the section of a column has options that only lists have."""
+        return not self.columns[name].keys().isdisjoint(OF_LISTS)
 
     def as_dict(self) -> dict[str, Any]:
         """The options as plain values, for the records of a run."""

@@ -138,34 +138,42 @@ def update_in_blocks(
     is_named = grads.indices < grads.num_rows
     last = jnp.max(jnp.where(is_named, jnp.arange(m, dtype=jnp.int32), -1))
 
+    def transformed(index: jax.Array, values: jax.Array, state: Sequence[jax.Array]) -> Any:
+        """The updates of some rows, and their new state."""
+        of_tables, of_state = list(others.grads), list(others.state)
+        of_tables[number] = values
+        for place, array in zip(places, state, strict=True):
+            of_state[place] = gather_rows(array, index)
+        params = None
+        if others.params is not None:
+            params = list(others.params)
+            params[number] = gather_rows(params[number], index)
+        updates, new = tx(Arguments(of_tables, of_state, params))
+        return updates[number], [new[place] for place in places]
+
     def block(turn: jax.Array, updated: Updated) -> Updated:
         # The last block begins earlier: the rows that it has twice must not be updated twice.
         first = jnp.minimum(turn * size, m - size)
         is_new = first + jnp.arange(size, dtype=jnp.int32) >= turn * size
         index = jax.lax.dynamic_slice_in_dim(grads.indices, first, size)
         index = jnp.where(is_new, index, grads.num_rows)
-        values = _cut(updated.updates, first, size, jnp.any(index < grads.num_rows))
-        of_table, state = list(others.grads), list(others.state)
-        of_table[number] = values
-        for place, array in zip(places, updated.state, strict=True):
-            state[place] = gather_rows(array, index)
-        params = None
-        if others.params is not None:
-            params = list(others.params)
-            params[number] = gather_rows(params[number], index)
-        updates, new = tx(Arguments(of_table, state, params))
-        made = jnp.where(is_new[:, None], updates[number], values)
+        is_any = jnp.any(index < grads.num_rows)
+        before = _cut(updated.updates, first, size, is_any)
+        values = before if is_in_place else _cut(grads.values, first, size, is_any)
+        updates, rows = transformed(index, values, updated.state)
+        updates = jnp.where(is_new[:, None], updates, before)
         return Updated(
-            jax.lax.dynamic_update_slice_in_dim(updated.updates, made, first, axis=0),
-            [
-                set_rows(array, index, new[place])
-                for place, array in zip(places, updated.state, strict=True)
-            ],
+            jax.lax.dynamic_update_slice_in_dim(updated.updates, updates, first, axis=0),
+            [set_rows(array, index, new) for array, new in zip(updated.state, rows, strict=True)],
         )
 
     state = [arguments.state[place] for place in places]
-    turns = (last + size) // size
-    return jax.lax.fori_loop(0, turns, block, Updated(grads.values, state))
+    shapes = grads.indices[:size], grads.values[:size]
+    dtype = jax.eval_shape(transformed, *shapes, state)[0].dtype
+    # Mostly updates are of the gradients' dtype, and take their place.
+    is_in_place = dtype == grads.values.dtype
+    updates = grads.values if is_in_place else jnp.zeros(grads.values.shape, dtype)
+    return jax.lax.fori_loop(0, (last + size) // size, block, Updated(updates, state))
 
 
 def _cut(array: jax.Array, first: jax.Array, size: int, is_any: jax.Array) -> jax.Array:

@@ -92,6 +92,24 @@ def events(count: int, *, users: int = 60) -> Events:
     }
 
 
+def tagged(count: int, *, tags: int = 30, longest: int = 5) -> Events:
+    """Rows of which only a list, `tags`, tells the label: whether most of them are even.
+
+    It may be empty, or missing; an integer is 64 bits and a sign. `hour` tells nothing.
+    """
+    rng = random.Random(2)
+    ids = [rng.randrange(-(2**63), 2**63) // 2 * 2 + number % 2 for number in range(tags)]
+    lists = [[rng.choice(ids) for _ in range(rng.randrange(longest + 1))] for _ in range(count)]
+    lists[0], lists[1] = [], ids[:longest]
+    balance = [sum(1 - 2 * (tag % 2) for tag in each) for each in lists]
+    rates = [0.5 if each == 0 else 0.95 if each > 0 else 0.05 for each in balance]
+    return {
+        "clicked": [int(rng.random() < rate) for rate in rates],
+        "hour": [rng.randrange(24) for _ in lists],
+        "tags": [each or rng.choice([[], None]) for each in lists],
+    }
+
+
 def write_csv(
     path: Path, columns: Events, *, delimiter: str = ",", header: bool = True, end: str = "\n"
 ) -> Path:

@@ -1,6 +1,7 @@
 """Rows on the host.
 
-A row is a click (0 or 1), some numbers and some categories; any number or category may be missing.
+A row is a click (0 or 1), some numbers, some categories, and some lists of categories; any number
+or category may be missing, and a list be empty.
 A category is a number here too, its 64-bit *key*: the bits of an integer, or a hash of text. All
 2**64 keys can occur, so a missing cell is told by a mask. Keys become ids in `vocabulary`.
 """
@@ -11,6 +12,30 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from qrhash.ctr.data.schema import Schema
+
+
+class Lists(NamedTuple):
+    """A column of lists: all elements behind each other, and where each list begins.
+
+    Attributes:
+      keys: [elements] uint64.
+      offsets: [rows + 1] int64: row i has the elements [offsets[i], offsets[i + 1]).
+    """
+
+    keys: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """How many elements each list has, [rows] int64."""
+        return np.diff(self.offsets)
+
+    def take(self, wanted: slice | np.ndarray) -> "Lists":
+        """The lists of a slice of the rows, or of a mask [rows] bool."""
+        starts, lengths = self.offsets[:-1][wanted], self.lengths[wanted]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Lists(self.keys[places], offsets)
 
 
 class Block(NamedTuple):
@@ -25,6 +50,7 @@ class Block(NamedTuple):
         real data.
       places: [rows] int64, which row of the data each is, from 0, malformed ones counted; None
         only in tests.
+      lists: the columns of lists.
     """
 
     labels: np.ndarray
@@ -33,6 +59,7 @@ class Block(NamedTuple):
     missing: np.ndarray
     truth: np.ndarray | None = None
     places: np.ndarray | None = None
+    lists: tuple[Lists, ...] = ()
 
     def rows(self, start: int, stop: int) -> "Block":
         """The rows [start, stop) of the block."""
@@ -40,7 +67,9 @@ class Block(NamedTuple):
 
     def take(self, wanted: slice | np.ndarray) -> "Block":
         """The rows of a slice, or of a mask [rows] bool."""
-        return Block._make(None if each is None else each[wanted] for each in self)
+        *columns, lists = self
+        taken = [None if each is None else each[wanted] for each in columns]
+        return Block._make([*taken, tuple(each.take(wanted) for each in lists)])
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from qrhash.ctr.data import cells
+from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.schema import CRITEO, Schema
 
@@ -55,6 +55,11 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         labels = read(schema.label, *readers.label, required=schema.label_required)
     numbers = [read(name, *readers.number) for name in schema.numbers]
     found = [read(name, *readers.category) for name in schema.categories]
+    found_lists = []
+    for column in schema.of_use("list"):
+        each, faults = lists.read(column, table[column.name].combine_chunks())
+        found_lists.append(each)
+        reasons = faults | reasons
     good = np.ones(rows, bool)
     good[list(reasons)] = False
     block = Block(
@@ -63,6 +68,7 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         _stacked([keys for keys, _ in found], rows, np.uint64),
         _stacked([missing for _, missing in found], rows, np.bool_),
         places=np.arange(rows),
+        lists=tuple(found_lists),
     )
     return block.take(good), reasons
 

@@ -13,14 +13,26 @@ import jax
 import numpy as np
 from grain import experimental as grain_experimental
 
-from qrhash.ctr.data.block import Block, Source
-from qrhash.ctr.data.schema import Schema
+from qrhash.ctr.data.block import Block, Lists, Source
+from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.data.vocabulary import Ids
 from qrhash.keys import Keys
 
 Find = Callable[[Block], np.ndarray]
 
 _PREFETCHED = 4  # batches made ahead of the step
+
+
+class Padded(NamedTuple):
+    """A column of lists as a step takes it.
+
+    Attributes:
+      ids: [batch, length] int32, or `Keys`; 0 in places that are not taken.
+      mask: [batch, length] bool, which places are: the first ones of every row.
+    """
+
+    ids: Any
+    mask: np.ndarray
 
 
 class Batch(NamedTuple):
@@ -33,6 +45,7 @@ class Batch(NamedTuple):
         format log(1 + max(x, 0)).
       ids: [batch, columns] int32, of the columns that have ids.
       keys: `Keys` [batch, columns], of those that have none.
+      lists: the columns of lists.
       items: [batch] int32, which item a row has, -1 for none that is known; None where nobody asks.
     """
 
@@ -41,6 +54,7 @@ class Batch(NamedTuple):
     numbers: np.ndarray
     ids: np.ndarray
     keys: Keys
+    lists: tuple[Padded, ...] = ()
     items: np.ndarray | None = None
 
 
@@ -57,6 +71,11 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | No
         numbers=numbers,
         ids=in_ids,
         keys=in_keys,
+        lists=tuple(
+            _padded(lists, column, ids[column.name])
+            for lists, column in zip(block.lists, schema.of_use("list"), strict=True)
+            if column.name in ids
+        ),
         items=None if find is None else find(block),
     )
 
@@ -70,7 +89,7 @@ def numbered(
       keys: [rows, names] uint64.
       missing: [rows, names] bool.
       names: of the columns.
-      ids: of the columns of the model, in its order.
+      ids: of the columns of the model, in its order; those of lists are left out.
 
     Returns:
       The ids [rows, columns] int32 of those that have ids, and the keys of the others.
@@ -78,11 +97,27 @@ def numbered(
     rows = len(keys)
     in_ids, in_keys = [np.zeros((rows, 0), np.int32)], [Keys.of(np.zeros((rows, 0), np.uint64))]
     for name, of_keys in ids.items():
+        if name not in names:
+            continue
         place = slice(at := names.index(name), at + 1)
         found = of_keys(keys[:, place], missing[:, place])
         (in_keys if of_keys.num_embeddings is None else in_ids).append(found)
     joined = jax.tree.map(lambda *words: np.concatenate(words, axis=1), *in_keys)
     return np.concatenate(in_ids, axis=1), joined
+
+
+def _padded(lists: Lists, column: Column, ids: Ids) -> Padded:
+    """Lists, none of them longer than the column allows, in rows of its length."""
+    assert column.length is not None  # Once the data are open.
+    mask = np.arange(column.length) < lists.lengths[:, None]
+
+    def in_places(flat: np.ndarray) -> np.ndarray:
+        padded = np.zeros(mask.shape, flat.dtype)
+        padded[mask] = flat
+        return padded
+
+    found = ids(lists.keys, np.zeros(len(lists.keys), bool))
+    return Padded(jax.tree.map(in_places, found), mask)
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from qrhash.ctr.data.criteo import CATEGORIES, COLUMNS, INTEGERS, LABEL
 
-Use = Literal["label", "number", "category", "time", "ignored"]
+Use = Literal["label", "number", "category", "list", "time", "ignored"]
 
 # What a column holds. A CSV file holds text alone: there it is what the text says.
-Holds = Literal["integer", "number", "boolean", "time", "text", "nothing", "nested"]
+Holds = Literal["integer", "number", "boolean", "time", "text", "list", "nothing", "nested"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Column:
       holds: what kind of values.
       use: what it is used as.
       reason: why, where that is no matter of course.
+      length: of a column of lists: how many elements one may have, the same for the whole run.
+      separator: where text is cut into lists; None: it is written as JSON or Python write them.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Column:
     holds: Holds
     use: Use
     reason: str = ""
+    length: int | None = None
+    separator: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,16 @@ class Schema:
         return self._names("category")
 
     @property
+    def lists(self) -> tuple[str, ...]:
+        """The columns of lists of categories."""
+        return self._names("list")
+
+    @property
+    def embedded(self) -> tuple[str, ...]:
+        """The columns that have ids and vectors: those of categories, and then those of lists."""
+        return self.categories + self.lists
+
+    @property
     def time(self) -> str | None:
         """The column that says which rows come last, where one is named."""
         return next(iter(self._names("time")), None)
@@ -80,6 +94,14 @@ class Schema:
         kept = tuple(column for column in self.columns if column.use not in uses)
         return replace(self, columns=kept)
 
+    def with_lengths(self, lengths: Mapping[str, int]) -> "Schema":
+        """The same columns, with the lengths of some columns of lists."""
+        columns = tuple(
+            replace(column, length=lengths.get(column.name, column.length))
+            for column in self.columns
+        )
+        return replace(self, columns=columns)
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
@@ -90,8 +112,12 @@ class Schema:
         columns = tuple(Column(**column) for column in values["columns"])
         return cls(**{**values, "columns": columns})
 
+    def of_use(self, use: Use) -> tuple[Column, ...]:
+        """The columns that are used so."""
+        return tuple(column for column in self.columns if column.use == use)
+
     def _names(self, use: Use) -> tuple[str, ...]:
-        return tuple(column.name for column in self.columns if column.use == use)
+        return tuple(column.name for column in self.of_use(use))
 
 
 def _criteo(name: str) -> Column:

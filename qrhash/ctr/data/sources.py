@@ -6,13 +6,13 @@ or by a column of times: then the training rows are numbered first, and the test
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from qrhash.ctr.data import cells
+from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.criteo import COLUMNS
 from qrhash.ctr.data.decode import decode
@@ -26,6 +26,7 @@ from qrhash.ctr.data.text import TextFile
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 
+_LONG = 1000  # elements of a list that cost a batch much memory
 _CRITEO_CATEGORIES = ("integer", "string", "large_string", "string_view", "dictionary", "null")
 
 
@@ -190,7 +191,26 @@ def open_source(
             )
         found = infer(files[0].fields, sample, settings)
     check_sections(settings, found)
+    found = _with_lengths(found, files, notify)
     return FileSource(settings.data, files, found, bad_lines)
+
+
+def _with_lengths(schema: Schema, files: Sequence[File], notify: Callable[[str], None]) -> Schema:
+    """The same columns, those of lists with the length of the longest one, if none is given."""
+    asked = [column for column in schema.of_use("list") if column.length is None]
+    longest = {column.name: 1 for column in asked}
+    for file in files if asked else ():
+        for part in file.parts(0, file.num_rows, list(longest)):
+            for column in asked:
+                found = lists.longest(column, part.table[column.name].combine_chunks())
+                longest[column.name] = max(longest[column.name], found)
+    for name, length in longest.items():
+        if length > _LONG:
+            notify(
+                f"{name} has a list of {length:,}, and every row of a batch as many places: with "
+                "--list-length N rows of longer ones count as malformed"
+            )
+    return schema.with_lengths(longest)
 
 
 def _open_file(path: Path, settings: Settings, schema: Schema | None) -> File:
@@ -265,6 +285,9 @@ def _check_fields(file: File, first: File, used: list[str], *, may_have_more: bo
 def _family(kind: pa.DataType) -> str:
     """Types that are read alike."""
     kind = getattr(kind, "value_type", kind) if pa.types.is_dictionary(kind) else kind
+    if lists.are_lists(kind):
+        of = _family(kind.value_type)
+        return of if of == "null" else f"lists of {of}"
     alike = {
         "text": ("string", "large_string", "string_view"),
         # A data frame writes integers beside missing ones as floats.

@@ -143,7 +143,10 @@ class KeyCounts:
 
 
 def build_ids(
-    settings: Settings, categories: Sequence[str], blocks: Iterable[Block]
+    settings: Settings,
+    categories: Sequence[str],
+    blocks: Iterable[Block],
+    lists: Sequence[str] = (),
 ) -> dict[str, Ids]:
     """The ids of every column.
 
@@ -151,18 +154,23 @@ def build_ids(
       settings: which columns are hashed or take keys, and the others' `min_count`.
       categories: the columns, as the blocks have them.
       blocks: the training rows; read only if a column needs a vocabulary.
+      lists: the columns of lists, whose elements have ids.
 
     Returns:
-      {column name: ids}, in the order of the columns.
+      {column name: ids}, in the order of the columns, those of lists last.
     """
-    columns = {name: settings.column(name) for name in categories}
+    columns = {name: settings.column(name) for name in (*categories, *lists)}
     counted = {
         name: KeyCounts() for name, column in columns.items() if not _without_vocabulary(column)
     }
     for block in blocks if counted else ():
         for name, counts in counted.items():
-            place = categories.index(name)
-            counts.add(block.keys[:, place], block.missing[:, place])
+            if name in lists:
+                elements = block.lists[lists.index(name)].keys
+                counts.add(elements, np.zeros(len(elements), bool))
+            else:
+                place = categories.index(name)
+                counts.add(block.keys[:, place], block.missing[:, place])
     return {
         name: _without_vocabulary(column) or counted[name].vocabulary(column.min_count)
         for name, column in columns.items()

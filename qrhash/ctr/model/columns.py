@@ -1,4 +1,4 @@
-"""Settings and vocabulary sizes -> one EmbedConfig for each categorical column.
+"""Settings and vocabulary sizes -> one EmbedConfig for each column of categories or lists.
 
 A column is compressed by rows or by bytes. `collisions` = c means the same for every family: of
 the n ids of a column, c share each row of the largest table, which has ceil(n / c) rows, and the
@@ -39,12 +39,12 @@ from qrhash import (
     QuotientRemainder,
 )
 from qrhash.arithmetic import ceil_div, ceil_root
-from qrhash.ctr.column_settings import DEFAULT_COLLISIONS, ColumnSettings
+from qrhash.ctr.column_settings import DEFAULT_COLLISIONS, OF_LISTS, ColumnSettings
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.
-_SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids"})
+_SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
 
 FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
 
@@ -92,7 +92,12 @@ def embed_configs(
         configs |= _of_bytes_in_all(settings, columns, configs)
     configs |= of_keys
     return {
-        name: replace(configs[name], large_table_rows=settings.large_table_rows, layout=layout)
+        name: replace(
+            configs[name],
+            combiner=settings.column(name).combiner,
+            large_table_rows=settings.large_table_rows,
+            layout=layout,
+        )
         for name in sizes
         if name in configs
     }

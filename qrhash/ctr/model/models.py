@@ -1,20 +1,21 @@
 """DLRM and DCN-v2 in Flax NNX.
 
-Both take the numbers of a row and one vector for each categorical column, and give the logit
-of a click. DLRM (Naumov et al., arXiv 1906.00091) lets the vectors meet in pairs, by their dot
-products; DCN-v2 (Wang et al., arXiv 2008.13535) multiplies their concatenation x_0 with linear
-maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
+Both take the numbers of a row and one vector for each column of categories, or of lists of them,
+and give the logit of a click. DLRM (Naumov et al., arXiv 1906.00091) lets the vectors meet in
+pairs, by their dot products; DCN-v2 (Wang et al., arXiv 2008.13535) multiplies their concatenation
+x_0 with linear maps of it, x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, beside an ordinary MLP.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qrhash import EmbedConfig, Keys
+from qrhash import Bag, EmbedConfig, Keys
+from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.settings import Settings, widths
 from qrhash.nnx import EmbedCollection
 
@@ -33,20 +34,42 @@ class MLP(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """One embedding for each column, all of them in few stacked tables."""
+    """One embedding for each column, all of them in few stacked tables.
 
-    def __init__(self, configs: Mapping[str, EmbedConfig], *, rngs: nnx.Rngs) -> None:
+    Args:
+      configs: of the columns, by name.
+      lists: which of them are of lists: the vectors of their elements are pooled.
+      rngs: random number generators.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, EmbedConfig],
+        *,
+        lists: Collection[str] = (),
+        rngs: nnx.Rngs,
+    ) -> None:
         self.names = tuple(configs)
         takes_keys = {name: config.partition.takes_keys for name, config in configs.items()}
-        self.of_ids = tuple(name for name in self.names if not takes_keys[name])
-        self.of_keys = tuple(name for name in self.names if takes_keys[name])
+        self.of_lists = tuple(name for name in self.names if name in lists)
+        single = [name for name in self.names if name not in lists]
+        self.of_ids = tuple(name for name in single if not takes_keys[name])
+        self.of_keys = tuple(name for name in single if takes_keys[name])
         self.columns = EmbedCollection(configs, rngs=rngs)
 
-    def __call__(self, ids: jax.Array, keys: Keys | None = None) -> list[jax.Array]:
-        """Ids and keys [batch, columns] -> one [batch, features] for each column."""
+    def __call__(
+        self, ids: jax.Array, keys: Keys | None = None, lists: Sequence[Padded] = ()
+    ) -> list[jax.Array]:
+        """Ids and keys [batch, columns], and lists -> one [batch, features] for each column."""
         inputs = self._columns("ids", ids, self.of_ids)
         if self.of_keys:
             inputs |= self._columns("keys", keys, self.of_keys)
+        if len(lists) != len(self.of_lists):
+            raise ValueError(
+                f"lists must be those of the columns {', '.join(self.of_lists)}, got {len(lists)}."
+            )
+        for name, padded in zip(self.of_lists, lists, strict=True):
+            inputs[name] = Bag.from_padded(padded.ids, mask=padded.mask)
         vectors = self.columns(inputs)
         return [vectors[name] for name in self.names]
 
@@ -70,6 +93,7 @@ class DLRM(nnx.Module):
       features: width of the vectors, and of what the bottom MLP makes of the numbers.
       bottom: hidden widths of the bottom MLP.
       top: hidden widths of the top MLP.
+      lists: which of the columns are of lists.
       rngs: random number generators.
     """
 
@@ -81,10 +105,11 @@ class DLRM(nnx.Module):
         features: int,
         bottom: Sequence[int],
         top: Sequence[int],
+        lists: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         vectors = len(configs) + bool(num_numbers)
-        self.embeddings = Embeddings(configs, rngs=rngs)
+        self.embeddings = Embeddings(configs, lists=lists, rngs=rngs)
         if num_numbers:
             self.bottom = MLP((num_numbers, *bottom, features), rngs=rngs)
         direct = features if num_numbers else vectors * features
@@ -92,9 +117,15 @@ class DLRM(nnx.Module):
         self.top = MLP(top_sizes, rngs=rngs)
         self.logit = nnx.Linear(top_sizes[-1], 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys | None = None) -> jax.Array:
-        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> logits [batch]."""
-        found = self.embeddings(ids, keys)
+    def __call__(
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+        keys: Keys | None = None,
+        lists: Sequence[Padded] = (),
+    ) -> jax.Array:
+        """Numbers [batch, num_numbers], ids and keys [batch, columns], lists -> logits [batch]."""
+        found = self.embeddings(ids, keys, lists)
         if numbers.shape[1]:
             direct = self.bottom(numbers)
             found = [direct, *found]
@@ -114,6 +145,7 @@ class DCN(nnx.Module):
       num_numbers: how many numbers a row has.
       cross_layers: number of cross layers.
       deep: hidden widths of the MLP beside them.
+      lists: which of the columns are of lists.
       rngs: random number generators.
     """
 
@@ -124,18 +156,25 @@ class DCN(nnx.Module):
         num_numbers: int,
         cross_layers: int,
         deep: Sequence[int],
+        lists: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         inputs = num_numbers + sum(config.features for config in configs.values())
         deep_sizes = (inputs, *deep)
-        self.embeddings = Embeddings(configs, rngs=rngs)
+        self.embeddings = Embeddings(configs, lists=lists, rngs=rngs)
         self.cross = nnx.List(nnx.Linear(inputs, inputs, rngs=rngs) for _ in range(cross_layers))
         self.deep = MLP(deep_sizes, rngs=rngs)
         self.logit = nnx.Linear(inputs + deep_sizes[-1], 1, rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys | None = None) -> jax.Array:
-        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> logits [batch]."""
-        x0 = jnp.concatenate([numbers, *self.embeddings(ids, keys)], axis=1)
+    def __call__(
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+        keys: Keys | None = None,
+        lists: Sequence[Padded] = (),
+    ) -> jax.Array:
+        """Numbers [batch, num_numbers], ids and keys [batch, columns], lists -> logits [batch]."""
+        x0 = jnp.concatenate([numbers, *self.embeddings(ids, keys, lists)], axis=1)
         x = x0
         for layer in self.cross:
             x = x0 * layer(x) + x
@@ -143,9 +182,12 @@ class DCN(nnx.Module):
 
 
 def build_model(
-    settings: Settings, configs: Mapping[str, EmbedConfig], num_numbers: int
+    settings: Settings,
+    configs: Mapping[str, EmbedConfig],
+    num_numbers: int,
+    lists: Collection[str] = (),
 ) -> DLRM | DCN:
-    """The model the settings name, with the embeddings of `configs`."""
+    """The model the settings name, with the embeddings of `configs`, `lists` among them."""
     rngs = nnx.Rngs(settings.seed)
     if settings.model == "dcn":
         return DCN(
@@ -153,6 +195,7 @@ def build_model(
             num_numbers=num_numbers,
             cross_layers=settings.cross_layers,
             deep=widths("deep_mlp", settings.deep_mlp),
+            lists=lists,
             rngs=rngs,
         )
     return DLRM(
@@ -161,5 +204,6 @@ def build_model(
         features=settings.features,
         bottom=widths("bottom_mlp", settings.bottom_mlp),
         top=widths("top_mlp", settings.top_mlp),
+        lists=lists,
         rngs=rngs,
     )

@@ -5,7 +5,7 @@ numbers of a query, go through an MLP. The score of a query and an item is the d
 two, so that the items' vectors can be made once, and searched for any query.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qrhash import EmbedConfig, Keys
+from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.model.models import MLP, Embeddings
 from qrhash.ctr.settings import Settings, widths
 from qrhash.keys import cross
@@ -73,6 +74,7 @@ class Tower(nnx.Module):
       configs: of the categorical columns, by name; may be none, if there are numbers.
       num_numbers: how many numbers a row has.
       sizes: widths of the layers; the last one, which is linear, is the vector's.
+      lists: which of the columns are of lists.
       rngs: random number generators.
     """
 
@@ -82,19 +84,22 @@ class Tower(nnx.Module):
         *,
         num_numbers: int,
         sizes: Sequence[int],
+        lists: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         inputs = num_numbers + sum(config.features for config in configs.values())
         hidden = (inputs, *sizes[:-1])
         self.has_columns = bool(configs)
         if configs:
-            self.embeddings = Embeddings(configs, rngs=rngs)
+            self.embeddings = Embeddings(configs, lists=lists, rngs=rngs)
         self.hidden = MLP(hidden, rngs=rngs)
         self.out = nnx.Linear(hidden[-1], sizes[-1], rngs=rngs)
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys) -> jax.Array:
-        """Numbers [batch, num_numbers], ids and keys [batch, columns] -> [batch, sizes[-1]]."""
-        found = self.embeddings(ids, keys) if self.has_columns else []
+    def __call__(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> jax.Array:
+        """Numbers [batch, num_numbers], ids, keys [batch, columns], lists -> [batch, sizes[-1]]."""
+        found = self.embeddings(ids, keys, lists) if self.has_columns else []
         return self.out(self.hidden(jnp.concatenate([numbers, *found], axis=1)))
 
 
@@ -106,6 +111,7 @@ class TwoTower(nnx.Module):
       items: those of them that describe the item.
       num_numbers: how many numbers a row has; they describe the query.
       sizes: widths of each tower's layers.
+      lists: which of the columns are of lists; they describe the query.
       temperature: what the dot products of vectors of length 1 are divided by; 0: the vectors are
         taken as they are.
       rngs: random number generators.
@@ -119,32 +125,45 @@ class TwoTower(nnx.Module):
         num_numbers: int,
         sizes: Sequence[int],
         temperature: float,
+        lists: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         of_items = {name: config for name, config in configs.items() if name in items}
         of_queries = {name: config for name, config in configs.items() if name not in items}
-        takes_keys = {name: config.partition.takes_keys for name, config in configs.items()}
+        takes_keys = {
+            name: config.partition.takes_keys
+            for name, config in configs.items()
+            if name not in lists
+        }
         self.columns = ItemColumns.of(takes_keys, items)
         self.temperature = temperature
-        self.query_tower = Tower(of_queries, num_numbers=num_numbers, sizes=sizes, rngs=rngs)
+        self.query_tower = Tower(
+            of_queries, num_numbers=num_numbers, sizes=sizes, lists=lists, rngs=rngs
+        )
         self.item_tower = Tower(of_items, num_numbers=0, sizes=sizes, rngs=rngs)
 
-    def queries(self, numbers: jax.Array, ids: jax.Array, keys: Keys) -> jax.Array:
-        """Numbers, ids and keys of whole rows -> the vectors of their queries [batch, width]."""
+    def queries(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> jax.Array:
+        """Numbers, ids, keys and lists of whole rows -> the vectors of their queries."""
         ids, keys = self.columns.others(ids, keys)
-        return self._scaled(self.query_tower(numbers, ids, keys))
+        return self._scaled(self.query_tower(numbers, ids, keys, lists))
 
     def items(self, ids: jax.Array, keys: Keys) -> jax.Array:
         """Ids and keys [n, item columns] -> the vectors of items [n, width]."""
         return self._scaled(self.item_tower(jnp.zeros((len(ids), 0)), ids, keys))
 
-    def pair(self, numbers: jax.Array, ids: jax.Array, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    def pair(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> tuple[jax.Array, jax.Array]:
         """Whole rows -> the vectors of their queries and of their items [batch, width]."""
-        return self.queries(numbers, ids, keys), self.items(*self.columns.own(ids, keys))
+        return self.queries(numbers, ids, keys, lists), self.items(*self.columns.own(ids, keys))
 
-    def __call__(self, numbers: jax.Array, ids: jax.Array, keys: Keys) -> jax.Array:
+    def __call__(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> jax.Array:
         """Whole rows -> the scores [batch] of each one's query and item."""
-        return jnp.sum(jnp.multiply(*self.pair(numbers, ids, keys)), axis=1)
+        return jnp.sum(jnp.multiply(*self.pair(numbers, ids, keys, lists)), axis=1)
 
     def _scaled(self, vectors: jax.Array) -> jax.Array:
         """Of the length at which dot products are scores."""
@@ -155,7 +174,11 @@ class TwoTower(nnx.Module):
 
 
 def build_towers(
-    settings: Settings, configs: Mapping[str, EmbedConfig], items: Sequence[str], num_numbers: int
+    settings: Settings,
+    configs: Mapping[str, EmbedConfig],
+    items: Sequence[str],
+    num_numbers: int,
+    lists: Collection[str] = (),
 ) -> TwoTower:
     """The towers that the settings name, with the embeddings of `configs`."""
     return TwoTower(
@@ -164,5 +187,6 @@ def build_towers(
         num_numbers=num_numbers,
         sizes=widths("tower_mlp", settings.tower_mlp),
         temperature=settings.temperature,
+        lists=lists,
         rngs=nnx.Rngs(settings.seed),
     )

@@ -110,7 +110,7 @@ class Clicks:
 
     def ids(self, blocks: Iterable[Block]) -> dict[str, Ids]:
         """See `build_ids`."""
-        return build_ids(self._settings, self._schema.categories, blocks)
+        return build_ids(self._settings, self._schema.categories, blocks, self._schema.lists)
 
     def num_rows(self, lines: int) -> int:
         """All of them."""
@@ -129,7 +129,7 @@ class Clicks:
         if not configs and not num_numbers:
             raise UserError("All categories are dropped, and there are no numbers to learn from.")
         return Learner(
-            lambda: build_model(self._settings, configs, num_numbers),
+            lambda: build_model(self._settings, configs, num_numbers, self._schema.lists),
             self._settings,
             num_steps=num_steps,
             layout=layout,

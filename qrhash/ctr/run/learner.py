@@ -31,8 +31,8 @@ class Learner:
     """A model in training.
 
     Args:
-      build: makes the model, which takes numbers [batch, N] and ids and keys [batch, columns] and
-        gives logits [batch].
+      build: makes the model, which takes numbers [batch, N], ids and keys [batch, columns] and
+        lists, and gives logits [batch].
       settings: learning rates and the initial accumulator.
       objective: what to make less of; by default the log loss of clicks.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
@@ -97,7 +97,7 @@ class Learner:
             to = (*of_state, everywhere, everywhere)
         self._step = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=to)
         self._logits = self.compiled(
-            lambda model, batch, _: model(batch.numbers, batch.ids, batch.keys)
+            lambda model, batch, _: model(batch.numbers, batch.ids, batch.keys, batch.lists)
         )
 
     def step(self, batch: Batch) -> jax.Array:

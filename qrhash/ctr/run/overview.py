@@ -27,14 +27,16 @@ def _row(
 ) -> Iterator[str]:
     yield column.name
     yield column.type
-    yield f"{column.use} ({column.reason})" if column.reason else column.use
-    if column.use != "category":
+    use = column.use if column.length is None else f"list of at most {column.length:,}"
+    yield f"{use} ({column.reason})" if column.reason else use
+    if column.use not in ("category", "list"):
         yield from ("", "")
         return
     size = sizes[column.name]
     yield "keys" if size is None else f"{size:,}"
     config = configs.get(column.name)
-    yield "dropped" if config is None else _embedding(config)
+    pooled = f", {config.combiner} of each list" if config and column.use == "list" else ""
+    yield "dropped" if config is None else _embedding(config) + pooled
 
 
 def _embedding(config: EmbedConfig) -> str:

@@ -95,7 +95,7 @@ def predict(
     bad_lines = BadLines(settings.max_bad_lines, display.line)
     asked = replace(schema.without("time"), label_required=False)
     source = _Placed(open_source(settings, bad_lines, display.line, asked))
-    ids = load_ids(run / IDS, settings, schema.categories)
+    ids = load_ids(run / IDS, settings, schema.embedded)
     learner, used = _model(run, settings, schema, ids, display)
     result = _Counts()
     columns = ["row", "score"] if settings.model == TWO_TOWER else ["row", "logit", "score"]

@@ -63,7 +63,7 @@ class Retrieval:
     def ids(self, blocks: Iterable[Block]) -> dict[str, Ids]:
         """See `build_ids`; in the same pass the items are gathered."""
         blocks = self._catalogue.watching(blocks)
-        found = build_ids(self._settings, self._schema.categories, blocks)
+        found = build_ids(self._settings, self._schema.categories, blocks, self._schema.lists)
         for _ in blocks:  # Where no vocabulary needs the pass, the items do.
             pass
         if not self._catalogue.rows:
@@ -104,7 +104,9 @@ class Retrieval:
             raise UserError("There is nothing to describe a query by but columns that are dropped.")
         self._objective = InBatchSoftmax(self._counts())
         return Learner(
-            lambda: build_towers(self._settings, configs, self.items, num_numbers),
+            lambda: build_towers(
+                self._settings, configs, self.items, num_numbers, self._schema.lists
+            ),
             self._settings,
             objective=self._objective,
             num_steps=num_steps,
@@ -212,6 +214,6 @@ def _items(settings: Settings, schema: Schema) -> tuple[str, ...]:
                 f"--items: {name!r} is no category of the data; these are: "
                 f"{listed(schema.categories)}."
             )
-    if set(named) == set(schema.categories) and not schema.numbers:
+    if set(named) == set(schema.categories) and not (schema.numbers or schema.lists):
         raise UserError("--items names every column: none is left to describe the query by.")
     return tuple(name for name in schema.categories if name in named)
