@@ -381,7 +381,6 @@ OTHERS = {
         *("--items=genre,movie_id", "--hash-size=500", "--threshold=10", "--compression=3")
     ],
     "as they are": ["--temperature=0", *BY_MOVIE],
-    "mesh": ["--mesh=data=2,model=4", "--large-table-rows=20", *BY_MOVIE],
     "mesh, keys": ["--mesh=data=4", "--ids=keys", "--key-bits=12", *BY_MOVIE],
 }
 
