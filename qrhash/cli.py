@@ -91,7 +91,7 @@ def _train_command() -> Any:
     from qrhash.ctr.settings import options
 
     def train(config: Path | None = None, **given: Any) -> None:
-        """Train DLRM or DCN-v2 on a table of events, with compressed embeddings.
+        """Train DLRM, DCN-v2 or two towers on a table of events, with compressed embeddings.
 
         Columns are inferred, shown before training, and said otherwise by options. Without --data
         the rows are synthetic, and the best possible scores are known.
@@ -151,7 +151,8 @@ def _predict_command() -> Any:
         """Write the score of every row of some data, by the last checkpoint of a run.
 
         Each row has its number, from 0, the logit and the probability of a click, and its label,
-        if there is one.
+        if there is one. Of a run of --model two-tower, each row has the score of its query and its
+        item, which is no probability.
         """
         raise typer.Exit(_predict(run, data, output, overwrite, max_bad_lines))
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from qrhash import EmbedConfig, FullTable, KeyDigits, Keys, cli
 from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.model.models import Embeddings
-from qrhash.ctr.run import train as training
+from qrhash.ctr.run import goals
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.progress import collect
 from support import ctr_files
@@ -108,7 +108,7 @@ def _run(path, events, *arguments, data=None):
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "collect", watched)
+        patch.setattr(goals, "collect", watched)
         data = data or ctr_files.write_table(path / "e.parquet", events)
         result = train("--data", data, "--output-dir", path / "run", *SMALL, *arguments)
     assert result.exit_code == 0, result.output

@@ -133,7 +133,7 @@ def test_tables_learn_by_adagrad_and_the_rest_by_adam(dense_updates, rng):
     learner = Learner(lambda: build_model(settings, CONFIGS, 13), settings, num_steps=60)
     start = jax.tree.map(np.array, learner.params)
     padded = _batch(rng, padding=5)
-    batch = Batch(*(column[:11] for column in padded))
+    batch = jax.tree.map(lambda column: column[:11], padded)
     graph = nnx.split(nnx.eval_shape(lambda: build_model(SETTINGS, CONFIGS, 13)), Table, ...)[0]
     optimizers = {
         "tables": optax.adagrad(

@@ -18,8 +18,8 @@ from qrhash.ctr.data.vocabulary import (
     save_ids,
 )
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.run import goals
 from qrhash.ctr.run import predict as predicting
-from qrhash.ctr.run import train as training
 from qrhash.ctr.run.progress import collect
 from qrhash.ctr.settings import Settings
 from support import ctr_files
@@ -60,7 +60,7 @@ def _run(path, events, *arguments):
         return collected
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "collect", watched)
+        patch.setattr(goals, "collect", watched)
         data = ctr_files.write_table(path / "e.parquet", events)
         result = train("--data", data, "--output-dir", path / "run", *SMALL, *arguments)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The click-through-rate trainer: DLRM and DCN-v2 on tables of events.
+"""The trainer: DLRM and DCN-v2 for clicks, two towers for retrieval, on tables of events.
 
 The rooms, in reading order (a module imports the ones above it only):
 
@@ -8,6 +8,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/block       rows on the host
   options          what an option is: its type, help and bounds
   column_settings  the options that may differ from column to column
+  tower_settings   the options of retrieval with two towers
   settings         every option of a run
   config_file      defaults, configuration file and command line -> settings
   data/cells       arrow columns of text or numbers -> arrays, and the cells that cannot be read
@@ -23,15 +24,22 @@ The rooms, in reading order (a module imports the ones above it only):
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known
   data/vocabulary  64-bit category keys -> ids
+  data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
   model/columns    settings and vocabulary sizes -> one EmbedConfig for each column
   model/models     DLRM, DCN-v2
+  model/towers     two towers: vectors of queries and of items
+  model/softmax    the in-batch softmax, and how often an item comes into a batch
+  model/losses     what a training makes less of
   model/metrics    log loss, AUC
+  model/ranks      recall and mean reciprocal rank
   run/display      progress bars and plain lines
   run/devices      one device, a mesh of several, or several processes
   run/learner      parameters, optimizers and the compiled step
   run/best         the best model of a run, and when to look no further
   run/progress     where a training stands
+  run/retrieval    finding items
+  run/goals        what a run is for: clicks or items
   run/records      what is kept of a run
   run/overview     the table of columns shown before training
   run/report       JSON lines, the picture, the final table

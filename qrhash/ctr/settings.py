@@ -24,6 +24,7 @@ from qrhash.ctr.column_settings import (
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
+from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
 _OF_TABLES = (
@@ -37,7 +38,7 @@ _data, _embeddings, _model, _training, _devices, _output = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ColumnOptions):
+class Settings(ColumnOptions, TowerOptions):
     """The options of a run.
 
     Attributes:
@@ -61,7 +62,10 @@ class Settings(ColumnOptions):
     ] = "auto"
     label: Annotated[
         str | None,
-        _data("The column of clicks, 0 and 1. Default: the one that is called label, click, ..."),
+        _data(
+            "The column of clicks, 0 and 1. Default: the one that is called label, click, ... For "
+            "--model two-tower 'none', if there is no such column and every row is a positive one."
+        ),
     ] = None
     positive_from: Annotated[
         float | None, _data("Labels are numbers, and clicks from this one on: ratings, say.")
@@ -122,7 +126,11 @@ class Settings(ColumnOptions):
         ),
     ] = EmbedConfig.large_table_rows
     model: Annotated[
-        Literal["dlrm", "dcn"], _model("DLRM, or the deep and cross network (version 2).")
+        Literal["dlrm", "dcn", "two-tower"],
+        _model(
+            "DLRM, or the deep and cross network (version 2), of clicks; or two towers, which "
+            "find the --items of the positive rows."
+        ),
     ] = "dlrm"
     bottom_mlp: Annotated[
         str, _model("DLRM: hidden widths over the integers; --features follows.")
@@ -235,7 +243,8 @@ class Settings(ColumnOptions):
                 "validation_fraction keeps the best model as a checkpoint, and does not go with "
                 "checkpoint_every=0."
             )
-        for name in ("bottom_mlp", "top_mlp", "deep_mlp"):
+        check_towers(self, self.model)
+        for name in ("bottom_mlp", "top_mlp", "deep_mlp", "tower_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
             if name not in CATEGORIES and (self.data is None or self.preset == "criteo"):

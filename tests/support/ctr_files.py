@@ -133,3 +133,29 @@ def write_table(path: Path, columns: Events, **types: pa.DataType) -> Path:
 
 def rows_of(columns: Events, start: int, stop: int) -> Events:
     return {name: values[start:stop] for name, values in columns.items()}
+
+
+def ratings(count: int, *, users: int = 40, items: int = 60, skew: float = 1.0) -> Events:
+    """Ratings of movies, of which a few are seen by most: by users who like one of four genres.
+
+    A rating is 4 or more if the movie is of the genre that its user likes. `movie_id` is popular by
+    Zipf's law in each genre: the r-th has a weight of r ** -skew.
+    """
+    rng = random.Random(2)
+    genres = ["drama", "comedy", "horror", "western"]
+    taste = [rng.randrange(4) for _ in range(users)]
+    weights = [(1 + i // 4) ** -skew for i in range(items)]
+    who = [rng.randrange(users) for _ in range(count)]
+    seen = []
+    for user in who:
+        liked = [w if i % 4 == taste[user] else w / 20 for i, w in enumerate(weights)]
+        (movie,) = rng.choices(range(items), liked)
+        seen.append(movie)
+    likes = [movie % 4 == taste[user] for user, movie in zip(who, seen, strict=True)]
+    return {
+        "user_id": [7 * user - 100 for user in who],
+        "movie_id": [1000 + 13 * movie for movie in seen],
+        "genre": [genres[movie % 4] for movie in seen],
+        "hour": [rng.uniform(0, 24) for _ in who],
+        "rating": [rng.choice([4.0, 5.0]) if good else rng.choice([1.0, 3.5]) for good in likes],
+    }

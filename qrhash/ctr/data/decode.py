@@ -50,7 +50,7 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         return values
 
     rows = table.num_rows
-    labels = np.full(rows, np.nan, np.float32)
+    labels = np.full(rows, 1 if schema.all_positive else np.nan, np.float32)
     if schema.label is not None:
         labels = read(schema.label, *readers.label, required=schema.label_required)
     numbers = [read(name, *readers.number) for name in schema.numbers]

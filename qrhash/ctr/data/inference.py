@@ -18,6 +18,7 @@ from qrhash.ctr.data.looks import Seen, look
 from qrhash.ctr.data.schema import Column, Schema, Use
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
+from qrhash.ctr.tower_settings import NO_LABEL, TWO_TOWER
 
 SAMPLE_ROWS = 8192
 LABELS = {"label", "labels", "click", "clicks", "clicked", "is_click", "is_clicked", "isclick"}
@@ -54,7 +55,7 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         found = look(sample[name].combine_chunks())
         seen[name] = found._replace(has_gaps=found.present < sample.num_rows)
     named = _named(settings, seen)
-    label = _label(fields, named)
+    label = _label(fields, named, settings)
     columns = []
     for name, kind in fields.items():
         use, reason = _use(name, seen[name], named, label, settings.time)
@@ -64,8 +65,13 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         shown = f"text: {holds}" if pa.types.is_string(kind) and holds != "text" else shown
         column = Column(name, shown, holds, use, reason)
         columns.append(_of_lists(column, kind, settings) if use == "list" else column)
-    schema = Schema(columns=tuple(columns), positive_from=settings.positive_from)
-    _check_label(label, sample[label], schema)
+    schema = Schema(
+        columns=tuple(columns),
+        positive_from=settings.positive_from,
+        all_positive=label is None,
+    )
+    if label is not None:
+        _check_label(label, sample[label], schema)
     if not schema.embedded:
         raise UserError(
             "No column is a category, and embeddings are all that this trains: name some with "
@@ -122,7 +128,7 @@ def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:
             raise UserError(f"{option}: column {name!r} is named by {found[name][1]} already.")
         found[name] = (use, option)
 
-    if settings.label is not None:
+    if settings.label is not None and not _has_no_label(settings, names):
         name_one(settings.label, "label", "--label")
     if settings.time is not None:
         name_one(settings.time, "time", "--time")
@@ -140,25 +146,45 @@ def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:
     return {name: use for name, (use, _) in found.items()}
 
 
+def _has_no_label(settings: Settings, names: Iterable[str]) -> bool:
+    """Whether the options say that data of these columns have no label.
+
+    Raises:
+      UserError: they say so of a model that needs one, or speak of it all the same.
+    """
+    if settings.label != NO_LABEL or NO_LABEL in names:
+        return False
+    if settings.model != TWO_TOWER:
+        raise UserError(
+            f"label '{NO_LABEL}' goes with model '{TWO_TOWER}', not {settings.model!r}."
+        )
+    if settings.positive_from is not None:
+        raise UserError("positive_from goes with a label, not with label 'none'.")
+    return True
+
+
 def split_names(text: str | None) -> list[str]:
     """The names in an option such as "a,b"."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def _label(fields: Mapping[str, Any], named: Mapping[str, Use]) -> str:
+def _label(fields: Mapping[str, Any], named: Mapping[str, Use], settings: Settings) -> str | None:
+    if _has_no_label(settings, fields):
+        return None
     given = [name for name, use in named.items() if use == "label"]
     found = given or [n for n in fields if n.lower() in LABELS and n not in named]
     if len(found) != 1:
         why = "no column is named as one" if not found else f"it could be {' or '.join(found)}"
+        every = f"; or say --label {NO_LABEL}, if every row is a positive one"
         raise UserError(
             f"Which column is the label? {why.capitalize()}; name it with --label NAME, of "
-            f"{listed(fields)}."
+            f"{listed(fields)}{every if settings.model == TWO_TOWER else ''}."
         )
     return found[0]
 
 
 def _use(
-    name: str, seen: Seen, named: Mapping[str, Use], label: str, time: str | None
+    name: str, seen: Seen, named: Mapping[str, Use], label: str | None, time: str | None
 ) -> tuple[Use, str]:
     """What a column is used as, and why."""
     if name == label:

@@ -5,7 +5,7 @@ shape only.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -17,6 +17,8 @@ from qrhash.ctr.data.block import Block, Lists, Source
 from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.data.vocabulary import Ids
 from qrhash.keys import Keys
+
+Find = Callable[[Block], np.ndarray]
 
 _PREFETCHED = 4  # batches made ahead of the step
 
@@ -44,6 +46,7 @@ class Batch(NamedTuple):
       ids: [batch, columns] int32, of the columns that have ids.
       keys: `Keys` [batch, columns], of those that have none.
       lists: the columns of lists.
+      items: [batch] int32, which item a row has, -1 for none that is known; None where nobody asks.
     """
 
     labels: np.ndarray
@@ -52,34 +55,55 @@ class Batch(NamedTuple):
     ids: np.ndarray
     keys: Keys
     lists: tuple[Padded, ...] = ()
+    items: np.ndarray | None = None
 
 
-def encode(block: Block, schema: Schema, ids: Mapping[str, Ids]) -> Batch:
+def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | None = None) -> Batch:
     """Rows as a model takes them; `ids` names the columns of the model, in order."""
     numbers = np.nan_to_num(block.numbers)
     if schema.preset == "criteo":
         numbers = np.maximum(numbers, 0)
     numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
-    rows = len(block.labels)
-    numbered, raw = [np.zeros((rows, 0), np.int32)], [Keys.of(np.zeros((rows, 0), np.uint64))]
-    for name, of_keys in ids.items():
-        if name not in schema.categories:
-            continue
-        place = slice(at := schema.categories.index(name), at + 1)
-        found = of_keys(block.keys[:, place], block.missing[:, place])
-        (raw if of_keys.num_embeddings is None else numbered).append(found)
+    in_ids, in_keys = numbered(block.keys, block.missing, schema.categories, ids)
     return Batch(
         labels=block.labels,
-        weights=np.ones(rows, np.float32),
+        weights=np.ones(len(block.labels), np.float32),
         numbers=numbers,
-        ids=np.concatenate(numbered, axis=1),
-        keys=jax.tree.map(lambda *words: np.concatenate(words, axis=1), *raw),
+        ids=in_ids,
+        keys=in_keys,
         lists=tuple(
             _padded(lists, column, ids[column.name])
             for lists, column in zip(block.lists, schema.of_use("list"), strict=True)
             if column.name in ids
         ),
+        items=None if find is None else find(block),
     )
+
+
+def numbered(
+    keys: np.ndarray, missing: np.ndarray, names: Sequence[str], ids: Mapping[str, Ids]
+) -> tuple[np.ndarray, Keys]:
+    """Categories as a model takes them.
+
+    Args:
+      keys: [rows, names] uint64.
+      missing: [rows, names] bool.
+      names: of the columns.
+      ids: of the columns of the model, in its order; those of lists are left out.
+
+    Returns:
+      The ids [rows, columns] int32 of those that have ids, and the keys of the others.
+    """
+    rows = len(keys)
+    in_ids, in_keys = [np.zeros((rows, 0), np.int32)], [Keys.of(np.zeros((rows, 0), np.uint64))]
+    for name, of_keys in ids.items():
+        if name not in names:
+            continue
+        place = slice(at := names.index(name), at + 1)
+        found = of_keys(keys[:, place], missing[:, place])
+        (in_keys if of_keys.num_embeddings is None else in_ids).append(found)
+    joined = jax.tree.map(lambda *words: np.concatenate(words, axis=1), *in_keys)
+    return np.concatenate(in_ids, axis=1), joined
 
 
 def _padded(lists: Lists, column: Column, ids: Ids) -> Padded:
@@ -98,16 +122,24 @@ def _padded(lists: Lists, column: Column, ids: Ids) -> Padded:
 
 @contextlib.contextmanager
 def batches(
-    source: Source, start: int, stop: int, ids: Mapping[str, Ids], batch_size: int
+    source: Source,
+    start: int,
+    stop: int,
+    ids: Mapping[str, Ids],
+    batch_size: int,
+    find: Find | None = None,
 ) -> Iterator[grain.DatasetIterator[Batch]]:
-    """The rows of lines [start, stop) as batches of `batch_size`; on exit prefetching ends."""
+    """The rows of lines [start, stop) as batches of `batch_size`; on exit prefetching ends.
+
+    With `find`, which tells the item of each row of a block, batches have their `items`.
+    """
 
     def pad(batch: Batch) -> Batch:
         missing = batch_size - len(batch.labels)
         return jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), batch)
 
     blocks: grain.IterDataset[Any] = _Blocks(source, start, stop)
-    encoded = blocks.map(lambda block: encode(block, source.schema, ids))
+    encoded = blocks.map(lambda block: encode(block, source.schema, ids, find))
     batched = grain_experimental.RebatchIterDataset(encoded, batch_size).map(pad)
     prefetched = grain_experimental.ThreadPrefetchIterDataset(
         batched, prefetch_buffer_size=_PREFETCHED

@@ -45,12 +45,14 @@ class Schema:
         signed numbers, and categories of integers or text.
       positive_from: from which value on a label is a click; None: labels are 0 and 1.
       label_required: whether a row without one is malformed, and data without the column.
+      all_positive: whether there is no label, because every row is a click.
     """
 
     columns: tuple[Column, ...]
     preset: Literal["criteo", "table"] = "table"
     positive_from: float | None = None
     label_required: bool = True
+    all_positive: bool = False
 
     @property
     def label(self) -> str | None:

@@ -1,9 +1,51 @@
-"""Log loss and AUC, exact and in float64, from logits."""
+"""How good a model is: log loss and AUC, exact and in float64, from logits."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+CONSTANT = "constant predictor"
+
+
+class Judged(Protocol):
+    """How good a model is on some rows: `Scores` of clicks, or what a retrieval has instead."""
+
+    @property
+    def baseline(self) -> str:
+        """What the baseline of such scores is, in words."""
+        ...
+
+    @property
+    def log_loss(self) -> float:
+        """What the training makes less of."""
+        ...
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        ...
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The names of the scores that a reader is shown -> what to call them."""
+        ...
+
+    def named(self) -> dict[str, float]:
+        """The scores, by the names that records have."""
+        ...
+
+
+def described(found: Judged) -> str:
+    """Those scores that are defined, in a line of text."""
+    named = found.named()
+    shown = {title: named.get(name, math.nan) for name, title in found.titles.items()}
+    return ", ".join(f"{title} {value:.4f}" for title, value in shown.items() if value == value)
+
+
+def number(value: float) -> str:
+    """A score as a reader is shown it."""
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
 
 
 class Scores(NamedTuple):
@@ -18,6 +60,20 @@ class Scores(NamedTuple):
     log_loss: float
     auc: float
     rows: int
+
+    @property
+    def baseline(self) -> str:
+        """What the baseline of such scores is, in words."""
+        return CONSTANT
+
+    def named(self) -> dict[str, float]:
+        """The scores, by the names that records have."""
+        return {"log_loss": self.log_loss, "auc": self.auc}
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """The names of the scores that a reader is shown -> what to call them."""
+        return {"log_loss": "log loss", "auc": "AUC"}
 
 
 def scores(labels: np.ndarray, logits: np.ndarray) -> Scores:

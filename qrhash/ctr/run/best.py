@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from qrhash import EmbedConfig
 from qrhash.checkpoint import Checkpoints
-from qrhash.ctr.model.metrics import Scores
+from qrhash.ctr.model.metrics import Judged
 from qrhash.ctr.run.learner import Learner
 
 
@@ -43,7 +43,7 @@ class Best:
         """Whether the patience is at its end."""
         return self._patience is not None and self._failures >= self._patience
 
-    def update(self, found: Scores, learner: Learner, rows: int) -> None:
+    def update(self, found: Judged, learner: Learner, rows: int) -> None:
         """Takes note of the scores of the model as it is, after so many rows; keeps the best."""
         self.seen = rows
         if not found.log_loss < self._log_loss:

@@ -22,6 +22,7 @@ from qrhash import MeshLayout, apply_updates, touched_rows, value_and_grad
 from qrhash.batches import process_rows, put_batch
 from qrhash.checkpoint import Checkpoints, Restored
 from qrhash.ctr.data.pipeline import Batch
+from qrhash.ctr.model.losses import ClickLoss, Objective
 from qrhash.ctr.settings import Settings
 from qrhash.nnx import Table, as_table, shardings
 
@@ -33,6 +34,7 @@ class Learner:
       build: makes the model, which takes numbers [batch, N], ids and keys [batch, columns] and
         lists, and gives logits [batch].
       settings: learning rates and the initial accumulator.
+      objective: what to make less of; by default the log loss of clicks.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
       layout: how large tables and the batch are split over devices.
 
@@ -46,6 +48,7 @@ class Learner:
         build: Callable[[], nnx.Module],
         settings: Settings,
         *,
+        objective: Objective | None = None,
         num_steps: int,
         layout: MeshLayout | None = None,
     ) -> None:
@@ -71,64 +74,90 @@ class Learner:
         self.params: dict[str, Any] = {"tables": tables, "dense": dense}
         self.steps = 0
         self._state = optimizer.init(self.params)
-        self._layout = layout
+        self._graph, self._layout = graph, layout
+        everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
+        self._everywhere = everywhere
+        objective = objective or ClickLoss()
+        self._kept = jax.jit(objective.init, out_shardings=everywhere)()
 
-        def logits_of(params: dict[str, Any], batch: Batch) -> jax.Array:
-            model = nnx.merge(graph, *params.values())
-            return model(batch.numbers, batch.ids, batch.keys, batch.lists)
-
-        def loss(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
-            logits = logits_of(params, batch)
-            losses = optax.sigmoid_binary_cross_entropy(logits, batch.labels)
-            return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights), logits
+        def loss(params: dict[str, Any], batch: Batch, kept: Any) -> tuple[jax.Array, Any]:
+            losses, outputs, kept = objective(self._model(params), batch, kept)
+            return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights), (outputs, kept)
 
         loss_and_gradients = value_and_grad(loss, large, has_aux=True)
 
-        def step(params: dict[str, Any], state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
-            (_, logits), gradients = loss_and_gradients(params, batch)
+        def step(params: Any, state: Any, kept: Any, batch: Batch) -> tuple[Any, ...]:
+            (_, (outputs, kept)), gradients = loss_and_gradients(params, batch, kept)
             updates, state = optimizer.update(gradients, state, params)
-            return apply_updates(params, updates), state, logits
+            return apply_updates(params, updates), state, kept, outputs
 
-        if layout is None:
-            self._step = jax.jit(step, donate_argnums=(0, 1))
-            self._logits = jax.jit(logits_of)
-        else:
-            everywhere = NamedSharding(layout.mesh, PartitionSpec())
-            places = jax.tree.map(lambda array: array.sharding, (self.params, self._state))
-            self._step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*places, everywhere))
-            self._logits = jax.jit(logits_of, out_shardings=everywhere)
+        to = None
+        if layout is not None:
+            of_state = jax.tree.map(lambda array: array.sharding, (self.params, self._state))
+            to = (*of_state, everywhere, everywhere)
+        self._step = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=to)
+        self._logits = self.compiled(
+            lambda model, batch, _: model(batch.numbers, batch.ids, batch.keys, batch.lists)
+        )
 
     def step(self, batch: Batch) -> jax.Array:
-        """Learns from a batch; returns the logits [batch] given before."""
-        on_devices = self._on_devices(batch)
-        self.params, self._state, logits = self._step(self.params, self._state, on_devices)
+        """Learns from a batch; returns what the objective gives, [batch]: logits, from before."""
+        self.params, self._state, self._kept, outputs = self._step(
+            self.params, self._state, self._kept, self._on_devices(batch)
+        )
         self.steps += 1
-        return logits
+        return outputs
 
     def logits(self, batch: Batch) -> jax.Array:
         """The logits [batch] of a batch."""
-        return self._logits(self.params, self._on_devices(batch))
+        return self._logits(batch)
+
+    def compiled(self, function: Callable[[Any, Any, Any], Any]) -> Callable[[Any], Any]:
+        """A function of the model as it is, made of a pure one.
+
+        Args:
+          function: of the model, a tree of arrays [rows, ...], and what the objective keeps.
+
+        Returns:
+          The compiled function of such a tree; what it gives is whole on every device.
+        """
+
+        def run(params: Any, kept: Any, inputs: Any) -> Any:
+            return function(self._model(params), inputs, kept)
+
+        jitted = jax.jit(run, out_shardings=self._everywhere)
+        return lambda inputs: jitted(self.params, self._kept, self._on_devices(inputs))
+
+    def _model(self, params: dict[str, Any]) -> Any:
+        return nnx.merge(self._graph, *params.values())
 
     def save(self, checkpoints: Checkpoints, extra: Any) -> None:
         """Saves parameters, optimizer state and number of steps, and what is given beside them."""
-        checkpoints.save(self.steps, (self.params, self._state), extra)
+        checkpoints.save(self.steps, self._all, extra)
 
     def restore(self, checkpoints: Checkpoints) -> Restored:
         """Takes over the last checkpoint that can be read."""
         like = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
-            (self.params, self._state),
+            self._all,
         )
-        jax.tree.map(lambda array: array.delete(), (self.params, self._state))
+        jax.tree.map(lambda array: array.delete(), self._all)
         restored = checkpoints.restore(like)
-        (self.params, self._state), self.steps = restored.state, restored.step
+        (self.params, self._state, *kept), self.steps = restored.state, restored.step
+        self._kept = kept[0] if kept else None
         return restored
 
-    def _on_devices(self, batch: Batch) -> Batch:
-        """A batch that every process has the whole of, split over the mesh if there is one."""
+    @property
+    def _all(self) -> tuple[Any, ...]:
+        """All that changes."""
+        kept = () if self._kept is None else (self._kept,)
+        return (self.params, self._state, *kept)
+
+    def _on_devices(self, batch: Any) -> Any:
+        """A tree of arrays [rows, ...], whole in every process, split over the mesh if any."""
         if self._layout is None:
             return batch
-        size = len(batch.labels)
+        size = len(jax.tree.leaves(batch)[0])
         mine = process_rows(size, self._layout)
         return put_batch(jax.tree.map(lambda column: column[mine], batch), size, self._layout)
 

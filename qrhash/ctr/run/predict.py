@@ -7,12 +7,12 @@ through, so that they get the same logits to the last bit.
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,13 +28,14 @@ from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.vocabulary import Ids, load_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import embed_configs
-from qrhash.ctr.model.metrics import Scores, scores
-from qrhash.ctr.model.models import build_model
+from qrhash.ctr.model.metrics import Scores, described, scores
 from qrhash.ctr.options import build
 from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.goals import make_goal
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.report import IDS, RunDirectory
 from qrhash.ctr.settings import Settings
+from qrhash.ctr.tower_settings import TWO_TOWER
 
 SUFFIXES = (".parquet", ".pq", ".csv")
 _ROWS = 1 << 16  # rows written at once
@@ -71,7 +72,8 @@ def predict(
       run: the directory of a run.
       data: as in `Settings`; needs no label.
       output: a file ending in .parquet or .csv: `row`, the number of the row from 0, `logit`,
-        `score`, the probability of a click, and `label`, if there are labels.
+        `score`, the probability of a click, and `label`, if there are labels. Of two towers there
+        is no probability: `score` is that of the row's query and its item.
       display: is told how far it is.
       overwrite: whether there may be such a file.
       max_bad_lines: malformed lines to skip before giving up; by default as in the run.
@@ -87,6 +89,7 @@ def predict(
     if max_bad_lines is not None:
         settings = replace(settings, max_bad_lines=max_bad_lines)
     schema = CRITEO if directory.schema is None else Schema.from_dict(directory.schema)
+    schema = replace(schema, all_positive=False)
     # Opened first: what is wrong with the data is told before a model is built.
     display.phase("counting the rows", 0)
     bad_lines = BadLines(settings.max_bad_lines, display.line)
@@ -95,7 +98,9 @@ def predict(
     ids = load_ids(run / IDS, settings, schema.embedded)
     learner, used = _model(run, settings, schema, ids, display)
     result = _Counts()
-    with _writer(output, has_labels=source.schema.label is not None) as writer:
+    columns = ["row", "score"] if settings.model == TWO_TOWER else ["row", "logit", "score"]
+    columns += [] if source.schema.label is None else ["label"]
+    with _writer(output, columns) as writer:
         display.phase("scoring", source.num_lines)
         with batches(source, 0, source.num_lines, used, settings.batch_size) as stream:
             for batch in stream:
@@ -110,7 +115,10 @@ def predict(
         if not result.rows:
             raise UserError(f"{source.name}: none of its {source.num_lines:,} rows can be read.")
     unlabelled = result.unlabelled if source.schema.label is not None else 0
-    return Predicted(result.rows, len(bad_lines), unlabelled, result.scores())
+    found = result.scores()
+    if found is not None and settings.model == TWO_TOWER:
+        found = found._replace(log_loss=math.nan)
+    return Predicted(result.rows, len(bad_lines), unlabelled, found)
 
 
 class _Placed:
@@ -177,11 +185,7 @@ def _model(
     display.phase("building the model", 0)
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes)
-    learner = Learner(
-        lambda: build_model(settings, configs, len(schema.numbers), schema.lists),
-        settings,
-        num_steps=1,
-    )
+    learner = make_goal(settings, schema).learner(configs, ids, num_steps=1)
     with Checkpoints(directory, configs, max_to_keep=None) as checkpoints:
         if not checkpoints.steps:
             raise UserError(nothing)
@@ -216,11 +220,10 @@ def _check_output(output: Path, data: str, *, overwrite: bool) -> None:
 class _Writer:
     """Writes rows of scores."""
 
-    def __init__(self, path: Path, kind: str, *, has_labels: bool) -> None:
-        fields = [("row", pa.int64()), ("logit", pa.float32()), ("score", pa.float32())]
-        if has_labels:
-            fields.append(("label", pa.int8()))
-        self._schema = pa.schema(fields)
+    _TYPES: ClassVar = {"row": pa.int64(), "label": pa.int8()}
+
+    def __init__(self, path: Path, kind: str, names: Sequence[str]) -> None:
+        self._schema = pa.schema([(name, self._TYPES.get(name, pa.float32())) for name in names])
         kinds = {".csv": pyarrow.csv.CSVWriter}
         self._file = kinds.get(kind, pyarrow.parquet.ParquetWriter)(path, self._schema)
         self._columns: list[list[np.ndarray]] = []
@@ -237,12 +240,14 @@ class _Writer:
             return
         places, logits, labels = map(np.concatenate, zip(*self._columns, strict=True))
         self._columns = []
-        probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        arrays = [pa.array(places), pa.array(logits), pa.array(probabilities.astype(np.float32))]
-        if "label" in self._schema.names:
-            known = ~np.isnan(labels)
-            arrays.append(pa.array(np.where(known, labels, 0).astype(np.int8), mask=~known))
-        self._file.write_table(pa.table(arrays, schema=self._schema))
+        arrays = {"row": places, "logit": logits, "score": logits}
+        if "logit" in self._schema.names:
+            probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
+            arrays["score"] = probabilities.astype(np.float32)
+        known = ~np.isnan(labels)
+        arrays["label"] = pa.array(np.where(known, labels, 0).astype(np.int8), mask=~known)
+        written = [arrays[name] for name in self._schema.names]
+        self._file.write_table(pa.table(written, schema=self._schema))
 
     def __enter__(self) -> Self:
         return self
@@ -259,11 +264,11 @@ class _Writer:
 
 
 @contextmanager
-def _writer(output: Path, *, has_labels: bool) -> Iterator[_Writer]:
+def _writer(output: Path, names: Sequence[str]) -> Iterator[_Writer]:
     """Writes a file that is there when it is whole, and not before."""
     part = output.with_name(f"{output.name}.part")
     try:
-        with _Writer(part, output.suffix, has_labels=has_labels) as writer:
+        with _Writer(part, output.suffix, names) as writer:
             yield writer
         part.replace(output)
     except OSError as error:
@@ -277,10 +282,6 @@ def report(result: Predicted, output: Path) -> str:
     text = f"{result.rows:,} rows scored, {result.bad_lines:,} malformed lines skipped: {output}"
     if result.scores is None:
         return text
-    found = {"log loss": result.scores.log_loss, "AUC": result.scores.auc}
-    shown = ", ".join(
-        f"{name} {'undefined' if math.isnan(value) else f'{value:.4f}'}"
-        for name, value in found.items()
-    )
+    shown = described(result.scores) or "no score is defined"
     without = f"; {result.unlabelled:,} rows have no label" if result.unlabelled else ""
     return f"{text}; {shown} on {result.scores.rows:,} labels{without}"

@@ -11,9 +11,10 @@ import numpy as np
 
 from qrhash import Keys
 from qrhash.ctr.data.pipeline import Batch
-from qrhash.ctr.model.metrics import Scores, scores
+from qrhash.ctr.model.metrics import Judged, described, scores
 
 Record = Callable[[dict[str, Any]], None]
+Judge = Callable[[np.ndarray, np.ndarray], Judged]
 
 _WINDOW_ROWS = 10_000  # the running scores and rows/s are over about so many rows
 
@@ -24,18 +25,19 @@ class Progress:
     Args:
       record: called with every point.
       batch_size: rows of a batch.
+      judge: the scores of labels [rows] and of what the steps gave [rows]: of logits, by default.
     """
 
-    def __init__(self, record: Record, batch_size: int) -> None:
+    def __init__(self, record: Record, batch_size: int, judge: Judge | None = None) -> None:
         self.rows = 0
         self.points = 0
         self._clicks = 0.0
-        self._record = record
+        self._record, self._judge = record, judge or scores
         self._first_rows, self._start = 0, math.nan
         self._window: deque[tuple[float, Batch, Any]] = deque(maxlen=1 + _WINDOW_ROWS // batch_size)
 
     def add(self, batch: Batch, logits: jax.Array) -> None:
-        """Takes note of a step: its batch, and the logits [batch] given before learning it."""
+        """Takes note of a step: its batch, and what it gave [batch]: logits, from before it."""
         self.rows += int(batch.weights.sum())
         if math.isnan(self._start):
             self._first_rows, self._start = self.rows, time.monotonic()
@@ -57,15 +59,15 @@ class Progress:
         """Speed since the first step."""
         return (self.rows - self._first_rows) / max(1e-9, self.seconds)
 
-    def running(self) -> Scores:
+    def running(self) -> Judged:
         """Scores of the last rows, each from before it was learnt."""
-        return scores(*collect((batch, logits) for _, batch, logits in self._window))
+        return self._judge(*collect((batch, logits) for _, batch, logits in self._window))
 
     def note(self) -> str:
         """Speed and running scores, in words."""
         last = self.running()
         rate = last.rows / max(1e-9, time.monotonic() - self._window[0][0])
-        return f"{rate:,.0f} rows/s  log loss {last.log_loss:.4f}  AUC {last.auc:.4f}"
+        return f"{rate:,.0f} rows/s  {described(last)}"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it but the learning curve, as JSON can hold it."""
@@ -93,7 +95,7 @@ class Progress:
             batch = Batch(np.array(labels, np.float32), weights, none, none, Keys.of(none))
             self._window.append((now, batch, np.array(logits, np.float32)))
 
-    def point(self, found: Scores, part: str = "test") -> None:
+    def point(self, found: Judged, part: str = "test") -> None:
         """Records a point of the learning curve: scores on test rows, or on validation rows."""
         train = self.running()
         self.points += 1
@@ -102,10 +104,8 @@ class Progress:
                 "kind": "progress",
                 "rows": self.rows,
                 "seconds": round(self.seconds, 3),
-                "train_log_loss": train.log_loss,
-                "train_auc": train.auc,
-                f"{part}_log_loss": found.log_loss,
-                f"{part}_auc": found.auc,
+                **{f"train_{name}": value for name, value in train.named().items()},
+                **{f"{part}_{name}": value for name, value in found.named().items()},
                 f"{part}_rows": found.rows,
             }
         )

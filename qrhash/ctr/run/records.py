@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qrhash.ctr.data.vocabulary import Ids
-from qrhash.ctr.model.metrics import Scores
+from qrhash.ctr.model.metrics import Judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,8 @@ class Summary:
       dense_params: all other parameters.
       rows_per_second: of the training after its first step, which compiles; evaluations included.
       test: scores of the model on the test rows.
-      constant: those of always saying the training rows' click rate.
+      constant: those of a baseline that knows no columns: of always saying the training rows' click
+        rate, or of always recommending the items that most of them have.
       truth: those of the true click rates; None for real data.
     """
 
@@ -42,9 +43,9 @@ class Summary:
     full_bytes: int | None
     dense_params: int
     rows_per_second: float
-    test: Scores
-    constant: Scores
-    truth: Scores | None
+    test: Judged
+    constant: Judged
+    truth: Judged | None
 
     def as_record(self) -> dict[str, Any]:
         """The last record of a run."""
@@ -52,7 +53,7 @@ class Summary:
         for name in ("test", "constant", "truth"):
             part = values.pop(name)
             if part is not None:
-                values |= {f"{name}_log_loss": part.log_loss, f"{name}_auc": part.auc}
+                values |= {f"{name}_{metric}": score for metric, score in part.named().items()}
         return {"kind": "summary", "test_rows": self.test.rows, **values}
 
 

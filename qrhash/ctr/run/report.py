@@ -17,7 +17,8 @@ from rich.table import Table
 
 from qrhash.ctr.data.vocabulary import Ids, save_ids
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.metrics import Scores
+from qrhash.ctr.model.metrics import CONSTANT, number
+from qrhash.ctr.model.ranks import POPULAR
 from qrhash.ctr.run.records import Keeper, Summary
 
 METRICS, PICTURE, CHECKPOINTS = "metrics.jsonl", "learning_curve.png", "checkpoints"
@@ -170,7 +171,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Draws the learning curve of a run's records, log loss and AUC over rows, as a PNG."""
+    """Draws the learning curve of a run's records, loss and AUC or recall over rows, as a PNG."""
     # Slow to import, and used here only.
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -179,25 +180,26 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     summary = next((record for record in records if record["kind"] == "summary"), {})
     rows = [point["rows"] for point in points]
     figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, metric, title in zip(
-        figure.subplots(1, 2), ("log_loss", "auc"), ("log loss", "AUC"), strict=True
-    ):
+    titles = _drawn([*points, summary])
+    baseline = CONSTANT if "auc" in titles else POPULAR
+    for axes, metric in zip(figure.subplots(1, 2), titles, strict=True):
         for part, name in (
             ("train", "training rows, before each step"),
             ("validation", "validation rows"),
             ("test", "test rows"),
         ):
-            # A run that validates has one point of test rows, the last one.
+            # A run that validates has one point of test rows, the last one; of training rows no
+            # recall is known.
             values = np.array([point.get(f"{part}_{metric}") for point in points], float)
-            if part != "validation" or not np.isnan(values).all():
+            if part == "test" or not np.isnan(values).all():
                 axes.plot(rows, values, marker="o", markersize=3, label=name)
         for part, name, color in (
-            ("constant", "constant predictor", "gray"),
+            ("constant", baseline, "gray"),
             ("truth", "ground truth", "black"),
         ):
             if (value := summary.get(f"{part}_{metric}")) is not None:
                 axes.axhline(value, color=color, linestyle="--", linewidth=1, label=name)
-        axes.set(xlabel="rows trained on", ylabel=title)
+        axes.set(xlabel="rows trained on", ylabel=titles[metric])
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
@@ -225,21 +227,31 @@ def final_table(summary: Summary) -> Table:
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
     table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
     table.add_section()
-    for metric, title in (("log_loss", "test log loss"), ("auc", "test AUC")):
-        table.add_row(title, _number(summary.test, metric), _comparison(summary, metric))
+    test = summary.test.named()
+    for metric, title in summary.test.titles.items():
+        table.add_row(f"test {title}", number(test[metric]), _comparison(summary, metric))
+    if "unseen" in test:
+        table.add_row("test rows of new items", f"{test['unseen']:.2%}", "misses, all of them")
     return table
 
 
+def _drawn(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The two scores that the picture shows -> what to call them."""
+    recalls = [name for record in records for name in record if name.startswith("test_recall_")]
+    if not recalls:
+        return {"log_loss": "log loss", "auc": "AUC"}
+    k = int(recalls[0].rpartition("_")[2])
+    return {"log_loss": "in-batch loss", f"recall_{k}": f"recall at {k:,}"}
+
+
 def _comparison(summary: Summary, metric: str) -> str:
-    text = f"{_number(summary.constant, metric)} constant predictor"
+    value = summary.constant.named()[metric]
+    if metric == "log_loss" and math.isnan(value):
+        return ""  # What recommends the same items to all has no in-batch loss.
+    text = f"{number(value)} {summary.constant.baseline}"
     if summary.truth is not None:
-        text += f", {_number(summary.truth, metric)} ground truth"
+        text += f", {number(summary.truth.named()[metric])} ground truth"
     return text
-
-
-def _number(part: Scores, metric: str) -> str:
-    value = getattr(part, metric)
-    return "undefined" if math.isnan(value) else f"{value:.4f}"
 
 
 def _json_value(value: Any) -> Any:

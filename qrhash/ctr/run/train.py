@@ -21,17 +21,17 @@ from qrhash.ctr.data.pipeline import Batch, batches
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.sources import FileSource, open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.data.vocabulary import Ids, build_ids
+from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
-from qrhash.ctr.model.metrics import Scores, constant_logit, scores
-from qrhash.ctr.model.models import build_model
+from qrhash.ctr.model.metrics import Judged, described, scores
 from qrhash.ctr.run.best import Best
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.goals import Goal, make_goal
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.overview import HEADER, overview
-from qrhash.ctr.run.progress import Progress, collect
+from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.settings import Settings
 
@@ -57,24 +57,21 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         _check_source(source, keeper.source)
     train, split = _splits(settings, source)
     schema = source.schema
-    blocks = _shown(source.blocks(0, train), display, "vocabulary", train)
-    ids = build_ids(settings, schema.categories, blocks, schema.lists)
+    goal = make_goal(settings, schema)
+    source = goal.source(source)
+    ids = goal.ids(_shown(source.blocks(0, train), display, "vocabulary", train))
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
-    if not configs and not schema.numbers:
-        raise UserError("All categories are dropped, and there are no numbers to learn from.")
     form = ", in the Criteo format" if schema.preset == "criteo" else ""
     display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
+    if goal.note:
+        display.line(goal.note)
     embedding_params = sum(config.num_params for config in configs.values())
     used = {name: ids[name] for name in configs}
-    data = _Data(source, train, split, used, settings.batch_size)
+    data = _Data(source, train, split, used, settings.batch_size, goal)
     display.phase("building the model", train)
-    learner = Learner(
-        lambda: build_model(settings, configs, len(schema.numbers), schema.lists),
-        settings,
-        num_steps=settings.epochs * ceil_div(train, settings.batch_size),
-        layout=layout,
-    )
+    num_steps = settings.epochs * ceil_div(goal.num_rows(train), settings.batch_size)
+    learner = goal.learner(configs, ids, num_steps=num_steps, layout=layout)
 
     if not settings.resume:
         of_data = {"lines": source.num_lines, "checksum": source.checksum}
@@ -90,8 +87,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
             display.line(
                 "Warning: the checkpoint of the best model is gone; the last one is tested"
             )
-    constant = constant_logit(progress.click_rate)
-    test, constant_scores = _test(data, learner, constant, display)
+    test, constant = _test(data, learner, progress.click_rate, display)
     progress.point(test)
     summary = Summary(
         train_rows=progress.rows,
@@ -104,8 +100,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         dense_params=learner.num_params - embedding_params,
         rows_per_second=rows_per_second,
         test=test,
-        constant=constant_scores,
-        truth=_truth(source, split) if settings.data is None else None,
+        constant=constant,
+        truth=_truth(source, split) if settings.data is None and goal.has_truth else None,
     )
     keeper.record(summary.as_record())
     return summary
@@ -152,12 +148,13 @@ class _Data(NamedTuple):
     split: int
     ids: Mapping[str, Ids]
     batch_size: int
+    goal: Goal
 
     def training(self) -> AbstractContextManager[Any]:
         return batches(self.source, 0, self.train, self.ids, self.batch_size)
 
     def test(self) -> AbstractContextManager[Iterator[Batch]]:
-        return batches(self.source, self.split, self.source.num_lines, self.ids, self.batch_size)
+        return self._judged(self.split, self.source.num_lines)
 
     @property
     def is_validated(self) -> bool:
@@ -166,8 +163,10 @@ class _Data(NamedTuple):
     def sample(self, rows: int) -> AbstractContextManager[Iterator[Batch]]:
         """The rows to score at a point: of the first lines to validate on, or to test on."""
         end = self.split if self.is_validated else self.source.num_lines
-        stop = min(self.train + rows, end)
-        return batches(self.source, self.train, stop, self.ids, self.batch_size)
+        return self._judged(self.train, min(self.train + rows, end))
+
+    def _judged(self, start: int, stop: int) -> AbstractContextManager[Iterator[Batch]]:
+        return batches(self.source, start, stop, self.ids, self.batch_size, self.goal.find)
 
 
 def _open(settings: Settings, display: Display, keeper: Keeper, bad_lines: BadLines) -> Source:
@@ -225,11 +224,12 @@ def _train(
     """Trains; adds a point to the learning curve now and then, but not the last one."""
     with data.sample(settings.eval_rows) as stream:
         sample = list(stream)
+    goal = data.goal
     if data.is_validated and not sample:
-        raise UserError(f"{data.source.name}: none of the lines to validate on can be read.")
-    total = data.train * settings.epochs
+        raise UserError(f"{data.source.name}: none of the lines to validate on {goal.wanted}.")
+    total = goal.num_rows(data.train) * settings.epochs
     points = [total * k // settings.evaluations for k in range(1, settings.evaluations)]
-    progress = Progress(keeper.record, settings.batch_size)
+    progress = Progress(keeper.record, settings.batch_size, goal.running)
     first_epoch, position = 0, None
     if settings.resume and checkpoints is not None:
         first_epoch, position = _resume(learner, checkpoints, progress, best, display)
@@ -238,13 +238,10 @@ def _train(
     display.phase("training", total)
 
     def point() -> None:
-        found = scores(*collect((batch, learner.logits(batch)) for batch in sample))
+        found = goal.scores(learner, sample)
         part = "validation" if data.is_validated else "test"
         progress.point(found, part)
-        display.line(
-            f"after {progress.rows:,} rows: {part} log loss {found.log_loss:.4f}, "
-            f"AUC {found.auc:.4f}"
-        )
+        display.line(f"after {progress.rows:,} rows: {part} {described(found)}")
         if data.is_validated:
             best.update(found, learner, progress.rows)
 
@@ -277,7 +274,9 @@ def _train(
                 _save(learner, checkpoints, where, progress, best)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
     if not progress.rows:
-        raise UserError(f"{data.source.name}: none of the {data.train} training lines can be read.")
+        raise UserError(
+            f"{data.source.name}: none of the {data.train} training lines {goal.wanted}."
+        )
     if data.is_validated and best.seen != progress.rows:
         point()
     return progress
@@ -342,19 +341,19 @@ def _resume(
 
 
 def _test(
-    data: _Data, learner: Learner, constant: float, display: Display
-) -> tuple[Scores, Scores]:
-    """Scores on all test rows, of the model and of a constant logit."""
+    data: _Data, learner: Learner, click_rate: float, display: Display
+) -> tuple[Judged, Judged]:
+    """Scores on all test rows, of the model and of the baseline."""
     lines = data.source.num_lines - data.split
     with data.test() as stream:
         shown = _shown(stream, display, "testing", lines)
-        labels, logits = collect((batch, learner.logits(batch)) for batch in shown)
-    if not len(labels):
-        raise UserError(f"{data.source.name}: none of the last {lines} lines can be read.")
-    return scores(labels, logits), scores(labels, np.full(len(labels), constant))
+        test, baseline = data.goal.tested(learner, shown, click_rate)
+    if not test.rows:
+        raise UserError(f"{data.source.name}: none of the last {lines} lines {data.goal.wanted}.")
+    return test, baseline
 
 
-def _truth(source: Source, split: int) -> Scores:
+def _truth(source: Source, split: int) -> Judged:
     pairs = [(block.labels, block.truth) for block in source.blocks(split, source.num_lines)]
     labels, truth = (np.concatenate(column) for column in zip(*pairs, strict=True))
     return scores(labels, truth)

@@ -1,0 +1,192 @@
+"""Two towers for retrieval, in Flax NNX.
+
+One makes a vector of a query, the other one of an item: the vectors of their columns, and the
+numbers of a query, go through an MLP. The score of a query and an item is the dot product of the
+two, so that the items' vectors can be made once, and searched for any query.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qrhash import EmbedConfig, Keys
+from qrhash.ctr.data.pipeline import Padded
+from qrhash.ctr.model.models import MLP, Embeddings
+from qrhash.ctr.settings import Settings, widths
+from qrhash.keys import cross
+
+
+@dataclass(frozen=True)
+class ItemColumns:
+    """Where the columns of an item are among those of a batch.
+
+    Attributes:
+      ids: of those that have ids, which of the batch's; the others describe the query.
+      keys: of those that have keys, as well.
+      num_ids: how many columns of the batch have ids.
+      num_keys: how many have keys.
+    """
+
+    ids: tuple[int, ...]
+    keys: tuple[int, ...]
+    num_ids: int
+    num_keys: int
+
+    @classmethod
+    def of(cls, takes_keys: Mapping[str, bool], items: Sequence[str]) -> "ItemColumns":
+        """Of the columns of a model, in order, and whether each takes keys."""
+        with_ids = [name for name, takes in takes_keys.items() if not takes]
+        with_keys = [name for name, takes in takes_keys.items() if takes]
+        ids, keys = (
+            tuple(j for j, name in enumerate(names) if name in items)
+            for names in (with_ids, with_keys)
+        )
+        return cls(ids, keys, len(with_ids), len(with_keys))
+
+    def own(self, ids: Any, keys: Keys) -> tuple[Any, Keys]:
+        """Ids and keys [batch, columns] -> those of the item."""
+        return ids[:, list(self.ids)], keys[:, list(self.keys)]
+
+    def others(self, ids: Any, keys: Keys) -> tuple[Any, Keys]:
+        """Ids and keys [batch, columns] -> those of the query."""
+        with_ids, with_keys = (
+            [j for j in range(size) if j not in own]
+            for size, own in ((self.num_ids, self.ids), (self.num_keys, self.keys))
+        )
+        return ids[:, with_ids], keys[:, with_keys]
+
+    def named(self, ids: Any, keys: Keys) -> Keys:
+        """Ids and keys [batch, columns] of NumPy or JAX -> one key for each row's item."""
+        ids, keys = self.own(ids, keys)
+        columns = [Keys.of(ids[:, j]) for j in range(len(self.ids))]
+        columns += [keys[:, j] for j in range(len(self.keys))]
+        return columns[0] if len(columns) == 1 else cross(*columns)
+
+
+class Tower(nnx.Module):
+    """Columns -> a vector.
+
+    Args:
+      configs: of the categorical columns, by name; may be none, if there are numbers.
+      num_numbers: how many numbers a row has.
+      sizes: widths of the layers; the last one, which is linear, is the vector's.
+      lists: which of the columns are of lists.
+      rngs: random number generators.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, EmbedConfig],
+        *,
+        num_numbers: int,
+        sizes: Sequence[int],
+        lists: Collection[str] = (),
+        rngs: nnx.Rngs,
+    ) -> None:
+        inputs = num_numbers + sum(config.features for config in configs.values())
+        hidden = (inputs, *sizes[:-1])
+        self.has_columns = bool(configs)
+        if configs:
+            self.embeddings = Embeddings(configs, lists=lists, rngs=rngs)
+        self.hidden = MLP(hidden, rngs=rngs)
+        self.out = nnx.Linear(hidden[-1], sizes[-1], rngs=rngs)
+
+    def __call__(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> jax.Array:
+        """Numbers [batch, num_numbers], ids, keys [batch, columns], lists -> [batch, sizes[-1]]."""
+        found = self.embeddings(ids, keys, lists) if self.has_columns else []
+        return self.out(self.hidden(jnp.concatenate([numbers, *found], axis=1)))
+
+
+class TwoTower(nnx.Module):
+    """A tower of queries and one of items.
+
+    Args:
+      configs: of the categorical columns, by name.
+      items: those of them that describe the item.
+      num_numbers: how many numbers a row has; they describe the query.
+      sizes: widths of each tower's layers.
+      lists: which of the columns are of lists; they describe the query.
+      temperature: what the dot products of vectors of length 1 are divided by; 0: the vectors are
+        taken as they are.
+      rngs: random number generators.
+    """
+
+    def __init__(
+        self,
+        configs: Mapping[str, EmbedConfig],
+        *,
+        items: Sequence[str],
+        num_numbers: int,
+        sizes: Sequence[int],
+        temperature: float,
+        lists: Collection[str] = (),
+        rngs: nnx.Rngs,
+    ) -> None:
+        of_items = {name: config for name, config in configs.items() if name in items}
+        of_queries = {name: config for name, config in configs.items() if name not in items}
+        takes_keys = {
+            name: config.partition.takes_keys
+            for name, config in configs.items()
+            if name not in lists
+        }
+        self.columns = ItemColumns.of(takes_keys, items)
+        self.temperature = temperature
+        self.query_tower = Tower(
+            of_queries, num_numbers=num_numbers, sizes=sizes, lists=lists, rngs=rngs
+        )
+        self.item_tower = Tower(of_items, num_numbers=0, sizes=sizes, rngs=rngs)
+
+    def queries(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> jax.Array:
+        """Numbers, ids, keys and lists of whole rows -> the vectors of their queries."""
+        ids, keys = self.columns.others(ids, keys)
+        return self._scaled(self.query_tower(numbers, ids, keys, lists))
+
+    def items(self, ids: jax.Array, keys: Keys) -> jax.Array:
+        """Ids and keys [n, item columns] -> the vectors of items [n, width]."""
+        return self._scaled(self.item_tower(jnp.zeros((len(ids), 0)), ids, keys))
+
+    def pair(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> tuple[jax.Array, jax.Array]:
+        """Whole rows -> the vectors of their queries and of their items [batch, width]."""
+        return self.queries(numbers, ids, keys, lists), self.items(*self.columns.own(ids, keys))
+
+    def __call__(
+        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+    ) -> jax.Array:
+        """Whole rows -> the scores [batch] of each one's query and item."""
+        return jnp.sum(jnp.multiply(*self.pair(numbers, ids, keys, lists)), axis=1)
+
+    def _scaled(self, vectors: jax.Array) -> jax.Array:
+        """Of the length at which dot products are scores."""
+        if self.temperature == 0:
+            return vectors
+        squares = jnp.sum(vectors**2, axis=1, keepdims=True)
+        return vectors * jax.lax.rsqrt(squares + 1e-12) / self.temperature**0.5
+
+
+def build_towers(
+    settings: Settings,
+    configs: Mapping[str, EmbedConfig],
+    items: Sequence[str],
+    num_numbers: int,
+    lists: Collection[str] = (),
+) -> TwoTower:
+    """The towers that the settings name, with the embeddings of `configs`."""
+    return TwoTower(
+        configs,
+        items=items,
+        num_numbers=num_numbers,
+        sizes=widths("tower_mlp", settings.tower_mlp),
+        temperature=settings.temperature,
+        lists=lists,
+        rngs=nnx.Rngs(settings.seed),
+    )

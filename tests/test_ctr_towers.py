@@ -1,0 +1,523 @@
+"""Two towers: their vectors, the in-batch softmax, the ranks, and whole runs."""
+
+import collections
+import itertools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet
+import pytest
+from typer.testing import CliRunner
+
+from qrhash import EmbedConfig, FullTable, KeyDigits, Keys, cli
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.catalogue import Catalogue
+from qrhash.ctr.model.ranks import popularity_ranks, ranks, retrieved
+from qrhash.ctr.model.softmax import Frequencies, in_batch_losses, same_items
+from qrhash.ctr.model.towers import build_towers
+from qrhash.ctr.run import retrieval
+from qrhash.ctr.settings import Settings
+from support import ctr_files
+from support.training_process import assert_same_curve, compiled_once, numbers_of, train
+
+STANDARD_PROMOTION = True  # optax.adam needs it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+CONFIGS = {
+    "user": EmbedConfig(FullTable(9), 3),
+    "item": EmbedConfig(FullTable(7), 3),
+    "tag": EmbedConfig(KeyDigits(6, 2), 3),
+    "shop": EmbedConfig(KeyDigits(4, 2), 3),
+}
+
+
+def _linear(layer, x):
+    return x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.25])
+def test_towers_are_mlps_of_their_columns(temperature, rng):
+    settings = Settings(
+        model="two-tower", items="item,tag", tower_mlp="5-4", temperature=temperature
+    )
+    model = build_towers(settings, CONFIGS, ("item", "tag"), 2)
+    numbers = rng.normal(size=(6, 2)).astype(np.float32)
+    ids = rng.integers(0, 7, (6, 2)).astype(np.int32)
+    keys = Keys.of(rng.integers(0, 2**60, (6, 2)))
+
+    def tower(tower, inputs):
+        hidden = np.maximum(_linear(tower.hidden.layers[0], inputs), 0)
+        out = _linear(tower.out, hidden)
+        if temperature:
+            out = out / np.linalg.norm(out, axis=1, keepdims=True) / math.sqrt(temperature)
+        return out
+
+    def of_keys(module, name, column):
+        one, other = map(np.asarray, module.embeddings.columns.tables[name])
+        rows = CONFIGS[name].partition.indices(keys[:, column])
+        return one[rows[0]] * other[rows[1]]
+
+    query, item = model.query_tower, model.item_tower
+    (users,), (items,) = (
+        m.embeddings.columns.tables[n] for m, n in ((query, "user"), (item, "item"))
+    )
+    shop, tag = of_keys(query, "shop", 1), of_keys(item, "tag", 0)
+    queries = tower(query, np.concatenate([numbers, np.asarray(users)[ids[:, 0]], shop], axis=1))
+    found = tower(item, np.concatenate([np.asarray(items)[ids[:, 1]], tag], axis=1))
+    got = model.pair(numbers, ids, keys)
+    np.testing.assert_allclose(got[0], queries, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[1], found, rtol=1e-4, atol=1e-5)
+    scores = np.sum(queries * found, axis=1)
+    np.testing.assert_allclose(model(numbers, ids, keys), scores, rtol=1e-4, atol=1e-5)
+    assert temperature == 0 or abs(scores).max() <= 1 / temperature + 1e-4
+
+
+def test_an_item_is_named_by_all_its_columns(rng):
+    columns = build_towers(Settings(model="two-tower"), CONFIGS, ("item", "tag"), 0).columns
+    ids = np.array([[1, 2], [3, 2], [1, 4], [1, 2]], np.int32)
+    keys = Keys.of(np.array([[5, 6], [5, 9], [5, 6], [7, 6]]))
+    named = columns.named(ids, keys).to_numpy()
+    assert named[0] == named[1]  # Another user and shop
+    assert len(set(named.tolist())) == 3
+    on_device = jax.jit(columns.named)(ids, keys)
+    np.testing.assert_array_equal(on_device.to_numpy(), named)
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def test_the_in_batch_softmax_is_that_of_loops(rng):
+    rows = 9
+    items = np.array([3, 5, 3, 8, 5, 3, 2, 8, 1])
+    weights = np.array([1, 1, 1, 1, 0, 1, 1, 0, 1], np.float32)
+    scores = rng.normal(size=(rows, rows)).astype(np.float32)
+    log_q = rng.normal(size=rows).astype(np.float32)
+    same = same_items(Keys.of(items))
+    got = in_batch_losses(jnp.asarray(scores), jnp.asarray(log_q), same, weights)
+    for i in np.flatnonzero(weights):
+        candidates = [j for j in range(rows) if j == i or (weights[j] and items[j] != items[i])]
+        terms = [math.exp(scores[i, j] - log_q[j]) for j in candidates]
+        wanted = -math.log(math.exp(scores[i, i] - log_q[i]) / sum(terms))
+        assert got[i] == pytest.approx(wanted, rel=1e-5)
+    assert np.isfinite(got).all()
+
+    # What is no candidate has no gradient, nor has the item of a row as its own negative.
+    def total(scores):
+        return jnp.sum(in_batch_losses(scores, jnp.asarray(log_q), same, weights) * weights)
+
+    gradient = np.asarray(jax.grad(total)(jnp.asarray(scores)))
+    assert not gradient[:, weights == 0].any()
+    assert not gradient[weights == 0].any()
+    assert gradient[0, 2] == gradient[2, 5] == 0 != gradient[0, 1]
+
+
+class _Averages:
+    """Moving averages, in dictionaries."""
+
+    def __init__(self):
+        self.last, self.gaps, self.counts, self.visits = {}, {}, {}, collections.Counter()
+
+    def met(self, step, items, rate):
+        for item, count in collections.Counter(items).items():
+            gap = step - self.last.get(item, 0)
+            self.visits[item] += 1
+            new = max(rate, 1 / self.visits[item])
+            gap = (1 - new) * self.gaps.get(item, 0) + new * gap
+            count = (1 - new) * self.counts.get(item, 0) + new * count
+            self.last[item], self.gaps[item], self.counts[item] = step, gap, count
+
+    def log_q(self, item):
+        return math.log(self.counts[item] / self.gaps[item])
+
+
+def test_frequencies_are_moving_averages_of_gaps_and_counts(rng):
+    frequencies, averages = Frequencies.create(buckets=1 << 12), _Averages()
+    met = jax.jit(lambda f, items, weights: f.met(Keys.of(items), weights, rate=0.1))
+    weights = np.array([1] * 7 + [0], np.float32)
+    for step in range(1, 40):
+        items = np.minimum(rng.geometric(0.2, 8), 12).astype(np.int32)
+        frequencies = met(frequencies, items, weights)
+        averages.met(step, items[:7].tolist(), 0.1)
+    every = np.array(sorted(averages.last), np.int32)
+    got = frequencies.log_q(Keys.of(every))
+    np.testing.assert_allclose(got, [averages.log_q(item) for item in every], rtol=1e-4, atol=1e-5)
+    # One that never came, and one of weight 0.
+    frequencies = met(frequencies, np.array([1] * 7 + [99], np.int32), weights)
+    never = frequencies.log_q(Keys.of(np.array([99, 77], np.int32)))
+    np.testing.assert_allclose(never, [-math.log(41)] * 2, rtol=1e-6)
+
+
+def test_frequencies_come_near_to_the_truth(rng):
+    """Of items that are in every batch many times, and of such as are in one of fifty."""
+    probabilities = np.arange(1.0, 201) ** -1.1
+    probabilities /= probabilities.sum()
+    frequencies = Frequencies.create(buckets=1 << 12)
+    met = jax.jit(lambda f, items: f.met(Keys.of(items), np.ones(64, np.float32), rate=0.02))
+    for _ in range(1500):
+        frequencies = met(frequencies, rng.choice(200, 64, p=probabilities).astype(np.int32))
+    log_q = np.asarray(frequencies.log_q(Keys.of(np.arange(200, dtype=np.int32))))
+    errors = log_q - np.log(64 * probabilities)
+    assert abs(errors[:5]).max() < 0.2
+    assert np.sqrt(np.mean(errors**2)) < 0.25
+
+
+def test_items_that_share_a_place_do_not_look_frequent():
+    """With one hash an item takes over the frequency of another one; with two seldom both."""
+
+    def estimates(hashes, buckets):
+        rng = np.random.default_rng(0)
+        frequencies = Frequencies.create(hashes=hashes, buckets=buckets)
+        met = jax.jit(lambda f, items: f.met(Keys.of(items), np.ones(8, np.float32)))
+        for step in range(60):
+            rare = np.array([100 + step % 20], np.int32)
+            frequent = rng.integers(0, 8, 7).astype(np.int32)
+            frequencies = met(frequencies, np.concatenate([rare, frequent]))
+        return np.asarray(frequencies.log_q(Keys.of(np.arange(100, 120, dtype=np.int32))))
+
+    alone = estimates(1, 1 << 16)
+    with_one, with_three = estimates(1, 64) - alone, estimates(3, 64) - alone
+    assert with_one.max() > 1
+    assert with_three.mean() < with_one.mean() / 3
+
+
+# --- the ranks ------------------------------------------------------------------------------------
+
+
+def test_ranks_are_those_of_all_scores(rng):
+    """Against sorting; with equal items, blocks, and padding that would be the best of all."""
+    items = rng.integers(-2, 3, (50, 3)).astype(np.float32)
+    queries = rng.integers(-2, 3, (30, 3)).astype(np.float32)
+    wanted = rng.integers(-1, 50, 30)
+    padded = np.concatenate([items, np.full((14, 3), 100, np.float32) * np.sign(queries[0])])
+    got = ranks(queries, [padded[:32], padded[32:]], wanted, 50)
+    for query, item, rank in zip(queries, wanted, got, strict=True):
+        scores = items @ query
+        if item < 0:
+            assert rank == math.inf
+            continue
+        order = np.sort(-scores)
+        places = 1 + np.flatnonzero(order == -scores[item])
+        assert rank == places.mean()
+    assert len(set(got.tolist())) > 10
+
+
+def test_ranks_by_popularity(rng):
+    counts = np.array([5, 9, 5, 1, 5])
+    got = popularity_ranks(counts, np.array([1, 0, 2, 3, -1]))
+    assert got.tolist() == [1, 3, 3, 5, math.inf]
+
+
+def test_recall_and_reciprocal_rank():
+    found = retrieved(np.array([1, 2, 10, 10.5, math.inf]), (1, 10), 0.5)
+    assert found.recall == {1: 0.2, 10: 0.6}
+    assert found.mrr == pytest.approx((1 + 0.5 + 0.1 + 1 / 10.5) / 5)
+    assert (found.unseen, found.rows, found.log_loss) == (0.2, 5, 0.5)
+    assert found.named()["recall_10"] == 0.6
+    assert math.isnan(retrieved(np.zeros(0), (1,)).recall[1])
+
+
+def test_a_catalogue_counts_tuples(rng, monkeypatch):
+    monkeypatch.setattr(Catalogue, "_LEAST_PENDING", 20)
+    blocks = []
+    for rows in (13, 0, 40, 5, 30):
+        keys = rng.integers(0, 4, (rows, 3)).astype(np.uint64)
+        missing = rng.random((rows, 3)) < 0.2
+        keys[missing] = 0
+        none = np.zeros((rows, 0), np.float32)
+        blocks.append(Block(np.ones(rows, np.float32), none, keys, missing))
+    catalogue = Catalogue([2, 0])
+    assert list(catalogue.watching(blocks)) == blocks
+
+    def tuples(block):
+        columns = [np.where(block.missing, -1, block.keys.astype(np.int64))[:, j] for j in (2, 0)]
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    counts = collections.Counter(itertools.chain(*map(tuples, blocks)))
+    held = np.where(catalogue.missing, -1, catalogue.keys.astype(np.int64)).tolist()
+    assert [tuple(each) for each in held] == list(counts)  # In the order in which they were met.
+    assert catalogue.counts.tolist() == list(counts.values())
+    assert catalogue.rows == 88
+    for block in blocks:
+        assert [list(counts)[n] for n in catalogue.find(block)] == tuples(block)
+    other = blocks[0]._replace(
+        keys=blocks[0].keys + np.uint64(100), missing=blocks[0].missing & False
+    )
+    assert set(catalogue.find(other).tolist()) == {-1}
+    assert Catalogue([0]).find(other).tolist() == [-1] * 13
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+SMALL = ["--model=two-tower", "--features=8", "--tower-mlp=16-8", "--batch-size=64"]
+SMALL += ["--dense-lr=0.01", "--table-lr=0.3", "--init-stddev=0.3", "--recall-at=5,10"]
+SMALL += ["--epochs=3", "--evaluations=3", "--eval-rows=300"]
+LIKED = ["--label=rating", "--positive-from=4"]
+BY_MOVIE = ["--items=movie_id", "--ignore=genre"]
+RATINGS = ctr_files.ratings(3000)
+LIKES = [rating >= 4 for rating in RATINGS["rating"]]
+TEST = range(2400, 3000)
+
+
+def _train(path, *arguments, columns=RATINGS):
+    """Trains; returns the records of the run."""
+    data = ctr_files.write_table(path / "ratings.parquet", columns)
+    result = train("--data", data, *SMALL, "--output-dir", path / "run", *arguments)
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _defined(run):
+    """The records of a run, without what is not defined."""
+    return [{k: v for k, v in each.items() if v is not None} for each in numbers_of(run)]
+
+
+def _scores(path, columns):
+    """What `qrhash predict` makes of rows of some columns."""
+    data = ctr_files.write_table(path / "asked.parquet", columns)
+    arguments = ["--run", path / "run", "--data", data, "--output", path / "scores.parquet"]
+    result = CliRunner().invoke(
+        cli.build_app(), ["predict", "--overwrite", *map(str, arguments)], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    return pyarrow.parquet.read_table(path / "scores.parquet").to_pydict(), result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("towers")
+    return path, _train(path, *LIKED, *BY_MOVIE)
+
+
+def test_it_finds_what_is_liked_and_says_so(run):
+    path, records = run
+    kinds = [record["kind"] for record in records]
+    assert kinds == ["settings", *["progress"] * 3, "summary"]
+    summary = records[-1]
+    assert summary["train_rows"] == 3 * sum(LIKES[:2400])
+    assert summary["test_rows"] == sum(LIKES[2400:])
+    # Fifteen movies in each of four genres: the best there is has the genre's order.
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    assert summary["test_mrr"] > 1.5 * summary["constant_mrr"]
+    assert summary["test_log_loss"] < records[1]["test_log_loss"] < math.log(64)
+    assert summary["constant_log_loss"] is None
+    point = records[1]
+    assert 0 < point["test_recall_5"] < point["test_recall_10"] < 1
+    assert {name for name in point if "train" in name} == {"train_log_loss"}
+    assert (path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recall_is_that_of_all_scores(run):
+    """`predict` scores every pair of a test row's query and a training item: sorted by hand."""
+    path, _ = run
+    items = sorted(
+        {m for m, likes in zip(RATINGS["movie_id"][:2400], LIKES, strict=False) if likes}
+    )
+    rows = [row for row in TEST if LIKES[row]][:100]
+    asked = {"user_id": [], "hour": [], "movie_id": []}
+    for row in rows:
+        asked["user_id"] += [RATINGS["user_id"][row]] * len(items)
+        asked["hour"] += [RATINGS["hour"][row]] * len(items)
+        asked["movie_id"] += items
+    found, result = _scores(path, asked)
+    assert list(found) == ["row", "score"]
+    assert "no score is defined" not in result.output
+    table = np.reshape(found["score"], (len(rows), len(items)))
+    places = []
+    for scores, row in zip(table, rows, strict=True):
+        movie = RATINGS["movie_id"][row]
+        if movie in items:
+            places.append(1 + np.sum(scores > scores[items.index(movie)] + 1e-5))
+        else:
+            places.append(math.inf)
+    places = np.array(places)
+    # The same run, tested on these rows alone.
+    last = rows[-1] + 1
+    columns = ctr_files.rows_of(RATINGS, 0, last)
+    (path / "again").mkdir()
+    options = [f"--test-rows={last - 2400}", *LIKED, *BY_MOVIE]
+    summary = _train(path / "again", *options, columns=columns)[-1]
+    assert summary["test_rows"] == 100
+    assert summary["test_recall_5"] == pytest.approx(np.mean(places <= 5), abs=0.011)
+    assert summary["test_recall_10"] == pytest.approx(np.mean(places <= 10), abs=0.011)
+    assert summary["test_mrr"] == pytest.approx(np.mean(1 / places), abs=2e-3)
+    counts = collections.Counter(
+        m for m, likes in zip(RATINGS["movie_id"][:2400], LIKES, strict=False) if likes
+    )
+    order = [count for _, count in counts.most_common()]
+    hits = [counts[RATINGS["movie_id"][row]] > order[10] for row in rows]
+    assert summary["constant_recall_10"] == pytest.approx(np.mean(hits), abs=0.05)
+
+
+def test_predicted_are_the_products_of_the_vectors(run):
+    path, _ = run
+    found, result = _scores(path, ctr_files.rows_of(RATINGS, 2900, 3000))
+    assert list(found) == ["row", "score", "label"]
+    assert found["label"] == [int(likes) for likes in LIKES[2900:]]
+    assert max(map(abs, found["score"])) <= 10.001  # 1 / temperature
+    assert "AUC" in result.output
+    assert "log loss" not in result.output
+    liked, other = (
+        np.mean([s for s, likes in zip(found["score"], LIKES[2900:], strict=True) if likes is want])
+        for want in (True, False)
+    )
+    assert liked > other + 1
+
+
+OTHERS = {
+    "keys": ["--ids=keys", "--key-bits=12", *BY_MOVIE],
+    "two columns": ["--items=movie_id,genre"],
+    "two columns, hashed and compressed": [
+        *("--items=genre,movie_id", "--hash-size=500", "--threshold=10", "--compression=3")
+    ],
+    "as they are": ["--temperature=0", *BY_MOVIE],
+    "mesh, keys": ["--mesh=data=4", "--ids=keys", "--key-bits=12", *BY_MOVIE],
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_whatever_the_columns_are(options, tmp_path):
+    records = _train(tmp_path, *LIKED, *options)
+    summary = records[-1]
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    found, _ = _scores(tmp_path, ctr_files.rows_of(RATINGS, 2900, 3000))
+    liked, other = (
+        np.mean([s for s, likes in zip(found["score"], LIKES[2900:], strict=True) if likes is want])
+        for want in (True, False)
+    )
+    assert liked > other + 1
+
+
+def test_a_mesh_gives_the_same_numbers(run, tmp_path):
+    _, wanted = run
+    got = _train(tmp_path, *LIKED, *BY_MOVIE, "--mesh=data=2,model=2", "--large-table-rows=20")
+    for name in ("test_log_loss", "test_recall_10", "test_mrr", "train_rows", "constant_mrr"):
+        assert got[-1][name] == pytest.approx(wanted[-1][name], rel=0.02), name
+
+
+def test_events_without_a_label(tmp_path):
+    """Every row is a positive; and those that were none are not there."""
+    columns = {
+        name: [v for v, likes in zip(values, LIKES, strict=True) if likes]
+        for name, values in RATINGS.items()
+        if name not in ("rating", "hour")
+    }
+    rows = len(columns["genre"])
+    records = _train(tmp_path, "--label=none", *BY_MOVIE, columns=columns)
+    summary = records[-1]
+    assert summary["train_rows"] + 3 * summary["test_rows"] == 3 * rows
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    found, _ = _scores(tmp_path, columns)
+    assert list(found) == ["row", "score"]
+    assert len(found["row"]) == rows
+
+
+def test_items_that_are_new_are_misses_and_told(tmp_path):
+    columns = {name: list(values) for name, values in RATINGS.items()}
+    columns["movie_id"][2700:] = [m + 1 for m in columns["movie_id"][2700:]]
+    data = ctr_files.write_table(tmp_path / "r", columns)
+    result = train("--data", data, *SMALL, *LIKED, *BY_MOVIE, "--output-dir", tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    share = sum(LIKES[2700:]) / sum(LIKES[2400:])
+    assert summary["test_unseen"] == pytest.approx(share)
+    assert summary["test_recall_10"] < 1 - share
+    assert f"{share:.2%}" in result.output
+    assert "items by movie_id: " in result.output
+
+
+@pytest.mark.parametrize(
+    "options", [BY_MOVIE, ["--items=movie_id,genre"]], ids=["counts", "stream"]
+)
+def test_a_run_that_is_resumed_comes_to_the_same(options, tmp_path):
+    (tmp_path / "whole").mkdir()
+    arguments = [*LIKED, *options, "--checkpoint-every=7", "--keep-checkpoints=50"]
+    _train(tmp_path / "whole", *arguments)
+    wanted = _defined(tmp_path / "whole" / "run")
+    checkpoints = tmp_path / "whole" / "run" / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    for step in steps[len(steps) // 2 :]:
+        (checkpoints / str(step)).rename(tmp_path / f"{step}")
+    result = train("--resume", "--output-dir", tmp_path / "whole" / "run")
+    assert result.exit_code == 0, result.output
+    assert "resuming after" in result.output
+    got = _defined(tmp_path / "whole" / "run")
+    assert_same_curve(got, wanted)
+    for name in ("test_recall_10", "test_mrr"):
+        assert got[-1][name] == pytest.approx(wanted[-1][name], abs=5e-3)
+
+
+def test_the_best_by_validation_rows_is_kept(tmp_path):
+    options = ["--validation-fraction=0.2", "--patience=2", "--epochs=40", "--evaluations=40"]
+    records = _train(tmp_path, *LIKED, *BY_MOVIE, *options)
+    points = [record for record in records if "validation_log_loss" in record]
+    losses = [point["validation_log_loss"] for point in points]
+    assert losses[-2:] > [min(losses)] * 2
+    assert 2 < len(points) < 40
+    assert records[-1]["best_rows"] == points[int(np.argmin(losses))]["rows"]
+    assert 0 < points[0]["validation_recall_10"] < 1
+
+
+def test_frequencies_taken_out_make_for_higher_recall(tmp_path, monkeypatch):
+    """Where some are a hundred times as popular as others, the loss without them hides those."""
+    columns = ctr_files.ratings(4000, items=200, skew=1.2)
+    found = {}
+    for kind in ("counts", "stream", "none"):
+        (tmp_path / kind).mkdir()
+        with monkeypatch.context() as patch:
+            if kind == "stream":
+                patch.setattr(retrieval.Retrieval, "_counts", lambda self: None)
+            if kind == "none":
+                patch.setattr(retrieval.Retrieval, "_counts", lambda self: np.ones(1000))
+            found[kind] = _train(tmp_path / kind, *LIKED, *BY_MOVIE, columns=columns)[-1]
+    for name in ("test_recall_5", "test_recall_10", "test_mrr"):
+        assert found["counts"][name] > 1.5 * found["none"][name]
+        assert found["stream"][name] > 0.9 * found["counts"][name]
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_one_sentence(tmp_path):
+    data = ctr_files.write_table(tmp_path / "r.parquet", RATINGS)
+    bare = {name: values for name, values in RATINGS.items() if name in ("user_id", "movie_id")}
+    bare = ctr_files.write_table(tmp_path / "b.parquet", bare)
+
+    def says(sentence, *options, data=data):
+        result = train("--data", data, *options, "--output-dir", tmp_path / "run")
+        assert result.exit_code == 1
+        (error,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert sentence in error
+        assert not (tmp_path / "run").exists()
+
+    two = ["--model=two-tower", *LIKED]
+    says("Name them with --items, of the categories user_id, movie_id, genre", *two)
+    says("--items: 'hour' is no category of the data; these are: user_id", *two, "--items=hour")
+    says("--items: 'film' is no category of the data", *two, "--items=film")
+    names = ["--label=none", "--model=two-tower", "--items=user_id,movie_id"]
+    says("--items names every column: none is left to describe the query by", *names, data=bare)
+    says("or say --label none, if every row is a positive", "--model=two-tower", "--items=movie_id")
+    says("label 'none' goes with model 'two-tower', not 'dlrm'", "--label=none")
+    both = ["--label=none", "--positive-from=4", "--model=two-tower", "--items=movie_id"]
+    says("positive_from goes with a label, not with label 'none'", *both)
+    says("items goes with model 'two-tower', not 'dlrm'", *LIKED, "--items=movie_id")
+    says("temperature goes with model 'two-tower'", *LIKED, "--temperature=1", "--model=dcn")
+    says("recall_at must be positive integers such as 10,100, got '0'", *two, "--recall-at=0")
+    says("tower_mlp must be positive widths", *two, *BY_MOVIE, "--tower-mlp=8-x")
+    says("tower_mlp must name the width", *two, *BY_MOVIE, "--tower-mlp=")
+    high = ["--label=rating", "--positive-from=9", "--model=two-tower", *BY_MOVIE]
+    says("None of the training rows is positive", *high)
+    (tmp_path / "c.toml").write_text("[columns.movie_id]\npartition = 'drop'\n")
+    says("All items are dropped", *two, *BY_MOVIE, "--config", tmp_path / "c.toml")
+    (tmp_path / "c.toml").write_text("[columns.user_id]\npartition = 'drop'\n")
+    dropped = ["--ignore=genre,hour", "--items=movie_id", "--config", tmp_path / "c.toml"]
+    says("nothing to describe a query by but columns that are dropped", *two, *dropped)
