@@ -422,6 +422,21 @@ def test_events_without_a_label(tmp_path):
     assert len(found["row"]) == rows
 
 
+@pytest.mark.parametrize("options", [(), ("--ids=keys", "--key-bits=16")], ids=["ids", "keys"])
+def test_lists_describe_a_query(options, tmp_path):
+    """Of new users, who have no id, only what they have seen tells their taste."""
+    columns = {name: list(RATINGS[name]) for name in ("movie_id", "genre", "rating")}
+    liked = zip(columns["genre"], LIKES, strict=True)
+    columns["seen"] = [
+        [f"{g} {n % 3}", "film"] if likes else [] for n, (g, likes) in enumerate(liked)
+    ]
+    summary = _train(tmp_path, *LIKED, *BY_MOVIE, *options, columns=columns)[-1]
+    assert summary["test_recall_10"] > summary["constant_recall_10"] + 0.3
+    asked = {"movie_id": [1000, 1000], "seen": [["drama 1", "film"], ["western 1", "film"]]}
+    found, _ = _scores(tmp_path, asked)  # Of a drama
+    assert found["score"][0] > found["score"][1] + 1
+
+
 def test_items_that_are_new_are_misses_and_told(tmp_path):
     columns = {name: list(values) for name, values in RATINGS.items()}
     columns["movie_id"][2700:] = [m + 1 for m in columns["movie_id"][2700:]]
