@@ -12,7 +12,7 @@ from qrhash import cli
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.run import train as training
+from qrhash.ctr.run import goals
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.progress import collect
 from qrhash.ctr.settings import Settings
@@ -43,7 +43,7 @@ def _run(data, output, *arguments):
     """Trains; returns the logits that it had on the test rows, and the result."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "collect", lambda pairs: found.append(collect(pairs)) or found[-1])
+        patch.setattr(goals, "collect", lambda pairs: found.append(collect(pairs)) or found[-1])
         result = train("--data", data, "--output-dir", output, *SMALL, *arguments)
     assert result.exit_code == 0, result.output
     return found[-1][1], result
