@@ -134,7 +134,7 @@ def test_it_learns_what_only_the_lists_tell(name, runs):
     assert summary["test_auc"] > 0.75
     (row,) = [line for line in said.splitlines() if line.split()[:1] == ["tags"]]
     combiner = next((o.partition("=")[2] for o in OPTIONS[name] if "combiner" in o), "mean")
-    assert "list<int64>  list of at most 5" in row
+    assert "list<int64>  list, at most 5" in row
     assert row.endswith(f"bytes, {combiner} of each list")
 
 
@@ -166,7 +166,7 @@ def test_cut_text_gives_the_same_run(runs, events, tmp_path):
     shutil.rmtree(tmp_path / "run")
     got, result = _run(tmp_path, texts, f"--config={config}", data=data)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    assert "list of at most 7" in result.stderr
+    assert "list (as the options say), at most 7" in result.stderr
 
 
 def test_long_lists_are_counted_and_the_sentence_tells_the_option(events, tmp_path):

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from qrhash.ctr.data import cells
+from qrhash.ctr.data import lists as lists_of
 from qrhash.ctr.data.block import Block, Lists
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.files import BadLines
@@ -135,11 +136,18 @@ def test_text_is_read_as_numpy_writes_it():
 
 def test_characters_in_two_halves_and_escapes_of_either_language():
     """One half alone is no character, and stands for the same as in a text file."""
-    text = pa.array(
-        [r'["\ud83d\ude00", "a\/b"]', r'["x\ud83dy"]', r"""['\U0001f600', "it's \xa0"]"""]
-    )
-    wanted = [["😀", "a/b"], ["x\ufffdy"], ["😀", "it's \xa0"]]
+    text = [r'["\ud83d\ude00", "a\/b"]', r'["x\ud83dy"]', r"""['\U0001f600', "it's \xa0"]"""]
+    text = pa.array([*text, r"""["\\/\/\x41"]"""])
+    wanted = [["😀", "a/b"], ["x\ufffdy"], ["😀", "it's \xa0"], ["\\//A"]]
     assert _read(text) == (_keys(wanted), {})
+
+
+def test_spoilt_text_costs_no_more_than_its_length():
+    """Hours, where an expression tries all ways to divide the spaces."""
+    spaces = " " * 1_000_000
+    spoilt = [f"[1{spaces}x", f"[{spaces}x", "[1" + " 1" * 500_000 + "x", "['" + "a" * 1_000_000]
+    assert list(_read(pa.array(spoilt))[1]) == [0, 1, 2, 3]
+    assert not lists_of.are_of_floats(pa.array(["[" + "1." * 500_000 + "x"]))
 
 
 NO_LISTS = ["a", "[1", "1]", "[1, 2] x", "[a]", "[1.5]", "[1, [2]]", "[1,,2]", "{}", "['a]", "[01]"]
@@ -377,6 +385,18 @@ def test_a_very_long_list_is_pointed_out(tmp_path):
     data = ctr_files.write_table(tmp_path / "e", columns | {"x": [[7] * 1000] * 40})
     open_source(Settings(data=str(data)), BadLines(0, told.append), told.append)
     assert len(told) == 1
+
+
+def test_files_whose_lists_are_encoded_in_other_ways(tmp_path):
+    kinds = [pa.string(), pa.dictionary(pa.int8(), pa.string()), pa.large_string()]
+    for name, kind in zip("abc", kinds, strict=True):
+        columns = {"clicked": [0, 1] * 20, "x": [["v", name]] * 40}
+        ctr_files.write_table(tmp_path / f"{name}.parquet", columns, x=pa.list_(kind))
+    source, messages = _open(tmp_path)
+    assert _lists_of(source) == _keys([["v", name] for name in "abc" for _ in range(40)])
+    assert not messages
+    (tmp_path / "c.parquet").unlink()
+    assert _lists_of(_open(tmp_path)[0]) == _keys([["v", name] for name in "ab" for _ in range(40)])
 
 
 def test_files_whose_lists_are_of_other_types(tmp_path):

@@ -86,13 +86,27 @@ def test_what_a_column_is_used_as(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["user_id", "id", "userId", "userid", "ZIP", "item.type", "hash_of_it", "main category"]
+    "name",
+    [
+        *("user_id", "id", "userId", "userid", "ZIP", "item.type", "hash_of_it", "main category"),
+        *("user", "Movie", "item"),
+    ],
 )
 def test_integers_that_are_categories_by_their_names(name):
     assert _column(INTEGERS, name).use == "category"
 
 
-@pytest.mark.parametrize("name", ["paid", "width", "idle", "video", "grid", "price"])
+@pytest.mark.parametrize("name", ["timestamp", "time_stamp", "eventTime", "ts", "created_at"])
+def test_integers_that_are_times_by_their_names_help_only_to_split(name):
+    since_1970 = [1_700_000_000 + 60 * i for i in range(ROWS)]
+    column = _column(since_1970, name)
+    assert (column.use, column.reason) == ("ignored", "a time, by its name; --time splits by it")
+    assert _column(since_1970, name, time=name).use == "time"
+    assert _column(since_1970, "amount").use == "number"
+    assert _column(list(range(ROWS)), name).use == "number"
+
+
+@pytest.mark.parametrize("name", ["paid", "width", "idle", "user_age", "items", "grid", "price"])
 def test_integers_that_are_not(name):
     assert _column(INTEGERS, name).use == "number"
 

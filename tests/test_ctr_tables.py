@@ -443,6 +443,8 @@ def test_rows_of_one_time_stay_together(tmp_path):
     source, _, _ = _open(ctr_files.write_table(tmp_path / "e", events), time="when")
     assert source.split_by_time(7) == [60]
     assert source.split_by_time(31) == [30]
+    # The last part takes 30 for 7; the one before it begins at what is left then.
+    assert source.split_by_time(5, 7) == [30, 60]
     with pytest.raises(UserError, match="when does not divide the rows: testing on the last 61 of"):
         source.split_by_time(61)
 
@@ -504,7 +506,7 @@ def test_what_the_columns_are_used_as_is_shown_before_training(runs):
         "column type used as ids embedding",
         "clicked int64 label",
         "when timestamp[us] ignored (a time; --time splits by it)",
-        "user int64 category (too large for a count) 61 FullTable 61 x 4: 976 bytes",
+        "user int64 category (by its name) 61 FullTable 61 x 4: 976 bytes",
     ]
     assert shown[5] == "price double number"
     assert all("test log loss" not in line for line in lines[: at + 7])

@@ -31,10 +31,13 @@ _LABELS_OK = 0.9  # share of labels that are to be 0 or 1
 
 _OF_IDS = {"id", "ids", "uid", "uuid", "guid", "hash", "hashed", "code", "zip", "zipcode"}
 _OF_IDS |= {"postcode", "type", "category", "categories", "cat", "key", "token", "class", "kind"}
-_JOINED = re.compile(
+# What has ids: a column of that name, or with "id" behind it.
+_THINGS = (
     "(user|item|ad|movie|product|session|device|site|app|page|campaign|video|song|artist|book"
-    "|store|shop|brand|cate|customer|client|query|doc|category|publisher|advertiser|creative)id$"
+    "|store|shop|brand|cate|customer|client|query|doc|category|publisher|advertiser|creative)"
 )
+_OF_TIMES = {"time", "timestamp", "ts", "datetime", "unixtime", "created", "date"}
+_SINCE_1970 = 10**8  # seconds, in 1973; milliseconds and the like are more
 _INDEX = re.compile("unnamed(: )?[0-9]+|__index_level_[0-9]+__", flags=re.IGNORECASE)
 
 
@@ -214,6 +217,8 @@ def _use(
 
 
 def _use_of_integers(name: str, seen: Seen) -> tuple[Use, str]:
+    if _is_time(name) and seen.largest >= _SINCE_1970:
+        return "ignored", "a time, by its name; --time splits by it"
     if _is_id(name):
         return "category", "by its name" + _alone(name, seen)
     if seen.largest >= _LARGE:
@@ -231,8 +236,18 @@ def _alone(name: str, seen: Seen) -> str:
 
 
 def _is_id(name: str) -> bool:
+    is_of_things = re.fullmatch(_THINGS, name.lower()) or re.search(f"{_THINGS}id$", name.lower())
+    return not _OF_IDS.isdisjoint(_words(name)) or bool(is_of_things)
+
+
+def _is_time(name: str) -> bool:
+    words = _words(name)
+    return not _OF_TIMES.isdisjoint({*words, "".join(words)})
+
+
+def _words(name: str) -> list[str]:
     words = re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])", name)
-    return any(word.lower() in _OF_IDS for word in words) or bool(_JOINED.search(name.lower()))
+    return [word.lower() for word in words if word]
 
 
 def _check_use(name: str, kind: str, seen: Seen, use: Use, column: pa.ChunkedArray) -> None:

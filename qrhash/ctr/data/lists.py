@@ -25,16 +25,18 @@ DEFAULT_SEPARATOR = "|"
 _LISTS = ("list", "large_list", "fixed_size_list")
 # The escapes that JSON and Python write. What else follows a backslash is no such text.
 _ESCAPE = r"\\(?:[\\/'\"nrtbf]|x[0-9a-f]{2}|u[0-9a-fA-F]{4}|U[0-9a-f]{8})"
+# Nothing is tried twice (`+` behind a quantifier): spoilt text costs no more than its length.
 _ELEMENT = (
-    rf'"(?:[^"\\]|{_ESCAPE})*"'
-    rf"|'(?:[^'\\]|{_ESCAPE})*'"
-    r"|-?(?:0|[1-9][0-9]*)|null|None|true|True|false|False"
+    rf'"[^"\\]*+(?:{_ESCAPE}[^"\\]*+)*+"'
+    rf"|'[^'\\]*+(?:{_ESCAPE}[^'\\]*+)*+'"
+    r"|-?(?:0|[1-9][0-9]*+)|null|None|true|True|false|False"
 )
 _ELEMENTS_WRITTEN = re.compile(_ELEMENT)
 _WRITTEN = re.compile(
-    rf"\s*\[\s*(?:(?:{_ELEMENT})(?:(?:\s*,\s*|\s+)(?:{_ELEMENT}))*\s*,?\s*)?\]\s*"
+    rf"\s*+\[\s*+(?:(?:{_ELEMENT})(?:(?:\s*+,\s*+|\s++)(?:{_ELEMENT}))*+\s*+,?\s*+)?\]\s*+"
 )
-_OF_FLOATS = re.compile(r"\s*\[[-+0-9.eE,\s]*[.eE][-+0-9.eE,\s]*\]\s*")
+_OF_NUMBERS = re.compile(r"\s*+\[[-+0-9.eE,\s]*+\]\s*+")
+_MISSING = ("null", "None")
 
 
 def read(column: Column, values: pa.Array) -> tuple[Lists, dict[int, str]]:
@@ -104,9 +106,9 @@ def are_written(text: pa.Array) -> bool:
 
 def are_of_floats(text: pa.Array) -> bool:
     """Whether cells of text are written as lists, of numbers of which some are floats."""
-    found = text.to_pylist()
-    return any(map(_OF_FLOATS.fullmatch, found)) and all(
-        _WRITTEN.fullmatch(cell) or _OF_FLOATS.fullmatch(cell) for cell in found
+    others = [cell for cell in text.to_pylist() if not _WRITTEN.fullmatch(cell)]
+    return bool(others) and all(
+        _OF_NUMBERS.fullmatch(cell) and re.search("[.eE]", cell) for cell in others
     )
 
 
@@ -155,19 +157,30 @@ def _parsed(cell: str) -> list[str | None] | None:
     """The elements of a list in text, None for a missing one; or None: it is no list."""
     if not _WRITTEN.fullmatch(cell):
         return None
-    return [_element(each.group()) for each in _ELEMENTS_WRITTEN.finditer(cell)]
+    tokens = _ELEMENTS_WRITTEN.findall(cell)
+    if "\\" in cell:
+        return [_unescaped(token) for token in tokens]
+    return [_plain(token) for token in tokens]
 
 
-def _element(token: str) -> str | None:
-    if token in ("null", "None"):
-        return None
-    if token[0] not in "\"'":
-        return token
-    text = token[1:-1]
-    if "\\" in token:
-        try:
-            text = json.loads(token)
-        except ValueError:  # Of Python
-            text = ast.literal_eval(token.replace(r"\/", "/"))
+def _plain(token: str) -> str | None:
+    """An element as it is written -> its text, None for a missing one."""
+    if token[0] in "\"'":
+        return token[1:-1]
+    return None if token in _MISSING else token
+
+
+def _without_slashes(escape: re.Match[str]) -> str:
+    return "/" if escape[1] == "/" else escape[0]
+
+
+def _unescaped(token: str) -> str | None:
+    """As `_plain`, for what may have escapes."""
+    if "\\" not in token:
+        return _plain(token)
+    try:
+        text = json.loads(token)
+    except ValueError:  # Of Python, which has no escape for a slash.
+        text = ast.literal_eval(re.sub(r"\\([\\/])", _without_slashes, token))
     # JSON may write a character in two halves, and one half without the other.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")

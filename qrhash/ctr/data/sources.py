@@ -65,23 +65,26 @@ class FileSource:
         assert self.schema.time is not None
         # 8 bytes for each row.
         found = [times[~bad] for _, _, times, bad in self._timed_parts([self.schema.time])]
-        times = np.concatenate([np.zeros(0, np.int64), *found])
-        firsts = len(times) - np.cumsum(lines[::-1])[::-1]
-        if firsts[0] <= 0:
+        times = np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
+        if sum(lines) >= len(times):
             raise UserError(
                 f"{self.name}: only {len(times):,} rows have a time in {self.schema.time}; testing "
                 f"on the last {sum(lines):,} leaves none to train on."
             )
-        cuts = np.partition(times, firsts)[firsts]
-        sizes = np.bincount(np.searchsorted(cuts, times, side="right"), minlength=len(cuts) + 1)
-        if not sizes.all():
-            raise UserError(
-                f"{self.name}: {self.schema.time} does not divide the rows: testing on the last "
-                f"{sum(lines):,} of {len(times):,}, and those of the same time, leaves none to "
-                "train on."
-            )
-        self._cuts = cuts
-        self._firsts = (self.num_lines - np.cumsum(sizes[:0:-1])[::-1]).tolist()
+        # From the last part on, each before where the next one has come to begin.
+        begin, cuts = len(times), []
+        for wanted in reversed(lines):
+            cuts.append(times[max(0, begin - wanted)])
+            begin = int(np.searchsorted(times, cuts[-1]))
+            if begin == 0:
+                raise UserError(
+                    f"{self.name}: {self.schema.time} does not divide the rows: testing on the "
+                    f"last {sum(lines):,} of {len(times):,}, and those of the same time, leaves "
+                    "none to train on."
+                )
+        self._cuts = np.array(cuts[::-1], np.int64)
+        timed = len(times) - np.searchsorted(times, self._cuts)
+        self._firsts = (self.num_lines - timed).tolist()
         return list(self._firsts)
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
@@ -260,7 +263,10 @@ def _sample(files: list[File]) -> pa.Table:
     """The first rows, and those of the last file: what is one value in a file may be a day."""
     ends = files[:1] if len(files) == 1 else [files[0], files[-1]]
     tables = [file.sample(SAMPLE_ROWS).select(list(files[0].fields)) for file in ends]
-    return pa.concat_tables(tables, promote_options="permissive")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:  # Types that are read alike need not be one: a dictionary and text.
+        return tables[0]
 
 
 def _check_fields(file: File, first: File, used: list[str], *, may_have_more: bool) -> None:

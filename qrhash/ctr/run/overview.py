@@ -27,8 +27,8 @@ def _row(
 ) -> Iterator[str]:
     yield column.name
     yield column.type
-    use = column.use if column.length is None else f"list of at most {column.length:,}"
-    yield f"{use} ({column.reason})" if column.reason else use
+    use = f"{column.use} ({column.reason})" if column.reason else column.use
+    yield use if column.length is None else f"{use}, at most {column.length:,}"
     if column.use not in ("category", "list"):
         yield from ("", "")
         return

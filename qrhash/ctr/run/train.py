@@ -84,9 +84,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
         rows_per_second = progress.rows_per_second
         if not best.restore(learner):
-            display.line(
-                "Warning: the checkpoint of the best model is gone; the last one is tested"
-            )
+            display.line("Warning: the best model's checkpoint is gone; the last one is tested")
     test, constant = _test(data, learner, progress.click_rate, display)
     progress.point(test)
     summary = Summary(
