@@ -12,6 +12,7 @@ Trains four models with the same settings and seeds, and prints the mean test lo
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def comparison(losses: dict[str, list[float]]) -> Table:
 
 def fit_quietly(config: Path | None, given: dict[str, Any]) -> Summary:
     """What comes of a run that leaves nothing behind."""
-    with Display(Console(stderr=True)) as display:
+    # A bar on a terminal; elsewhere the lines of dozens of runs would bury what came of them.
+    with Display(Console(stderr=True, quiet=not sys.stderr.isatty())) as display:
         return fit(load(config, given), display, Keeper())
 
 

@@ -93,7 +93,7 @@ def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
     if not is_symbol and num_rows < tuning.SLOTS_PER_LOOKUP * m:
         # Few rows: each has a slot of its own, and there are no collisions.
         return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
-    num_slots = tuning.SLOTS_PER_LOOKUP * m if is_symbol else _power_of_two(m)
+    num_slots = tuning.SLOTS_PER_LOOKUP * m if is_symbol else _slots(m)
 
     def slots_of(hashes: jax.Array) -> jax.Array:
         if is_symbol:
@@ -118,9 +118,13 @@ def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
     return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
 
 
-def _power_of_two(lookups: int) -> int:
-    """Slots for so many look-ups."""
-    return 1 << max(1, (tuning.SLOTS_PER_LOOKUP * lookups - 1).bit_length())
+def _slots(lookups: int) -> int:
+    """How many slots for so many look-ups: a power of two, and one for each at least."""
+    enough, wanted = (
+        1 << max(1, (per_lookup * lookups - 1).bit_length())
+        for per_lookup in (1, tuning.SLOTS_PER_LOOKUP)
+    )
+    return max(enough, min(wanted, tuning.MOST_SPARE_SLOTS))
 
 
 def _hash(rows: jax.Array, seed: jax.Array) -> jax.Array:

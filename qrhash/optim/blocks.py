@@ -151,17 +151,11 @@ def update_in_blocks(
         updates, new = tx(Arguments(of_tables, of_state, params))
         return updates[number], [new[place] for place in places]
 
-    def block(turn: jax.Array, updated: Updated) -> Updated:
-        # The last block begins earlier: the rows that it has twice must not be updated twice.
-        first = jnp.minimum(turn * size, m - size)
-        is_new = first + jnp.arange(size, dtype=jnp.int32) >= turn * size
+    def block(first: Any, size: int, updated: Updated) -> Updated:
         index = jax.lax.dynamic_slice_in_dim(grads.indices, first, size)
-        index = jnp.where(is_new, index, grads.num_rows)
-        is_any = jnp.any(index < grads.num_rows)
-        before = _cut(updated.updates, first, size, is_any)
-        values = before if is_in_place else _cut(grads.values, first, size, is_any)
+        of_updates = updated.updates if is_in_place else grads.values
+        values = _cut(of_updates, first, size, jnp.any(index < grads.num_rows))
         updates, rows = transformed(index, values, updated.state)
-        updates = jnp.where(is_new[:, None], updates, before)
         return Updated(
             jax.lax.dynamic_update_slice_in_dim(updated.updates, updates, first, axis=0),
             [set_rows(array, index, new) for array, new in zip(updated.state, rows, strict=True)],
@@ -173,7 +167,18 @@ def update_in_blocks(
     # Mostly updates are of the gradients' dtype, and take their place.
     is_in_place = dtype == grads.values.dtype
     updates = grads.values if is_in_place else jnp.zeros(grads.values.shape, dtype)
-    return jax.lax.fori_loop(0, (last + size) // size, block, Updated(updates, state))
+    full, rest = divmod(m, size)
+    turns = jnp.minimum((last + size) // size, full)
+    updated = jax.lax.fori_loop(
+        0, turns, lambda turn, updated: block(turn * size, size, updated), Updated(updates, state)
+    )
+    if not rest:
+        return updated
+    # The rows behind the last full block: in a loop of one turn, or of none.
+    is_in_rest = (last >= full * size).astype(jnp.int32)
+    return jax.lax.fori_loop(
+        0, is_in_rest, lambda _, updated: block(full * size, rest, updated), updated
+    )
 
 
 def _cut(array: jax.Array, first: jax.Array, size: int, is_any: jax.Array) -> jax.Array:
