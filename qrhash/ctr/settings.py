@@ -28,7 +28,7 @@ from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
 _OF_TABLES = (
-    *("label", "positive_from", "numbers", "categories", "lists", "ignore", "time"),
+    *("label", "positive_from", "numbers", "categories", "lists", "ignore", "time", "weight"),
     *("list_separator", "list_length"),
 )
 
@@ -97,6 +97,10 @@ class Settings(ColumnOptions, TowerOptions):
             "Test on the rows that come last by this column (timestamps, dates, integers, or text "
             "such as 2024-01-31 12:00:00), not on the last lines."
         ),
+    ] = None
+    weight: Annotated[
+        str | None,
+        _data("Column of numbers, 0 or more: how much a row counts in the training."),
     ] = None
     delimiter: Annotated[
         Literal["auto", "comma", "tab", "semicolon", "pipe"],

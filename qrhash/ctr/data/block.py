@@ -50,6 +50,7 @@ class Block(NamedTuple):
         real data.
       places: [rows] int64, which row of the data each is, from 0, malformed ones counted; None
         only in tests.
+      importance: [rows] float32, how much each counts in the training; None: all alike.
       lists: the columns of lists.
     """
 
@@ -59,6 +60,7 @@ class Block(NamedTuple):
     missing: np.ndarray
     truth: np.ndarray | None = None
     places: np.ndarray | None = None
+    importance: np.ndarray | None = None
     lists: tuple[Lists, ...] = ()
 
     def rows(self, start: int, stop: int) -> "Block":

@@ -53,6 +53,9 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
     labels = np.full(rows, 1 if schema.all_positive else np.nan, np.float32)
     if schema.label is not None:
         labels = read(schema.label, *readers.label, required=schema.label_required)
+    importance = None
+    if schema.weight is not None:
+        importance = read(schema.weight, _weights, "a weight, a number of at least 0")
     numbers = [read(name, *readers.number) for name in schema.numbers]
     found = [read(name, *readers.category) for name in schema.categories]
     found_lists = []
@@ -68,6 +71,7 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         _stacked([keys for keys, _ in found], rows, np.uint64),
         _stacked([missing for _, missing in found], rows, np.bool_),
         places=np.arange(rows),
+        importance=importance,
         lists=tuple(found_lists),
     )
     return block.take(good), reasons
@@ -86,6 +90,11 @@ def _readers(schema: Schema) -> _Readers:
         (cells.numbers, "a number"),
         (cells.keys, "a category"),
     )
+
+
+def _weights(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    values, bad = cells.numbers(name, column)
+    return values, bad | ~(values >= 0)
 
 
 def _criteo_labels(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -135,6 +135,8 @@ def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:
         name_one(settings.label, "label", "--label")
     if settings.time is not None:
         name_one(settings.time, "time", "--time")
+    if settings.weight is not None:
+        name_one(settings.weight, "weight", "--weight")
     uses = {"numbers": "number", "categories": "category", "lists": "list", "ignore": "ignored"}
     for option, use in uses.items():
         for name in split_names(getattr(settings, option)):
@@ -193,7 +195,11 @@ def _use(
     if name == label:
         return "label", "" if named.get(name) else "by its name"
     if name in named:
-        return named[name], "" if named[name] in ("time", "label") else "as the options say"
+        return named[name], "" if named[name] in (
+            "time",
+            "label",
+            "weight",
+        ) else "as the options say"
     if _INDEX.fullmatch(name):
         return "ignored", "the index of a data frame, by its name"
     if seen.holds in ("nested", "nothing"):
@@ -257,6 +263,7 @@ def _check_use(name: str, kind: str, seen: Seen, use: Use, column: pa.ChunkedArr
         "number": ("integer", "number", "boolean", "nothing"),
         "category": ("integer", "number", "boolean", "text", "time", "nothing"),
         "time": ("time", "integer"),
+        "weight": ("integer", "number", "boolean"),
         "list": ("list", "nothing"),
     }
     if use == "ignored":
@@ -278,6 +285,7 @@ def _check_use(name: str, kind: str, seen: Seen, use: Use, column: pa.ChunkedArr
         "category": "integers or text",
         "list": "lists of integers or text, or text that is cut into them",
         "time": "timestamps, dates, integers, or text such as 2024-01-31 12:00:00",
+        "weight": "numbers",
     }
     hint = ""
     if is_float:

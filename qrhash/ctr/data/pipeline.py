@@ -46,6 +46,7 @@ class Batch(NamedTuple):
       ids: [batch, columns] int32, of the columns that have ids.
       keys: `Keys` [batch, columns], of those that have none.
       lists: the columns of lists.
+      importance: [batch] float32, how much each row counts in the loss; None: all alike.
       items: [batch] int32, which item a row has, -1 for none that is known; None where nobody asks.
     """
 
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     keys: Keys
     lists: tuple[Padded, ...] = ()
     items: np.ndarray | None = None
+    importance: np.ndarray | None = None
 
 
 def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | None = None) -> Batch:
@@ -77,6 +79,7 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | No
             if column.name in ids
         ),
         items=None if find is None else find(block),
+        importance=block.importance,
     )
 
 

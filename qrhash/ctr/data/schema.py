@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qrhash.ctr.data.criteo import CATEGORIES, COLUMNS, INTEGERS, LABEL
 
-Use = Literal["label", "number", "category", "list", "time", "ignored"]
+Use = Literal["label", "number", "category", "list", "time", "weight", "ignored"]
 
 # What a column holds. A CSV file holds text alone: there it is what the text says.
 Holds = Literal["integer", "number", "boolean", "time", "text", "list", "nothing", "nested"]
@@ -83,6 +83,11 @@ class Schema:
     def time(self) -> str | None:
         """The column that says which rows come last, where one is named."""
         return next(iter(self._names("time")), None)
+
+    @property
+    def weight(self) -> str | None:
+        """The column that says how much a row counts in the training, where one is named."""
+        return next(iter(self._names("weight")), None)
 
     @property
     def used(self) -> tuple[Column, ...]:

@@ -82,7 +82,12 @@ class Learner:
 
         def loss(params: dict[str, Any], batch: Batch, kept: Any) -> tuple[jax.Array, Any]:
             losses, outputs, kept = objective(self._model(params), batch, kept)
-            return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights), (outputs, kept)
+            weights = batch.weights
+            if batch.importance is not None:
+                weights = weights * batch.importance
+            # Of a batch whose rows all count nothing, the loss is zero.
+            total = jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
+            return jnp.sum(losses * weights) / total, (outputs, kept)
 
         loss_and_gradients = value_and_grad(loss, large, has_aux=True)
 

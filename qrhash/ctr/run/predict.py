@@ -93,7 +93,7 @@ def predict(
     # Opened first: what is wrong with the data is told before a model is built.
     display.phase("counting the rows", 0)
     bad_lines = BadLines(settings.max_bad_lines, display.line)
-    asked = replace(schema.without("time"), label_required=False)
+    asked = replace(schema.without("time", "weight"), label_required=False)
     source = _Placed(open_source(settings, bad_lines, display.line, asked))
     ids = load_ids(run / IDS, settings, schema.embedded)
     learner, used = _model(run, settings, schema, ids, display)
