@@ -136,6 +136,12 @@ def test_other_optimizers_train_to_the_parameters_of_dense_ones(tx, rng):
         _assert_trains_as_dense(cfg, [(6,), (2, 3)], tx, rng)
 
 
+def _scaled(grads):
+    """By a conditional over all gradients at once."""
+    scale = lambda grads: jax.tree.map(lambda g: -0.01 * g, grads)  # noqa: E731
+    return jax.lax.cond(jnp.array(True), scale, lambda grads: grads, grads)
+
+
 ROW_WISE = {
     "adagrad": (optax.adagrad(0.1), True),
     "row-wise adagrad": (qrhash.rowwise_adagrad(0.1), True),
@@ -146,6 +152,7 @@ ROW_WISE = {
     ),
     "clipped rows": (optax.chain(optax.clip(0.1), optax.sgd(0.1)), True),
     "clipped by the norm of all": (CHAIN, False),
+    "a conditional of several results": (optax.stateless(lambda grads, _: _scaled(grads)), False),
     "normalised by all rows": (optax.chain(optax.scale_by_trust_ratio(), optax.sgd(0.1)), False),
 }
 

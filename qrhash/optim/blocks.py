@@ -82,6 +82,8 @@ def _followed(jaxpr: Any, rows: set[Any]) -> list[bool] | None:
 def _keeps_rows(equation: Any, of_rows: Sequence[bool]) -> bool:
     """Whether row i of the result depends on row i of the operands alone."""
     name, params = equation.primitive.name, equation.params
+    if len(equation.outvars) != 1:
+        return False  # A conditional, a sort: of several results at once.
     (result,) = equation.outvars
     operands = [each for each, mark in zip(equation.invars, of_rows, strict=True) if mark]
     if not result.aval.shape or any(

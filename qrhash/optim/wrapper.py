@@ -145,7 +145,9 @@ def _check_once(
     # Extra arguments may be anything, and decide anything.
     if key not in checked or transformation.extra_args:
         transformation.check(whole, rows)
-        checked[key] = is_row_wise(transformation, whole)
+        # Asked only where it matters: it traces the transformation once more.
+        are_many = any(goes_in_blocks(grads[number]) for number in transformation.row_axes)
+        checked[key] = are_many and is_row_wise(transformation, whole)
     return checked[key]
 
 
