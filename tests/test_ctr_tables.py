@@ -12,7 +12,6 @@ import pyarrow.parquet
 import pytest
 
 from qrhash.ctr.data import text
-from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.formats import TextFormat, sniff
 from qrhash.ctr.data.sources import open_source
@@ -35,8 +34,7 @@ def _open(data, limit=100, **options):
 
 def _read(source, start=0, stop=None):
     stop = source.num_lines if stop is None else stop
-    blocks = [block._replace(truth=block.labels) for block in source.blocks(start, stop)]
-    return Block(*map(np.concatenate, zip(*blocks, strict=True)))
+    return ctr_files.joined(source.blocks(start, stop))
 
 
 def _key(value):

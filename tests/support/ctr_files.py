@@ -4,12 +4,15 @@ import csv
 import gzip
 import io
 import random
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.criteo import CATEGORIES, COLUMNS, INTEGERS
 
 Row = list[str]
@@ -159,3 +162,11 @@ def ratings(count: int, *, users: int = 40, items: int = 60, skew: float = 1.0) 
         "hour": [rng.uniform(0, 24) for _ in who],
         "rating": [rng.choice([4.0, 5.0]) if good else rng.choice([1.0, 3.5]) for good in likes],
     }
+
+
+def joined(blocks: Iterable[Block]) -> Block:
+    """Blocks without lists as one, of the columns that are there."""
+    columns = zip(*(block._replace(lists=()) for block in blocks), strict=True)
+    return Block(
+        *(None if each[0] is None else np.concatenate(each) for each in list(columns)[:-1])
+    )
