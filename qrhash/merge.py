@@ -4,6 +4,7 @@
 row looked up; "sort" by sorting the row numbers. Which one is `qrhash.tuning`'s choice.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -88,37 +89,66 @@ def compact_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
 def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
     """For each position [m], one position of all that name the same row."""
     m = rows.shape[0]
-    positions = jnp.arange(m, dtype=jnp.int32)
     is_symbol = not isinstance(m, int)
     if not is_symbol and num_rows < tuning.SLOTS_PER_LOOKUP * m:
         # Few rows: each has a slot of its own, and there are no collisions.
+        positions = jnp.arange(m, dtype=jnp.int32)
         return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
-    num_slots = tuning.SLOTS_PER_LOOKUP * m if is_symbol else _slots(m)
+    num_slots = tuning.SLOTS_PER_LOOKUP * m if is_symbol else slots_for(m)
 
-    def slots_of(hashes: jax.Array) -> jax.Array:
+    def slots_of(count: jax.Array) -> jax.Array:
+        hashes = _hash(rows, count)
         if is_symbol:
             return hashes % jnp.asarray(num_slots, jnp.uint32)
         return hashes >> (33 - num_slots.bit_length())  # the upper bits are mixed best
 
+    def are_same(candidates: jax.Array) -> jax.Array:
+        return rows.at[candidates].get(mode="promise_in_bounds") == rows
+
+    return representatives(zeros_beside(rows, (m,), jnp.int32) == 0, num_slots, slots_of, are_same)
+
+
+def representatives(
+    wanted: jax.Array,
+    num_slots: Any,
+    slots_of: Callable[[jax.Array], jax.Array],
+    are_same: Callable[[jax.Array], jax.Array],
+    *,
+    lowest: bool = False,
+) -> jax.Array:
+    """For each position [m] that is wanted, one position of all that hold the same; else its own.
+
+    Args:
+      wanted: bool [m].
+      num_slots: of the scratch.
+      slots_of: number of an attempt, uint32 [] -> a slot for each position [m], the same for what
+        is the same.
+      are_same: positions [m] -> whether each holds what the position itself does.
+      lowest: whether it is to be the lowest position of all; else it is any of them.
+    """
+    m = wanted.shape[0]
+    positions = jnp.arange(m, dtype=jnp.int32)
+
     def attempt(state: tuple[Any, ...]) -> tuple[Any, ...]:
         count, chosen, left = state
-        # Claim: each position still without an answer writes itself into the slot of its row.
-        slots = slots_of(_hash(rows, count)).astype(jnp.int32)
-        scratch = zeros_beside(rows, (num_slots,), jnp.int32)
-        scratch = scratch.at[jnp.where(left, slots, num_slots)].set(
-            positions, mode="drop", wrap_negative_indices=False
-        )
-        # Check: whoever owns the slot now stands for the row, if it names the same one.
+        # Claim: each position still without an answer writes itself into its slot.
+        slots = slots_of(count).astype(jnp.int32)
+        scratch = zeros_beside(wanted, (num_slots,), jnp.int32) + m * lowest
+        place = scratch.at[jnp.where(left, slots, num_slots)]
+        put = place.min if lowest else place.set
+        scratch = put(positions, mode="drop", wrap_negative_indices=False)
+        # Check: whoever owns the slot now stands for all that are the same.
         candidates = scratch.at[slots].get(mode="promise_in_bounds")
-        found = left & (rows.at[candidates].get(mode="promise_in_bounds") == rows)
+        candidates = jnp.minimum(candidates, m - 1) if lowest else candidates
+        found = left & are_same(candidates)
         return count + 1, jnp.where(found, candidates, chosen), left & ~found
 
-    everything = zeros_beside(rows, (m,), jnp.int32)
-    start = attempt((jnp.uint32(0), positions + everything, everything == 0))
+    everything = zeros_beside(wanted, (m,), jnp.int32)
+    start = attempt((jnp.uint32(0), positions + everything, wanted))
     return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
 
 
-def _slots(lookups: int) -> int:
+def slots_for(lookups: int) -> int:
     """How many slots for so many look-ups: a power of two, and one for each at least."""
     enough, wanted = (
         1 << max(1, (per_lookup * lookups - 1).bit_length())

@@ -62,6 +62,7 @@ ROOMS = {
     "program": {"jax"},
     "autodiff": {"jax", "numpy"},
     "optim": {"jax", "numpy", "optax"},
+    "dynamic": {"jax", "numpy", "optax"},
     "linen": {"jax", "flax"},
     "nnx": {"jax", "flax", "optax"},
     "deeprec": {"jax", "flax", "numpy"},
@@ -73,6 +74,7 @@ ROOMS = {
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "wrapper"],
+    "dynamic": ["slots", "index", "upkeep"],
     "nnx": ["variables", "modules", "gradients"],
     "deeprec": ["variable", "interface"],
     "checkpoint": ["writing", "metadata", "leaves", "checkpoints"],

@@ -1,0 +1,332 @@
+"""`KeyIndex`: which row of a table a key has, as a pytree of arrays and pure functions.
+
+Keys are 64 bits wide and come and go; rows are few. The index finds a key's row, gives rows to new
+keys, counts how often a key was met and remembers the step of the last time. Slots hold row
+numbers, so that an index grows by moving integers, and no vector moves. The same batches in the
+same order give the same rows on every platform; and where no row is left, exactly the keys that
+come too late get none.
+
+Everything runs under `jax.jit`, in place where the index is donated; on the host, beside an
+accelerator, under `jax.default_device(jax.devices("cpu")[0])`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qrhash.arithmetic import as_size
+from qrhash.dynamic.slots import find, new_slots, on_few, place, read, some_keys
+from qrhash.keys import Keys, scramble
+from qrhash.merge import representatives, slots_for
+from qrhash.rows import set_rows
+from qrhash.types import Array, Scalar
+
+# Slots for each row: a key is then found after one or two looks.
+_SLOTS_PER_ROW = 2
+
+_NEVER = -1  # the last step of a row that no key has
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("slots", "keys", "counts", "last_steps", "free", "num_free", "num_unused"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeyIndex:
+    """An index of at most `capacity` keys; see `create`.
+
+    Attributes:
+      slots: words of the key, row number, nothing: uint32 [num_slots, 4].
+      keys: the key of each row, `Keys` [capacity].
+      counts: how often each row's key was met, int32 [capacity]; 0 for a row that no key has.
+      last_steps: the step it was last met at, int32 [capacity]; -1 for a row that no key has.
+      free: a stack of the rows that no key has, int32 [capacity]; the last of them is given next.
+      num_free: how many these are, int32 [].
+      num_unused: how many slots were never used since the last rebuild, int32 [].
+    """
+
+    slots: Any
+    keys: Keys
+    counts: Any
+    last_steps: Any
+    free: Any
+    num_free: Any
+    num_unused: Any
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there are."""
+        return self.counts.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots there are, a power of two."""
+        return self.slots.shape[0]
+
+    @property
+    def num_keys(self) -> Any:
+        """How many keys have a row, int32 []."""
+        return self.capacity - self.num_free
+
+    @property
+    def is_live(self) -> Any:
+        """Which rows some key has, bool [capacity]."""
+        return self.last_steps > _NEVER
+
+    def replace(self, **changes: Any) -> "KeyIndex":
+        """The same with other arrays."""
+        return dataclasses.replace(self, **changes)
+
+
+class Rows(NamedTuple):
+    """The rows of a batch of keys.
+
+    Attributes:
+      rows: row numbers, int32 [*shape]; the index's capacity for a key without a row.
+      is_new: bool [*shape], where a key has just got its row: at its first place in the batch.
+      not_admitted: how many distinct keys of the batch have not earned a row, int32 [].
+      no_room: how many have, and there was none left, int32 [].
+    """
+
+    rows: Any
+    is_new: Any
+    not_admitted: Any
+    no_room: Any
+
+
+class Newcomers(NamedTuple):
+    """Keys of a batch that have no row, as an admission sees them.
+
+    Attributes:
+      keys: `Keys` [n].
+      is_first: bool [n], at the first place of each distinct key: the places that count.
+      occurrences: how often the key at such a place is in the batch, int32 [n].
+      step: int32 [].
+    """
+
+    keys: Keys
+    is_first: jax.Array
+    occurrences: jax.Array
+    step: jax.Array
+
+
+class Admitted(NamedTuple):
+    """What an admission says of newcomers.
+
+    Attributes:
+      is_admitted: bool [n].
+      counts: how often the keys were met before this batch, int32 [n].
+    """
+
+    is_admitted: jax.Array
+    counts: jax.Array
+
+
+Admit = Callable[[Any, Newcomers], tuple[Any, Admitted]]
+
+
+def admit_all(state: Any, newcomers: Newcomers) -> tuple[Any, Admitted]:
+    """Every key gets a row the first time it is met."""
+    return state, Admitted(newcomers.is_first, jnp.zeros_like(newcomers.occurrences))
+
+
+def create(capacity: int, num_slots: int | None = None) -> KeyIndex:
+    """An index without keys.
+
+    Args:
+      capacity: how many keys can have a row.
+      num_slots: a power of two, at least twice the capacity; default: the lowest such.
+
+    Raises:
+      ValueError: a capacity below 1 or of 2**30 and more, or another number of slots.
+
+    >>> index = create(1000)
+    >>> index.capacity, index.num_slots, int(index.num_keys)
+    (1000, 2048, 0)
+    """
+    capacity = as_size("capacity", capacity)
+    if capacity >= 2**30:
+        raise ValueError(f"capacity must be below 2**30 rows, got {capacity}: use a mesh.")
+    num_slots = _checked_slots(num_slots, capacity)
+    zeros = jnp.zeros(capacity, jnp.int32)
+    return KeyIndex(
+        new_slots(num_slots),
+        Keys(jnp.zeros(capacity, jnp.uint32), jnp.zeros(capacity, jnp.uint32)),
+        zeros,
+        jnp.full(capacity, _NEVER, jnp.int32),
+        jnp.arange(capacity - 1, -1, -1, dtype=jnp.int32),
+        jnp.int32(capacity),
+        jnp.int32(num_slots),
+    )
+
+
+def _checked_slots(num_slots: int | None, capacity: int) -> int:
+    fewest = 1 << (_SLOTS_PER_ROW * capacity - 1).bit_length()
+    if num_slots is None:
+        return fewest
+    num_slots = as_size("num_slots", num_slots)
+    if num_slots < fewest or num_slots & (num_slots - 1):
+        raise ValueError(
+            f"num_slots must be a power of two, at least twice the capacity of {capacity}, got "
+            f"{num_slots}."
+        )
+    return num_slots
+
+
+def lookup_rows(index: KeyIndex, keys: Any, *, where: Array | None = None) -> Rows:
+    """The rows of keys, and nothing else: no key gets a row, and none is counted.
+
+    Args:
+      index: a `KeyIndex`.
+      keys: `Keys` [*shape], or what `Keys.of` takes.
+      where: which of them are meant, bool [*shape]; default: all.
+
+    Returns:
+      `Rows`. All keys without a row count as not admitted.
+
+    >>> index, given, _ = assign(create(10), Keys.of([5, 7, 5]), step=0)
+    >>> lookup_rows(index, [7, 6]).rows.tolist()
+    [1, 10]
+    """
+    keys, wanted, shape = _flat(keys, where)
+    if not wanted.size:
+        return _no_rows(shape)
+    rows = find(index.slots, keys, wanted, index.capacity)
+    missing = wanted & (rows == index.capacity)
+    is_first = missing & (_first_places(keys, missing) == jnp.arange(rows.shape[0]))
+    found = _no_rows(shape)._replace(rows=rows.reshape(shape))
+    return found._replace(not_admitted=jnp.sum(is_first, dtype=jnp.int32))
+
+
+def assign(
+    index: KeyIndex,
+    keys: Any,
+    step: Scalar,
+    *,
+    where: Array | None = None,
+    admit: Admit = admit_all,
+    state: Any = None,
+) -> tuple[KeyIndex, Rows, Any]:
+    """The rows of keys; new ones get one if they are admitted. All are counted.
+
+    Args:
+      index: a `KeyIndex`; donate it, and it is updated in place.
+      keys: `Keys` [*shape], or what `Keys.of` takes; any of them several times.
+      step: the number of the step, from 0 on, int32 [].
+      where: which of them are meant, bool [*shape]; default: all.
+      admit: which new keys get a row, see `qrhash.dynamic.admission`.
+      state: what the admission keeps from one batch to the next.
+
+    Returns:
+      The index, `Rows`, and the admission's state. Keys beyond the last free row, in the order of
+      their first places, get none and leave nothing behind.
+
+    >>> index, given, _ = assign(create(2), Keys.of([5, 7, 5, 9]), step=0)
+    >>> given.rows.tolist(), given.is_new.tolist(), int(given.no_room)
+    ([0, 1, 0, 2], [True, True, False, False], 1)
+    """
+    keys, wanted, shape = _flat(keys, where)
+    step, capacity = jnp.asarray(step, jnp.int32), index.capacity
+    if not wanted.size:
+        return index, _no_rows(shape), state
+    rows = find(index.slots, keys, wanted, capacity)
+    found = _no_rows(rows.shape)._replace(rows=rows)
+
+    def newcomers(carry: Any, places: jax.Array, meant: jax.Array) -> Any:
+        index, given, state = carry
+        of_few = some_keys(keys, places)
+        index, new, state = _insert(index, of_few, meant, step, admit, state)
+        at = jnp.where(meant, places, wanted.shape[0])
+        given = Rows(
+            set_rows(given.rows, at, new.rows),
+            set_rows(given.is_new, at, new.is_new),
+            new.not_admitted,
+            new.no_room,
+        )
+        return index, given, state
+
+    def everything(carry: Any) -> Any:
+        (index, given, state), missing = carry
+        index, new, state = _insert(index, keys, missing, step, admit, state)
+        rows = jnp.where(missing, new.rows, given.rows)
+        return (index, new._replace(rows=rows), state), jnp.zeros_like(missing)
+
+    missing = wanted & (rows == capacity)
+    carry = on_few(missing, newcomers, (index, found, state))
+    carry = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), everything, carry)
+    index, given, state = carry[0]
+    index = index.replace(
+        counts=index.counts.at[given.rows].add(1, mode="drop"),
+        last_steps=index.last_steps.at[given.rows].set(step, mode="drop"),
+    )
+    in_shape = given._replace(rows=given.rows.reshape(shape), is_new=given.is_new.reshape(shape))
+    return index, in_shape, state
+
+
+def _insert(
+    index: KeyIndex, keys: Keys, wanted: jax.Array, step: jax.Array, admit: Admit, state: Any
+) -> tuple[KeyIndex, Rows, Any]:
+    """Rows for keys [n] that have none, where wanted: those admitted, as long as there are any."""
+    n, capacity = wanted.shape[0], index.capacity
+    first = _first_places(keys, wanted)
+    is_first = wanted & (first == jnp.arange(n, dtype=jnp.int32))
+    occurrences = jnp.zeros(n, jnp.int32).at[jnp.where(wanted, first, n)].add(1, mode="drop")
+    state, (is_admitted, counts) = admit(state, Newcomers(keys, is_first, occurrences, step))
+    is_admitted = is_admitted & is_first
+    rank = jnp.cumsum(is_admitted, dtype=jnp.int32) - 1
+    is_new = is_admitted & (rank < index.num_free)
+    rows = read(index.free, jnp.maximum(index.num_free - 1 - rank, 0))
+    rows = jnp.where(is_new, rows, capacity)
+    slots, num_fresh = place(index.slots, keys, is_new, rows)
+    num_new = jnp.sum(is_new, dtype=jnp.int32)
+    index = index.replace(
+        slots=slots,
+        keys=Keys(set_rows(index.keys.hi, rows, keys.hi), set_rows(index.keys.lo, rows, keys.lo)),
+        counts=set_rows(index.counts, rows, counts),
+        num_free=index.num_free - num_new,
+        num_unused=index.num_unused - num_fresh,
+    )
+    num_admitted = jnp.sum(is_admitted, dtype=jnp.int32)
+    given = Rows(
+        jnp.where(wanted, read(rows, first), capacity),
+        is_new,
+        jnp.sum(is_first, dtype=jnp.int32) - num_admitted,
+        num_admitted - num_new,
+    )
+    return index, given, state
+
+
+def _no_rows(shape: tuple[int, ...]) -> Rows:
+    zero = jnp.int32(0)
+    return Rows(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), zero, zero)
+
+
+def _first_places(keys: Keys, wanted: jax.Array) -> jax.Array:
+    """For each place [n] that is wanted the first one with the same key; else its own."""
+    num_slots = slots_for(wanted.shape[0])
+    mixed = scramble(keys)
+
+    def slots_of(attempt: jax.Array) -> jax.Array:
+        # Keys that meet at one attempt part at another: these are lines through the two words.
+        hashes = (mixed.hi + attempt * mixed.lo) * jnp.uint32(0x9E3779B9)
+        return hashes >> (33 - num_slots.bit_length())
+
+    def are_same(places: jax.Array) -> jax.Array:
+        return some_keys(keys, places) == keys
+
+    return representatives(wanted, num_slots, slots_of, are_same, lowest=True)
+
+
+def _flat(keys: Any, where: Array | None) -> tuple[Keys, jax.Array, tuple[int, ...]]:
+    keys = Keys.of(keys)
+    shape = keys.shape
+    flat = Keys(jnp.asarray(keys.hi).reshape(-1), jnp.asarray(keys.lo).reshape(-1))
+    wanted = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    if wanted.shape != shape:
+        raise ValueError(f"where must have the shape of the keys, {shape}, got {wanted.shape}.")
+    return flat, wanted.reshape(-1), shape
