@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from qrhash import batches, collection, initializers
+from qrhash import batches, collection, dynamic, initializers
 from qrhash.autodiff import value_and_grad
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
@@ -20,7 +20,7 @@ from qrhash.keys import Keys, cross
 from qrhash.layout import MeshLayout
 from qrhash.logits import all_vectors, attend
 from qrhash.operations import Projection, combine
-from qrhash.optim import adagrad, apply_updates, rowwise_adagrad, touched_rows
+from qrhash.optim import adagrad, apply_updates, reset_rows, rowwise_adagrad, touched_rows
 from qrhash.partitions import Partition
 from qrhash.row_training import row_grads, take_rows
 from qrhash.rowgrads import RowGrads
@@ -63,12 +63,14 @@ __all__ = [
     "combine_rows",
     "cross",
     "deeprec",
+    "dynamic",
     "gather",
     "global_norm",
     "init",
     "init_projection",
     "initializers",
     "lookup",
+    "reset_rows",
     "row_grads",
     "rowwise_adagrad",
     "sum_grads",

@@ -26,6 +26,7 @@ from qrhash.fields import (
     require_bool,
     require_choice,
 )
+from qrhash.keys import Keys
 from qrhash.layout import MeshLayout
 from qrhash.operations import OPERATIONS, Projection, check_projection
 from qrhash.partitions import Partition
@@ -279,7 +280,7 @@ class EmbedConfig:
         feature_axis = self.logical_axes[1]
         return Projection(kernel=(None, feature_axis), bias=(feature_axis,))
 
-    def indices(self, ids: Array) -> tuple[Array, ...]:
+    def indices(self, ids: Array | Keys) -> tuple[Array, ...]:
         """Row numbers of ids, one array per table, after the id policy: a look-up's first step.
 
         Args:

@@ -49,6 +49,13 @@ def require_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be true or false, got {value!r}.")
 
 
+def require_probability(name: str, value: Any) -> None:
+    """Raises a ValueError unless a value is a number in (0, 1)."""
+    is_number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not is_number or not 0 < value < 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}.")
+
+
 def as_float_dtype(name: str, value: Any) -> np.dtype:
     """A floating-point dtype; raises a ValueError for anything else."""
     try:

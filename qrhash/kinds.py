@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qrhash.batches import replicate
 from qrhash.layout import MeshLayout
 from qrhash.local import LocalTable
-from qrhash.protocol import Table, TableLike
+from qrhash.protocol import LookUps, Table, TableLike
 from qrhash.replicated import ReplicatedTable
+from qrhash.rowgrads import RowGrads, is_row_grads
 from qrhash.sharded import ShardedTable
 from qrhash.types import Array
 
@@ -45,3 +47,31 @@ def put_table(array: Array, layout: MeshLayout | None, *, is_large: bool) -> Any
     if not isinstance(array, np.ndarray):
         array = jnp.asarray(array)
     return ShardedTable.from_array(array, layout)
+
+
+def named_rows(table: TableLike, indices: jax.Array, values: jax.Array) -> list[RowGrads]:
+    """Values for some rows of a table, where its arrays have them: one for each of its arrays.
+
+    Args:
+      table: an array [num_rows, width], or a `Table`.
+      indices: row numbers [m], none of them twice; those outside the table name no row.
+      values: [m, width].
+
+    Returns:
+      Merged `RowGrads`.
+    """
+    of_table = as_table(table)
+    look_ups = LookUps.of([indices], of_table.shape[0], is_distinct=True)
+    named = of_table.row_grads([indices], [values], look_ups)
+    return [each.merge() for each in jax.tree.leaves(named, is_leaf=is_row_grads)]
+
+
+def set_table_rows(table: TableLike, indices: jax.Array, values: jax.Array) -> Any:
+    """A table with other rows; see `named_rows`. In place where XLA may."""
+    arrays, tree = jax.tree.flatten(table)
+    named = named_rows(table, indices, values)
+    made = [
+        each.storage.set(array, each.indices, each.values)
+        for array, each in zip(arrays, named, strict=True)
+    ]
+    return jax.tree.unflatten(tree, made)

@@ -27,7 +27,7 @@ PADDING = -1  # row number of the padding id, in every table
 
 
 def indices_of(
-    ids: Array, partition: Partition, policy: str, padding_id: int | None
+    ids: Array | Keys, partition: Partition, policy: str, padding_id: int | None
 ) -> tuple[Array, ...]:
     """Row numbers of ids after a policy: see `EmbedConfig.indices`."""
     if partition.takes_keys:
@@ -37,14 +37,14 @@ def indices_of(
             f"ids must be integers in [0, {partition.num_embeddings}) for {partition}, got Keys: "
             "choose a family on keys, KeyDigits or MultiHash, or number the keys first."
         )
-    ids = _within_vocabulary(as_ids(ids), partition, policy)
-    is_padding = _is_padding(ids, padding_id)
-    xp = ids.__array_namespace__()
+    moved = _within_vocabulary(as_ids(ids), partition, policy)
+    is_padding = _is_padding(moved, padding_id)
+    xp = moved.__array_namespace__()
     if is_padding is not None:
-        ids = xp.where(is_padding, 0, ids)
-    indices = partition.indices(ids)
+        moved = xp.where(is_padding, 0, moved)
+    indices = partition.indices(moved)
     if policy == "raise":
-        _check_ids(ids, indices[0] < partition.num_rows[0], partition)
+        _check_ids(moved, indices[0] < partition.num_rows[0], partition)
     if is_padding is None:
         return indices
     return tuple(xp.where(is_padding, PADDING, index) for index in indices)

@@ -18,6 +18,7 @@ from qrhash.bag_sums import are_summed_at_once, summed_at_once
 from qrhash.bags import Bag
 from qrhash.batches import as_batch, everywhere, split_as_rows
 from qrhash.config import EmbedConfig, check_config
+from qrhash.keys import Keys
 from qrhash.kinds import as_table
 from qrhash.operations import Projection, as_projection, combine
 from qrhash.policies import PADDING
@@ -59,7 +60,7 @@ def gather(
 
 def lookup(
     tables: Sequence[TableLike],
-    ids: Array | Bag,
+    ids: Array | Keys | Bag,
     config: EmbedConfig,
     projection: Projection | Array | None = None,
     *,
@@ -100,7 +101,7 @@ def lookup(
 
 def look_up(
     tables: Sequence[TableLike],
-    ids: Array | Bag,
+    ids: Array | Keys | Bag,
     config: EmbedConfig,
     projection: Projection | Array | None,
     *,
@@ -136,7 +137,7 @@ def look_up(
     return from_tables(tables, projection, indices, bag)
 
 
-def indices_of(ids: Array | Bag, config: EmbedConfig) -> tuple[Sequence[Array], Bag | None]:
+def indices_of(ids: Array | Keys | Bag, config: EmbedConfig) -> tuple[Sequence[Array], Bag | None]:
     """Row numbers of ids, [*shape] each; of bags [n], and the bags.
 
     Places of no bag, and with the padding id, name no row, and are of no bag.

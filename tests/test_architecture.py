@@ -73,8 +73,11 @@ ROOMS = {
 
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
-    "optim": ["refusals", "state", "checks", "blocks", "accumulators", "wrapper"],
-    "dynamic": ["slots", "index", "upkeep"],
+    "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
+    "dynamic": [
+        *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
+        *("config", "embedding"),
+    ],
     "nnx": ["variables", "modules", "gradients"],
     "deeprec": ["variable", "interface"],
     "checkpoint": ["writing", "metadata", "leaves", "checkpoints"],

@@ -1,1 +1,63 @@
-"""Tables that grow: a row for every key that has earned one, while keys come and go."""
+"""Tables that grow: a row for every key that has earned one, while keys come and go.
+
+An id of production data is a 64-bit key that nobody has numbered, most of them are met once, and
+new ones come every day. A dynamic embedding gives a row of its own to each key that has been met
+often enough, takes rows back from those that are met no more, and has a meaningful vector for all
+others: the compressed one, from a few small tables.
+
+>>> import jax
+>>> import qrhash
+>>> compressed = qrhash.EmbedConfig(qrhash.KeyDigits(32, num_tables=2), features=8)
+>>> config = DynamicConfig(1000, 8, admission=ExactCount(2, 1000), refused=compressed)
+>>> params, state = init(jax.random.key(0), config), init_state(config)
+>>> keys = qrhash.Keys.of(["shoes", "hats", "shoes"])
+>>> state, found = assign(state, keys, config, step=0)
+>>> params, new = start_rows(params, found, config)
+>>> found.rows.rows.tolist(), lookup(params, found, config).shape
+([0, 1000, 0], (3, 8))
+"""
+
+from qrhash.dynamic.admission import AdmitByChance, ExactCount, SketchCount
+from qrhash.dynamic.config import DynamicConfig
+from qrhash.dynamic.embedding import (
+    Found,
+    Parameters,
+    State,
+    assign,
+    evict,
+    find,
+    init,
+    init_state,
+    large,
+    lookup,
+    start_rows,
+)
+from qrhash.dynamic.eviction import Eviction, LeastUsed, SmallNorm, StepsSinceUse
+from qrhash.dynamic.index import KeyIndex, Rows
+from qrhash.dynamic.newcomers import Admission, AdmitAll
+
+__all__ = [
+    "Admission",
+    "AdmitAll",
+    "AdmitByChance",
+    "DynamicConfig",
+    "Eviction",
+    "ExactCount",
+    "Found",
+    "KeyIndex",
+    "LeastUsed",
+    "Parameters",
+    "Rows",
+    "SketchCount",
+    "SmallNorm",
+    "State",
+    "StepsSinceUse",
+    "assign",
+    "evict",
+    "find",
+    "init",
+    "init_state",
+    "large",
+    "lookup",
+    "start_rows",
+]

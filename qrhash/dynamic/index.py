@@ -12,23 +12,25 @@ accelerator, under `jax.default_device(jax.devices("cpu")[0])`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qrhash.arithmetic import as_size
+from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers
 from qrhash.dynamic.slots import find, new_slots, on_few, place, read, some_keys
 from qrhash.keys import Keys, scramble
 from qrhash.merge import representatives, slots_for
 from qrhash.rows import set_rows
-from qrhash.types import Array, Scalar
+from qrhash.types import Array, PyTree, Scalar
 
 # Slots for each row: a key is then found after one or two looks.
 _SLOTS_PER_ROW = 2
 
 _NEVER = -1  # the last step of a row that no key has
+
+_ADMIT_ALL = AdmitAll()
 
 
 @functools.partial(
@@ -97,42 +99,6 @@ class Rows(NamedTuple):
     is_new: Any
     not_admitted: Any
     no_room: Any
-
-
-class Newcomers(NamedTuple):
-    """Keys of a batch that have no row, as an admission sees them.
-
-    Attributes:
-      keys: `Keys` [n].
-      is_first: bool [n], at the first place of each distinct key: the places that count.
-      occurrences: how often the key at such a place is in the batch, int32 [n].
-      step: int32 [].
-    """
-
-    keys: Keys
-    is_first: jax.Array
-    occurrences: jax.Array
-    step: jax.Array
-
-
-class Admitted(NamedTuple):
-    """What an admission says of newcomers.
-
-    Attributes:
-      is_admitted: bool [n].
-      counts: how often the keys were met before this batch, int32 [n].
-    """
-
-    is_admitted: jax.Array
-    counts: jax.Array
-
-
-Admit = Callable[[Any, Newcomers], tuple[Any, Admitted]]
-
-
-def admit_all(state: Any, newcomers: Newcomers) -> tuple[Any, Admitted]:
-    """Every key gets a row the first time it is met."""
-    return state, Admitted(newcomers.is_first, jnp.zeros_like(newcomers.occurrences))
 
 
 def create(capacity: int, num_slots: int | None = None) -> KeyIndex:
@@ -209,8 +175,8 @@ def assign(
     step: Scalar,
     *,
     where: Array | None = None,
-    admit: Admit = admit_all,
-    state: Any = None,
+    admission: Admission = _ADMIT_ALL,
+    state: PyTree = (),
 ) -> tuple[KeyIndex, Rows, Any]:
     """The rows of keys; new ones get one if they are admitted. All are counted.
 
@@ -219,8 +185,8 @@ def assign(
       keys: `Keys` [*shape], or what `Keys.of` takes; any of them several times.
       step: the number of the step, from 0 on, int32 [].
       where: which of them are meant, bool [*shape]; default: all.
-      admit: which new keys get a row, see `qrhash.dynamic.admission`.
-      state: what the admission keeps from one batch to the next.
+      admission: which new keys get a row.
+      state: what the admission keeps from one batch to the next, at first `admission.init()`.
 
     Returns:
       The index, `Rows`, and the admission's state. Keys beyond the last free row, in the order of
@@ -240,7 +206,7 @@ def assign(
     def newcomers(carry: Any, places: jax.Array, meant: jax.Array) -> Any:
         index, given, state = carry
         of_few = some_keys(keys, places)
-        index, new, state = _insert(index, of_few, meant, step, admit, state)
+        index, new, state = _insert(index, of_few, meant, step, admission, state)
         at = jnp.where(meant, places, wanted.shape[0])
         given = Rows(
             set_rows(given.rows, at, new.rows),
@@ -252,7 +218,7 @@ def assign(
 
     def everything(carry: Any) -> Any:
         (index, given, state), missing = carry
-        index, new, state = _insert(index, keys, missing, step, admit, state)
+        index, new, state = _insert(index, keys, missing, step, admission, state)
         rows = jnp.where(missing, new.rows, given.rows)
         return (index, new._replace(rows=rows), state), jnp.zeros_like(missing)
 
@@ -269,19 +235,25 @@ def assign(
 
 
 def _insert(
-    index: KeyIndex, keys: Keys, wanted: jax.Array, step: jax.Array, admit: Admit, state: Any
+    index: KeyIndex,
+    keys: Keys,
+    wanted: jax.Array,
+    step: jax.Array,
+    admission: Admission,
+    state: Any,
 ) -> tuple[KeyIndex, Rows, Any]:
     """Rows for keys [n] that have none, where wanted: those admitted, as long as there are any."""
     n, capacity = wanted.shape[0], index.capacity
     first = _first_places(keys, wanted)
     is_first = wanted & (first == jnp.arange(n, dtype=jnp.int32))
     occurrences = jnp.zeros(n, jnp.int32).at[jnp.where(wanted, first, n)].add(1, mode="drop")
-    state, (is_admitted, counts) = admit(state, Newcomers(keys, is_first, occurrences, step))
-    is_admitted = is_admitted & is_first
+    newcomers = Newcomers(keys, wanted, is_first, occurrences, step)
+    state, (is_admitted, counts) = admission.judge(state, newcomers)
     rank = jnp.cumsum(is_admitted, dtype=jnp.int32) - 1
     is_new = is_admitted & (rank < index.num_free)
     rows = read(index.free, jnp.maximum(index.num_free - 1 - rank, 0))
     rows = jnp.where(is_new, rows, capacity)
+    state = admission.settle(state, newcomers, is_new)
     slots, num_fresh = place(index.slots, keys, is_new, rows)
     num_new = jnp.sum(is_new, dtype=jnp.int32)
     index = index.replace(

@@ -1,0 +1,92 @@
+"""Rows that change hands: their optimizer state starts anew, or there are more of them.
+
+A row that was one key's and becomes another's must not keep the moments of the first.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qrhash.kinds import named_rows
+from qrhash.optim.refusals import check_transformation
+from qrhash.optim.state import owners_of
+from qrhash.protocol import is_table
+from qrhash.rowgrads import RowGrads
+from qrhash.types import PyTree
+
+
+def reset_rows(
+    tx: optax.GradientTransformation, state: PyTree, params: PyTree, rows: PyTree
+) -> PyTree:
+    """The state of an optimizer with that of some rows as it is at the start.
+
+    Args:
+      tx: the transformation, such as of `qrhash.touched_rows`.
+      state: its state; donate it, and it is updated in place.
+      params: the parameters.
+      rows: a prefix of their tree, with None for what is left alone; and in the place of a table
+        the numbers of the rows, int32 [m], none of them twice. Those outside the table name none.
+
+    Returns:
+      The state. What does not go by rows, such as the count of the steps, is as before.
+
+    Raises:
+      ValueError: rows that are no prefix of the parameters, or stand for what is no table; or `tx`
+        keeps state for a table that does not go by its rows.
+
+    >>> from qrhash.optim.accumulators import adagrad
+    >>> table = jnp.ones((4, 1))
+    >>> tx = adagrad(0.1, initial_accumulator_value=0.5)
+    >>> _, state = tx.update(table, tx.init(table), table)
+    >>> print(jax.tree.leaves(reset_rows(tx, state, table, jnp.array([2, 4])))[0].ravel())
+    [1.5 1.5 0.5 1.5]
+    """
+    check_transformation(tx)
+    named = _named(params, rows)
+    if not named:
+        return state
+    leaves, tree = jax.tree.flatten(params)
+    axes = {number: each.storage.row_axis for number, each in named.items()}
+    owners = owners_of(tx, tree, leaves, axes)
+    # In place of each table, so many rows of it: their state at the start is that of any others.
+    few = [named[n].values if n in named else leaf for n, leaf in enumerate(leaves)]
+    fresh = jax.tree.leaves(tx.init(jax.tree.unflatten(tree, few)))
+    arrays, state_tree = jax.tree.flatten(state)
+    for place, owner in enumerate(owners):
+        if owner is not None:
+            rows_of = named[owner]
+            values = fresh[place].astype(arrays[place].dtype)
+            arrays[place] = rows_of.storage.set(arrays[place], rows_of.indices, values)
+    return jax.tree.unflatten(state_tree, arrays)
+
+
+def _named(params: PyTree, rows: PyTree) -> Mapping[int, RowGrads]:
+    """Number of a leaf of the parameters -> the rows named of it, with values of zero."""
+
+    def is_node(each: PyTree) -> bool:
+        return each is None or is_table(each)
+
+    nodes = jax.tree.leaves(params, is_leaf=is_node)
+    try:
+        of_nodes = jax.tree.broadcast(rows, params, is_leaf=is_node)
+    except ValueError as error:
+        raise ValueError(
+            f"rows must be a prefix of the parameters' tree, of row numbers and None: {error}"
+        ) from error
+    numbers = jax.tree.leaves(of_nodes, is_leaf=is_node)
+    found: dict[int, RowGrads] = {}
+    count = 0
+    for node, of_node in zip(nodes, numbers, strict=True):
+        if of_node is not None:
+            if len(node.shape) != 2 or of_node.ndim != 1:
+                raise ValueError(
+                    "rows must be numbers [m] in the place of a table [num_rows, width], got "
+                    f"{of_node.shape} in that of an array {node.shape}."
+                )
+            zeros = jnp.zeros((*of_node.shape, node.shape[1]), node.dtype)
+            named = named_rows(node, of_node, zeros)
+            found |= dict(enumerate(named, start=count))
+        count += len(jax.tree.leaves(node))
+    return found
