@@ -20,7 +20,7 @@ MAGIC_BYTES = 4
 
 
 class Part(NamedTuple):
-    """Some consecutive rows of a file.
+    """Some rows of a file, in order.
 
     Attributes:
       table: [rows] of the columns wanted.

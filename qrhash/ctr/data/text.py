@@ -51,23 +51,35 @@ class TextFile:
 
     def parts(self, wanted: Lines, columns: list[str]) -> Iterator[Part]:
         """Yields the rows wanted; others are counted, up to the last one, and no more."""
-        stop = wanted.end
-        for first, lines, rows in self._chunks():
-            if first >= stop:
-                return
-            chosen = wanted.among(first, len(rows)).tolist()
-            if chosen:
-                table, faults = read_rows([rows[i] for i in chosen], self.form, columns)
-                whole = [i for j, i in enumerate(chosen) if j not in faults]
-                yield Part(
-                    table,
-                    np.array(whole, np.int64) + first,
-                    np.array([lines[i] for i in whole], np.int64),
-                    {
-                        first + chosen[j]: (lines[chosen[j]], reason)
-                        for j, reason in sorted(faults.items())
-                    },
-                )
+        places: list[int] = []
+        lines: list[int] = []
+        rows: list[bytes] = []
+        end = wanted.end
+        for chunk in self._chunks():
+            if chunk.first >= end:
+                break
+            for i in wanted.among(chunk.first, len(chunk.rows)).tolist():
+                places.append(chunk.first + i)
+                lines.append(chunk.lines[i])
+                rows.append(chunk.rows[i])
+            # Few rows of a chunk cost little less to parse than many: those of several go together.
+            if sum(map(len, rows)) >= _CHUNK_BYTES // 2:
+                yield self._part(places, lines, rows, columns)
+                places, lines, rows = [], [], []
+        if rows:
+            yield self._part(places, lines, rows, columns)
+
+    def _part(
+        self, places: list[int], lines: list[int], rows: list[bytes], columns: list[str]
+    ) -> Part:
+        table, faults = read_rows(rows, self.form, columns)
+        whole = np.array([i for i in range(len(rows)) if i not in faults], np.int64)
+        return Part(
+            table,
+            np.array(places, np.int64)[whole],
+            np.array(lines, np.int64)[whole],
+            {places[i]: (lines[i], reason) for i, reason in sorted(faults.items())},
+        )
 
     def sample(self, rows: int) -> pa.Table:
         """The first rows, as text."""
