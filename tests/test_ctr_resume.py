@@ -347,6 +347,14 @@ def test_a_run_of_an_earlier_version_says_what_may_have_changed(taken_up, tmp_pa
     _assert_refused(sentence, "--output-dir", taken_up, data)
 
 
+def test_a_place_in_the_data_as_an_earlier_version_told_it(taken_up):
+    metadata = taken_up / "checkpoints" / "6" / "metadata" / "metadata"
+    text = metadata.read_text()
+    assert '{"batches": 6}' in text
+    metadata.write_text(text.replace('{"batches": 6}', '{"parent": {"blocks": 1}, "batch_idx": 6}'))
+    _assert_refused("is of an earlier version of qrhash, which told", "--output-dir", taken_up)
+
+
 @damaging
 def test_nothing_but_damaged_checkpoints(taken_up):
     for path in (taken_up / "checkpoints").glob("*/metadata/metadata"):

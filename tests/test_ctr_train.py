@@ -19,7 +19,8 @@ from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, draw, final_table
-from qrhash.ctr.run.train import fit, split_line
+from qrhash.ctr.run.rows import split_line
+from qrhash.ctr.run.train import fit
 from qrhash.ctr.settings import Settings
 from support import ctr_files
 
