@@ -191,7 +191,7 @@ def _check_source(source: Source, begun: Mapping[str, int] | None) -> None:
 
 
 def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> Iterator[_Rows]:
-    """The same blocks or batches, with `display` told of them."""
+    """The same blocks or batches, with `display` told of them, and of their end."""
     display.phase(phase, total)
     rows = 0
     for item in items:
@@ -199,6 +199,7 @@ def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> 
         rows += len(item.labels)
         if display.is_due:
             display.update(rows)
+    display.done()
 
 
 def _checkpoints(
@@ -271,6 +272,8 @@ def _train(
             if is_last and settings.checkpoint_every != 0 and progress.rows:
                 _save(learner, checkpoints, where, progress, best)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
+    if not best.is_over:
+        display.done()
     if not progress.rows:
         raise UserError(
             f"{data.source.name}: none of the {data.train} training lines {goal.wanted}."
