@@ -261,13 +261,16 @@ OTHERWISE = {
     "--epochs=3": "epochs was 2, got 3",
     "--model=dcn": "model was 'dlrm', got 'dcn'",
     "--table-lr=0.1": "table_lr was 0.3, got 0.1",
+    "--list-length=3": "list_length was not given, got 3",  # And none was among its data.
+    "--patience=2": "patience was not given, got 2",
 }
 
 
 @pytest.mark.parametrize("option", OTHERWISE)
 def test_a_run_goes_on_with_the_options_it_began_with(option, stopped):
     before = (stopped / "metrics.jsonl").read_text()
-    _assert_refused(OTHERWISE[option], "--output-dir", stopped, option)
+    sentence = f"options that it began with: {OTHERWISE[option]}; leave it out to go on, or begin "
+    _assert_refused(sentence, "--output-dir", stopped, option)
     assert (stopped / "metrics.jsonl").read_text() == before
 
 

@@ -27,7 +27,13 @@ from qrhash.ctr.data.files import (
 )
 from qrhash.ctr.data.folders import in_folders
 from qrhash.ctr.data.formats import CRITEO_TEXT, TextFormat, is_criteo, read_head, sniff
-from qrhash.ctr.data.inference import SAMPLE_ROWS, check_sections, infer, listed
+from qrhash.ctr.data.inference import (
+    SAMPLE_ROWS,
+    as_they_are_here,
+    check_sections,
+    infer,
+    listed,
+)
 from qrhash.ctr.data.numbering import NO_GROUP, Numbering
 from qrhash.ctr.data.parquet import ParquetFile
 from qrhash.ctr.data.processes import gather, own_lines, together
@@ -187,6 +193,8 @@ def open_source(
                 "the first one; is that a header, and --delimiter right?"
             )
         found = infer(files[0].fields, sample, settings)
+    elif found.lists:
+        found = as_they_are_here(found, _sample(files), settings)
     check_sections(settings, found)
     found = _with_lengths(found, files, notify)
     return FileSource(settings.data, files, found, bad_lines)

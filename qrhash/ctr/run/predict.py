@@ -112,6 +112,7 @@ def predict(
                     result.add(logits, batch.labels[real])
                 if display.is_due:
                     display.update(result.rows)
+        display.done()
         if not result.rows:
             raise UserError(f"{source.name}: none of its {source.num_lines:,} rows can be read.")
     unlabelled = result.unlabelled if source.schema.label is not None else 0

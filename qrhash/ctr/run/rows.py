@@ -115,7 +115,7 @@ class Rows(NamedTuple):
 
 
 def shown(items: Iterable[_Item], display: Display, phase: str, total: int) -> Iterator[_Item]:
-    """The same blocks or batches, with `display` told of them."""
+    """The same blocks or batches, with `display` told of them, and of their end."""
     display.phase(phase, total)
     rows = 0
     for item in items:
@@ -123,3 +123,4 @@ def shown(items: Iterable[_Item], display: Display, phase: str, total: int) -> I
         rows += len(item.labels)
         if display.is_due:
             display.update(rows)
+    display.done()

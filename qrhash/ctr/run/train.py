@@ -202,6 +202,8 @@ def _train(
             if is_last and settings.checkpoint_every != 0 and progress.rows:
                 _save(learner, checkpoints, where, progress, best)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
+    if not best.is_over:
+        display.done()
     if not progress.rows:
         raise UserError(
             f"{data.source.name}: none of the {data.train} training lines {goal.wanted}."
