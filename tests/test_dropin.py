@@ -217,9 +217,12 @@ def test_embedding_of_an_unbound_module_is_refused_in_words():
         _ = qrhash.linen.MultiHashEmbed(CONFIG).embedding
 
 
+# Every id with every policy, and every operation with every policy.
 @pytest.mark.parametrize("policy", ["nan", "zero", "clip", "wrap", "raise"])
-@pytest.mark.parametrize("padding_id", [0, 3, 10])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("operation", "padding_id"),
+    [("mult", 0), ("mult", 10), *((operation, 3) for operation in OPERATIONS)],
+)
 def test_a_padding_id_is_zeros_without_gradient(operation, padding_id, policy, rng):
     """Any id, without shifting ids; all others as before, bad ones by their policy."""
     plain = make_config("quotient-remainder", operation, id_policy=policy)

@@ -380,11 +380,10 @@ WIDE = {  # enough rows and features for a sample variance that is good to a per
 
 
 @pytest.mark.parametrize(
-    ("stddev", "param_dtype"),
-    [(None, jnp.float32), (8.0, jnp.float32), (None, jnp.bfloat16)],
-    ids=["default", "8", "bf16"],
+    ("k", "stddev", "param_dtype"),
+    [*((k, None, jnp.float32) for k in WIDE), (3, 8.0, jnp.float32), (2, None, jnp.bfloat16)],
+    ids=[*map(str, WIDE), "3-8", "2-bf16"],
 )
-@pytest.mark.parametrize("k", WIDE)
 @per_operation
 def test_combined_vectors_start_as_a_full_table_would(operation, k, stddev, param_dtype):
     partition, features = WIDE[k]

@@ -25,6 +25,7 @@ from support.cases import (
     parameters,
     quick_jit,
 )
+from support.training_process import compiled_once
 
 per_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -316,6 +317,13 @@ def _is_pair(node):
 # --- Flax -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick(tmp_path):
+    """Without LLVM's optimizations, which take longer than what they make faster."""
+    with compiled_once(tmp_path):
+        yield
+
+
 class Model(nnx.Module):
     """Two look-ups in one embedding, a collection, and layers whose state changes in a pass."""
 
@@ -348,6 +356,7 @@ def _nnx_step(value_and_grad):
     return step
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("tx", [optax.adagrad(0.1), CHAIN], ids=["adagrad", "chain"])
 def test_nnx_trains_to_the_parameters_of_dense_nnx(tx, rng):
     """The state of batch norm and dropout goes on as it does there."""
@@ -375,6 +384,7 @@ def _number(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
+@pytest.mark.usefixtures("quick")
 def test_nnx_gradients_are_row_gradients_at_large_tables(rng):
     """In a state of the structure of `nnx.value_and_grad`; and dense for who asks that one."""
     model, batch = Model(nnx.Rngs(0)), next(_column_batches(rng, 1))
@@ -416,6 +426,7 @@ def test_nnx_wrt_chooses_what_is_differentiated(wrt):
     assert {name for name in start if (start[name] != end[name]).any()} == set(chosen)
 
 
+@pytest.mark.usefixtures("quick")
 def test_nnx_attends_over_a_large_table_with_a_dense_gradient():
     embed = qrhash.nnx.MultiHashEmbed(_embed("quotient-remainder", "add"), rngs=nnx.Rngs(0))
     loss = lambda embed: embed.attend(embed(jnp.array([1, 2]))).sum()  # noqa: E731
@@ -435,6 +446,7 @@ class LinenModel(nn.Module):
         return nn.Dense(FEATURES)(pooled)
 
 
+@pytest.mark.usefixtures("quick")
 def test_linen_trains_to_the_parameters_of_dense_linen(rng):
     batches, model, tx = list(_column_batches(rng, 20)), LinenModel(), optax.adagrad(0.1)
     with jax.numpy_dtype_promotion("standard"):  # Flax's own sums
