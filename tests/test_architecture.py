@@ -76,7 +76,7 @@ INSIDE = {
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
-        *("config", "embedding"),
+        *("config", "embedding", "growth", "deltas", "delta_files"),
     ],
     "nnx": ["variables", "modules", "gradients"],
     "deeprec": ["variable", "interface"],

@@ -94,11 +94,12 @@ class Found:
 def init(key: Key, config: DynamicConfig) -> Parameters:
     """The parameters before any key is known: rows of zeros, and the compressed vectors' tables."""
     check_dynamic_config(config)
-    (table,) = tables.init(key, config.own)
+    of_rows, of_refused, of_projection = jax.random.split(key, 3)
+    (table,) = tables.init(of_rows, config.own)
     if config.refused is None:
         return Parameters(table)
-    projection = tables.init_projection(key, config.refused)
-    return Parameters(table, tables.init(key, config.refused), projection)
+    refused = tables.init(of_refused, config.refused)
+    return Parameters(table, refused, tables.init_projection(of_projection, config.refused))
 
 
 def init_state(config: DynamicConfig) -> State:
