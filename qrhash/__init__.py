@@ -20,7 +20,14 @@ from qrhash.keys import Keys, cross
 from qrhash.layout import MeshLayout
 from qrhash.logits import all_vectors, attend
 from qrhash.operations import Projection, combine
-from qrhash.optim import adagrad, apply_updates, reset_rows, rowwise_adagrad, touched_rows
+from qrhash.optim import (
+    adagrad,
+    apply_updates,
+    grow_rows,
+    reset_rows,
+    rowwise_adagrad,
+    touched_rows,
+)
 from qrhash.partitions import Partition
 from qrhash.row_training import row_grads, take_rows
 from qrhash.rowgrads import RowGrads
@@ -66,6 +73,7 @@ __all__ = [
     "dynamic",
     "gather",
     "global_norm",
+    "grow_rows",
     "init",
     "init_projection",
     "initializers",

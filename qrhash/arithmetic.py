@@ -1,10 +1,11 @@
 """Integer arithmetic on ids and table sizes: exact, on NumPy and JAX integers alike."""
 
 import dataclasses
+import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -198,3 +199,26 @@ def build(kind: Callable[..., Any], values: Mapping[str, Any]) -> Any:
         if name not in values and not has_default:
             raise ValueError(f"{kind.__name__} needs {name!r}, got {', '.join(values) or 'none'}.")
     return kind(**values)
+
+
+def typed_fields(value: Any) -> dict[str, Any]:
+    """A frozen dataclass as JSON has it: its type, and its fields."""
+    names = (field.name for field in dataclasses.fields(value) if field.init)
+    values = {name: getattr(value, name) for name in names}
+    lists = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return {"type": type(value).__name__, **lists}
+
+
+def build_typed(name: str, base: type, values: Any) -> Any:
+    """The dataclass, of a type derived from `base`, that `typed_fields` made of it."""
+    values = as_fields(name, values)
+    types = {each.__name__: each for each in _subclasses(base) if not inspect.isabstract(each)}
+    if values.get("type") not in types:
+        raise ValueError(f"type must be one of {', '.join(types)}, got {values.get('type')!r}.")
+    return build(types[values.pop("type")], values)
+
+
+def _subclasses(kind: Any) -> Iterator[Any]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from _subclasses(each)

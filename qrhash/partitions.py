@@ -14,20 +14,13 @@ of integer arithmetic serve NumPy (int64 on the host, exact for vocabularies up 
 import abc
 import dataclasses
 import functools
-import inspect
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qrhash.arithmetic import (
-    Array,
-    as_fields,
-    as_ids,
-    as_size,
-    build,
-)
+from qrhash.arithmetic import Array, as_ids, as_size, build_typed, typed_fields
 
 _INT32_MAX = 2**31 - 1
 _MAX_NUM_EMBEDDINGS = 2**63
@@ -148,10 +141,7 @@ class Partition(abc.ABC):
         >>> QuotientRemainder(10, 4).to_dict()
         {'type': 'QuotientRemainder', 'num_embeddings': 10, 'num_collisions': 4}
         """
-        names = (field.name for field in dataclasses.fields(self) if field.init)
-        values = {name: getattr(self, name) for name in names}
-        lists = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return {"type": type(self).__name__, **lists}
+        return typed_fields(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Partition":
@@ -164,13 +154,8 @@ class Partition(abc.ABC):
         >>> Partition.from_dict({"type": "FullTable", "num_embeddings": 10})
         FullTable(num_embeddings=10)
         """
-        values = as_fields("partition", values)
-        types = {
-            each.__name__: each for each in _subclasses(Partition) if not inspect.isabstract(each)
-        }
-        if values.get("type") not in types:
-            raise ValueError(f"type must be one of {', '.join(types)}, got {values.get('type')!r}.")
-        return build(types[values.pop("type")], values)
+        made: Partition = build_typed("partition", Partition, values)
+        return made
 
     @abc.abstractmethod
     def _digits(self, ids: Array) -> tuple[Array, ...]:
@@ -199,12 +184,6 @@ class Partition(abc.ABC):
                 "qrhash.gather, or set jax_enable_x64."
             )
         return ids.astype(xp.int32)
-
-
-def _subclasses(kind: Any) -> Iterator[Any]:
-    for each in kind.__subclasses__():
-        yield each
-        yield from _subclasses(each)
 
 
 def vocabulary_size(value: int) -> int:

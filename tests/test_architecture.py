@@ -76,7 +76,7 @@ INSIDE = {
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
-        *("sharded", "config", "embedding"),
+        *("sharded", "config", "embedding", "growth", "deltas", "delta_files"),
     ],
     "nnx": ["variables", "modules", "gradients"],
     "deeprec": ["variable", "interface"],

@@ -24,6 +24,7 @@ from qrhash.checkpoint.leaves import (
 from qrhash.checkpoint.metadata import MismatchError, check_extra, compare, describe
 from qrhash.checkpoint.writing import finish, first_line, unfinished, writing
 from qrhash.config import EmbedConfig
+from qrhash.dynamic.config import DynamicConfig
 from qrhash.stacks import CollectionConfig
 
 _METADATA = "metadata"
@@ -54,7 +55,8 @@ class Checkpoints:
 
     Args:
       directory: where they are, or are to be; with several processes, one that all of them see.
-      config: the model's `EmbedConfig`, `CollectionConfig`, or mapping of names to configs.
+      config: the model's `EmbedConfig`, `DynamicConfig`, `CollectionConfig`, or mapping of names to
+        configs.
       max_to_keep: how many to keep, the latest ones; None: all.
 
     A program does not end before what was saved is written, also without `close`; if it cannot be
@@ -68,7 +70,7 @@ class Checkpoints:
     def __init__(
         self,
         directory: str | Path,
-        config: EmbedConfig | CollectionConfig | Mapping[str, Any],
+        config: EmbedConfig | DynamicConfig | CollectionConfig | Mapping[str, Any],
         *,
         max_to_keep: int | None = 3,
     ) -> None:

@@ -19,6 +19,16 @@ others: the compressed one, from a few small tables.
 
 from qrhash.dynamic.admission import AdmitByChance, ExactCount, SketchCount
 from qrhash.dynamic.config import DynamicConfig
+from qrhash.dynamic.delta_files import load_delta, save_delta
+from qrhash.dynamic.deltas import (
+    Delta,
+    Published,
+    Served,
+    apply_delta,
+    delta_since,
+    nothing_published,
+    nothing_served,
+)
 from qrhash.dynamic.embedding import (
     Found,
     Parameters,
@@ -33,6 +43,7 @@ from qrhash.dynamic.embedding import (
     start_rows,
 )
 from qrhash.dynamic.eviction import Eviction, LeastUsed, SmallNorm, StepsSinceUse
+from qrhash.dynamic.growth import grow
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission, AdmitAll
 
@@ -40,6 +51,7 @@ __all__ = [
     "Admission",
     "AdmitAll",
     "AdmitByChance",
+    "Delta",
     "DynamicConfig",
     "Eviction",
     "ExactCount",
@@ -47,17 +59,26 @@ __all__ = [
     "KeyIndex",
     "LeastUsed",
     "Parameters",
+    "Published",
     "Rows",
+    "Served",
     "SketchCount",
     "SmallNorm",
     "State",
     "StepsSinceUse",
+    "apply_delta",
     "assign",
+    "delta_since",
     "evict",
     "find",
+    "grow",
     "init",
     "init_state",
     "large",
+    "load_delta",
     "lookup",
+    "nothing_published",
+    "nothing_served",
+    "save_delta",
     "start_rows",
 ]

@@ -1,16 +1,18 @@
 """`DynamicConfig`: everything that is fixed about a table that grows."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from qrhash.arithmetic import as_size
+from qrhash.arithmetic import as_fields, as_size, build, build_typed, typed_fields
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.eviction import Eviction
 from qrhash.dynamic.newcomers import Admission, AdmitAll
 from qrhash.families import FullTable
+from qrhash.fields import as_plain
 from qrhash.keys import check_seed
 from qrhash.layout import MeshLayout
 from qrhash.tuning import LARGE_TABLE_ROWS
@@ -132,6 +134,57 @@ class DynamicConfig:
     def num_params(self) -> int:
         """How many parameters rows and compressed vectors have."""
         return self.own.num_params + (0 if self.refused is None else self.refused.num_params)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON has it; see `EmbedConfig.to_dict`.
+
+        Raises:
+          ValueError: there is an `embedding_init`, here or in `refused`, which is a function.
+
+        >>> config = DynamicConfig(100, 8)
+        >>> DynamicConfig.from_dict(config.to_dict()) == config
+        True
+        """
+        if self.embedding_init is not None:
+            raise ValueError(
+                "embedding_init must be None in JSON, which holds no functions, got "
+                f"{self.embedding_init!r}: leave it out with dataclasses.replace, and give it to "
+                "from_dict."
+            )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["embedding_init"]
+        for name in ("admission", "eviction"):
+            values[name] = None if values[name] is None else typed_fields(values[name])
+        values["refused"] = None if self.refused is None else self.refused.to_dict()
+        return {name: as_plain(value) for name, value in values.items()}
+
+    @classmethod
+    def from_dict(
+        cls,
+        values: Mapping[str, Any],
+        *,
+        embedding_init: Initializer | None = None,
+        devices: Sequence[Any] | None = None,
+    ) -> Self:
+        """The config of which `to_dict` made these values.
+
+        Args:
+          values: a mapping, also one that was JSON in between.
+          embedding_init: as in `DynamicConfig`.
+          devices: those of the mesh, where there is one; see `MeshLayout.from_dict`.
+
+        Raises:
+          ValueError: values that make no config.
+        """
+        values = as_fields("config", values)
+        for name, kind in (("admission", Admission), ("eviction", Eviction)):
+            if values.get(name) is not None:
+                values[name] = build_typed(name, kind, values[name])
+        if values.get("refused") is not None:
+            values["refused"] = EmbedConfig.from_dict(values["refused"], devices=devices)
+        if values.get("layout") is not None:
+            values["layout"] = MeshLayout.from_dict(values["layout"], devices)
+        return build(cls, values | {"embedding_init": embedding_init})
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

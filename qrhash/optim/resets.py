@@ -62,13 +62,69 @@ def reset_rows(
     return jax.tree.unflatten(state_tree, arrays)
 
 
+def grow_rows(
+    tx: optax.GradientTransformation, state: PyTree, params: PyTree, grown: PyTree
+) -> PyTree:
+    """The state of an optimizer for parameters whose tables have more rows than before.
+
+    Args:
+      tx: the transformation, such as of `qrhash.touched_rows`.
+      state: its state.
+      params: the parameters before.
+      grown: the parameters after, such as `qrhash.dynamic.grow` gives them: the same tree, with
+        tables in it that have more rows, the first of which are those that they had.
+
+    Returns:
+      The state. Every row keeps its own, a row that is new has it as at the start.
+
+    Raises:
+      ValueError: the trees differ, or in more than the number of rows; or `tx` keeps state for a
+        table that does not go by its rows.
+
+    >>> from qrhash.optim.accumulators import adagrad
+    >>> table = jnp.ones((2, 1))
+    >>> tx = adagrad(0.1, initial_accumulator_value=0.5)
+    >>> _, state = tx.update(table, tx.init(table), table)
+    >>> print(jax.tree.leaves(grow_rows(tx, state, table, jnp.ones((3, 1))))[0].ravel())
+    [1.5 1.5 0.5]
+    """
+    check_transformation(tx)
+
+    def all_rows(old: PyTree, new: PyTree) -> jax.Array | None:
+        if old is None or old.shape == new.shape:
+            return None
+        if len(old.shape) != 2 or old.shape[1:] != new.shape[1:] or old.shape[0] > new.shape[0]:
+            raise ValueError(
+                f"grown must have the tables of params with more rows, got an array {new.shape} in "
+                f"the place of one {old.shape}."
+            )
+        return jnp.arange(old.shape[0])
+
+    try:
+        rows = jax.tree.map(all_rows, params, grown, is_leaf=_is_node)
+    except ValueError as error:
+        raise ValueError(f"grown must be a tree as params are: {error}") from error
+    before, after = _named(params, rows), _named(grown, rows)
+    leaves, tree = jax.tree.flatten(params)
+    owners = owners_of(tx, tree, leaves, {n: each.storage.row_axis for n, each in before.items()})
+    arrays, state_tree = jax.tree.flatten(state)
+    fresh = jax.tree.leaves(tx.init(grown))
+    for place, owner in enumerate(owners):
+        if owner is not None:
+            old, new = before[owner], after[owner]
+            (values,), _ = old.storage.read([arrays[place]], old.indices)
+            start = fresh[place].astype(arrays[place].dtype)
+            arrays[place] = new.storage.set(start, new.indices, values)
+    return jax.tree.unflatten(state_tree, arrays)
+
+
+def _is_node(each: PyTree) -> bool:
+    return each is None or is_table(each)
+
+
 def _named(params: PyTree, rows: PyTree) -> Mapping[int, RowGrads]:
     """Number of a leaf of the parameters -> the rows named of it, with values of zero."""
-
-    def is_node(each: PyTree) -> bool:
-        return each is None or is_table(each)
-
-    nodes, tree = jax.tree.flatten(params, is_leaf=is_node)
+    nodes, tree = jax.tree.flatten(params, is_leaf=_is_node)
     places = jax.tree.unflatten(tree, range(len(nodes)))
     try:
         of_nodes = jax.tree.broadcast(rows, places, is_leaf=lambda each: each is None)

@@ -203,12 +203,13 @@ def _save_on(directory):
         print(step, flush=True)
 
 
-def _nurse(directory):
+def nurse(save_on, directory):
+    """For each line that comes in, a child that saves on until it is killed."""
     for _ in sys.stdin:
         child = os.fork()
         if not child:
             try:
-                _save_on(directory)
+                save_on(directory)
             finally:
                 os._exit(1)
         os.waitpid(child, 0)
@@ -216,4 +217,4 @@ def _nurse(directory):
 
 
 if __name__ == "__main__":
-    _nurse(sys.argv[1])
+    nurse(_save_on, sys.argv[1])
