@@ -94,11 +94,12 @@ class Found:
 def init(key: Key, config: DynamicConfig) -> Parameters:
     """The parameters before any key is known: rows of zeros, and the compressed vectors' tables."""
     check_dynamic_config(config)
-    (table,) = tables.init(key, config.own)
+    of_rows, of_refused, of_projection = jax.random.split(key, 3)
+    (table,) = tables.init(of_rows, config.own)
     if config.refused is None:
         return Parameters(table)
-    projection = tables.init_projection(key, config.refused)
-    return Parameters(table, tables.init(key, config.refused), projection)
+    refused = tables.init(of_refused, config.refused)
+    return Parameters(table, refused, tables.init_projection(of_projection, config.refused))
 
 
 def init_state(config: DynamicConfig) -> State:
@@ -184,8 +185,7 @@ def start_rows(
       `qrhash.reset_rows` takes them.
     """
     keys, capacity = found._flat_keys, config.capacity
-    is_new = found.rows.is_new.reshape(-1)
-    rows = jnp.where(is_new, found.rows.rows.reshape(-1), capacity)
+    is_new, rows = found.rows.is_new.reshape(-1), new_rows(found, config)
     size = min(_AT_ONCE, rows.shape[0])
     count = jnp.sum(is_new, dtype=jnp.int32)
     # As many places as the last turn may look at.
@@ -204,6 +204,11 @@ def start_rows(
         state = (jnp.int32(0), table)
         _, table = jax.lax.while_loop(lambda state: state[0] < count, turn, state)
     return parameters._replace(table=table), Parameters(rows, None, None)
+
+
+def new_rows(found: Found, config: DynamicConfig) -> jax.Array:
+    """The rows that keys have just got, int32 [n]: at their first places; else the capacity."""
+    return jnp.where(found.rows.is_new, found.rows.rows, config.capacity).reshape(-1)
 
 
 def _first_vectors(parameters: Parameters, keys: Keys, config: DynamicConfig) -> jax.Array:

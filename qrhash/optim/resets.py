@@ -68,14 +68,15 @@ def _named(params: PyTree, rows: PyTree) -> Mapping[int, RowGrads]:
     def is_node(each: PyTree) -> bool:
         return each is None or is_table(each)
 
-    nodes = jax.tree.leaves(params, is_leaf=is_node)
+    nodes, tree = jax.tree.flatten(params, is_leaf=is_node)
+    places = jax.tree.unflatten(tree, range(len(nodes)))
     try:
-        of_nodes = jax.tree.broadcast(rows, params, is_leaf=is_node)
+        of_nodes = jax.tree.broadcast(rows, places, is_leaf=lambda each: each is None)
     except ValueError as error:
         raise ValueError(
             f"rows must be a prefix of the parameters' tree, of row numbers and None: {error}"
         ) from error
-    numbers = jax.tree.leaves(of_nodes, is_leaf=is_node)
+    numbers = jax.tree.leaves(of_nodes, is_leaf=lambda each: each is None)
     found: dict[int, RowGrads] = {}
     count = 0
     for node, of_node in zip(nodes, numbers, strict=True):
