@@ -1,5 +1,7 @@
 """Training on several devices and in several processes: the curve of one device."""
 
+import re
+import shutil
 import socket
 import time
 
@@ -12,8 +14,12 @@ from qrhash.ctr.run import train as fitting
 from qrhash.ctr.run.devices import make_layout, mesh_sizes
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
+from support import ctr_files
 from support.training_process import (
+    COUNTED,
+    ROWS,
     assert_same_curve,
+    assert_same_to_the_last_bit,
     command_line,
     compiled_once,
     numbers_of,
@@ -240,13 +246,15 @@ def test_a_mesh_changes_no_count(options, alone, tmp_path):
     assert counts[0] == counts[1]
 
 
-def test_two_processes_give_the_curve_of_one(options, alone, tmp_path):
-    output = tmp_path / "run"
-    shared = [*options, "--output-dir", output, "--mesh=data=2,model=4", "--num-processes=2"]
+MESH = "--mesh=data=2,model=4"
+
+
+def _together(*options, output, logs):
+    """A run of two processes; how many rows each decoded."""
+    shared = [*options, "--output-dir", output, MESH, "--num-processes=2"]
     shared += [f"--coordinator=localhost:{_free_port()}", "--coordinator-timeout=60"]
-    logs = [tmp_path / f"{number}.log" for number in (0, 1)]
     processes = [
-        command_line(*shared, f"--process-id={number}", output=log, devices=4)
+        command_line(*shared, f"--process-id={number}", output=log, devices=4, before=COUNTED)
         for number, log in enumerate(logs)
     ]
     try:
@@ -254,11 +262,98 @@ def test_two_processes_give_the_curve_of_one(options, alone, tmp_path):
     except AssertionError as error:
         texts = (f"--- process {n}:\n{log.read_text()[-3000:]}" for n, log in enumerate(logs))
         raise AssertionError("\n".join([str(error), *texts])) from error
+    return [int(re.findall("decoded ([0-9]+)", log.read_text())[-1]) for log in logs]
+
+
+@pytest.fixture
+def logs(tmp_path):
+    return [tmp_path / f"{number}.log" for number in (0, 1)]
+
+
+def test_two_processes_give_the_curve_of_one(options, alone, tmp_path, logs):
+    output = tmp_path / "run"
+    decoded = _together(*options, output=output, logs=logs)
     assert_same_curve(numbers_of(output), alone)
     assert "rows trained on" in logs[0].read_text()
     assert "rows trained on" not in logs[1].read_text()
+    # Each row once in each pass: the first look, the sample of the test rows, two epochs, the test.
+    assert sum(decoded) == 1000 + 100 + 2 * 800 + 200
+    assert max(decoded) <= sum(decoded) / 2 + 5 * 32
 
     # One process takes up what two have left.
     result = _train("--resume", "--output-dir", output)
     assert "resuming after 1,600 rows, 26 steps" in result.stderr
     assert_same_curve(numbers_of(output), alone)
+
+
+BAD = range(7, ROWS, 100)
+
+
+def _spoilt_text(folder):
+    """Lines without cells, and others with a cell that is none."""
+    rows = ctr_files.random_rows(ROWS)
+    for i in BAD:
+        rows[i] = ["x"] if i % 200 == 7 else [*rows[i][:15], "no", *rows[i][16:]]
+    return ctr_files.write_text(folder / "spoilt", rows)
+
+
+def _spoilt_parquet(folder):
+    rows = ctr_files.random_rows(ROWS)
+    for i in BAD:
+        rows[i][15] = "no"
+    return ctr_files.write_parquet(folder / "spoilt", rows)
+
+
+def _forget_after(step, output):
+    """As if the run had been stopped then."""
+    for path in (output / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+
+
+def _run_alone(*run, tmp_path):
+    """One process on as many devices; with 8 malformed lines to train on and 2 to test on."""
+    often = ["--max-bad-lines=10", "--checkpoint-every=9", "--keep-checkpoints=9"]
+    _train(*run, *often, MESH, "--output-dir", tmp_path / "alone")
+    summary = numbers_of(tmp_path / "alone")[-1]
+    assert (summary["bad_lines"], summary["train_rows"]) == (10, 2 * 792)
+    return tmp_path / "alone", [*run, *often]
+
+
+def test_one_process_goes_on_with_what_two_began(options, tmp_path, logs):
+    """With malformed rows among the others, which move all that follow, and a vocabulary."""
+    run = [options[0], f"--data={_spoilt_text(tmp_path)}"]
+    alone, run = _run_alone(*run, tmp_path=tmp_path)
+    output = tmp_path / "run"
+    decoded = _together(*run, output=output, logs=logs)
+    assert_same_to_the_last_bit(output, alone)
+    without_cells = 5
+    assert sum(decoded) == 1000 - without_cells + 99 + 2 * 792 + 198
+    assert max(decoded) <= sum(decoded) / 2 + 5 * 32
+    assert logs[0].read_text().count("\nskipped ") == 5
+    _forget_after(9, output)
+    result = _train("--resume", MESH, "--output-dir", output)
+    assert "resuming after 576 rows" in result.stderr
+    assert_same_to_the_last_bit(output, alone)
+
+
+def test_two_processes_go_on_with_what_one_began(options, tmp_path, logs):
+    """Without a vocabulary: to find the malformed rows they look at all of them first."""
+    run = [options[0], f"--data={_spoilt_parquet(tmp_path)}", "--ids=keys", "--key-bits=10"]
+    alone, _ = _run_alone(*run, tmp_path=tmp_path)
+    output = shutil.copytree(alone, tmp_path / "run")
+    _forget_after(18, output)
+    decoded = _together("--resume", output=output, logs=logs)
+    assert "resuming after 1,112 rows" in logs[0].read_text()
+    assert_same_to_the_last_bit(output, alone)
+    assert sum(decoded) == 1000 + 99 + 2 * 792 - 1112 + 198
+    assert max(decoded) <= sum(decoded) / 2 + 4 * 32
+
+
+def test_a_limit_of_malformed_lines_holds_for_all_processes(options, tmp_path, logs):
+    """Each meets half of them, and says what one would that meets all."""
+    run = [options[0], f"--data={_spoilt_text(tmp_path)}", "--max-bad-lines=9"]
+    with pytest.raises(AssertionError, match="exit codes"):
+        _together(*run, output=tmp_path / "run", logs=logs)
+    for log in logs:
+        assert "Error: More than 9 malformed lines, the last of them" in log.read_text()

@@ -225,6 +225,32 @@ def test_predict_takes_other_forms_and_refuses_longer_lists(runs, events, tmp_pa
     np.testing.assert_allclose(table["logit"].to_numpy(), wanted[short], rtol=1e-5, atol=1e-6)
 
 
+def test_predict_takes_lists_as_they_are_written_in_its_data(runs, events, tmp_path):
+    """Arrow's, cut or written text, whichever of them the run had."""
+    tested = ctr_files.rows_of(events, 750, 900)
+    cut = ["|".join(map(str, row or ())) for row in tested["tags"]]
+    assert any("|" in row for row in cut)
+    written = [str(row or []) for row in tested["tags"]]
+
+    def logits(run, name, tags):
+        data = ctr_files.write_csv(tmp_path / f"{name}.csv", tested | {"tags": tags})
+        result = _predict(run, data, tmp_path / f"{name}.parquet", "--overwrite")
+        assert result.exit_code == 0, result.output
+        return pyarrow.parquet.read_table(tmp_path / f"{name}.parquet")
+
+    run, wanted, _ = runs["mean"]
+    np.testing.assert_array_equal(logits(run, "cut", cut)["logit"], wanted)
+    spoilt = logits(run, "spoilt", ["[1, 2", *written[1:]])  # Malformed, not one cut element.
+    assert spoilt["row"].to_pylist() == list(range(1, 150))
+
+    texts = events | {"tags": ["|".join(map(str, row or ())) for row in events["tags"]]}
+    path = tmp_path / "of cut text"
+    path.mkdir()
+    data = ctr_files.write_csv(path / "e.csv", texts)
+    wanted, _ = _run(path, texts, "--lists=tags", data=data)
+    np.testing.assert_array_equal(logits(path / "run", "written", written)["logit"], wanted)
+
+
 def test_a_stopped_run_goes_on_to_the_same_numbers(runs, events, tmp_path):
     """With the length that it began with."""
     data = ctr_files.write_table(tmp_path / "e.parquet", events)

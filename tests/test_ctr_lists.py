@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,7 +15,7 @@ from qrhash.ctr.data import lists as lists_of
 from qrhash.ctr.data.block import Block, Lists
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.files import BadLines
-from qrhash.ctr.data.inference import infer
+from qrhash.ctr.data.inference import as_they_are_here, infer
 from qrhash.ctr.data.pipeline import encode
 from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.data.sources import open_source
@@ -95,6 +96,9 @@ CUT = {
     "a|b": ["a", "b"],
     " ab | c ": ["ab", "c"],
     "a": ["a"],
+    "a|b|": ["a", "b"],
+    "a | ": ["a"],
+    "|": [],
     "": [],
     "  ": [],
     None: [],
@@ -167,7 +171,8 @@ def test_text_that_is_no_list_is_malformed():
     [
         ([[1], [1, None], [None]], {}),
         ([["a"], ["a", None], [""]], {}),
-        (["a", "a||b", "a|"], {"separator": "|"}),
+        (["a", "a||b", "a||"], {"separator": "|"}),
+        (["a|", "|a", " ||"], {"separator": "|"}),
         (["[1]", "[1, null]", "['', None]"], {}),
     ],
 )
@@ -293,6 +298,29 @@ def test_options_of_lists():
     assert _column([[1]] * ROWS).type == "list<int64>"
     only = _infer({"x": [[1]] * ROWS}, ignore="word")
     assert (only.categories, only.lists, only.embedded) == ((), ("x",), ("x",))
+
+
+@pytest.mark.parametrize(
+    ("separator", "cells", "section", "wanted"),
+    [
+        (None, ["a;b", "c|d"], {}, ";"),  # The run had Arrow's or written lists
+        (None, ["[1]", "[2"], {}, None),
+        (None, [None, " "], {}, ";"),
+        ("|", ["a|b", "[1]"], {}, "|"),
+        ("|", ["['a', 1]", " [1]"], {}, None),
+        ("|", ["[1]", "[2]"], {"separator": "|"}, "|"),
+        ("|", [["a"]], {}, "|"),  # Of no use for Arrow's
+    ],
+)
+def test_the_columns_of_a_run_take_lists_as_other_data_write_them(
+    separator, cells, section, wanted
+):
+    column = Column("x", "string", "list", "list", length=2, separator=separator)
+    other = Column("y", "string", "text", "category")
+    sample = pa.table({"x": cells, "y": ["a"] * len(cells)})
+    settings = Settings(data="f", list_separator=";", columns={"x": section})
+    found = as_they_are_here(Schema(columns=(column, other)), sample, settings)
+    assert found == Schema(columns=(replace(column, separator=wanted), other))
 
 
 MISTAKES = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qrhash.ctr.data.block import Block
-from qrhash.ctr.data.pipeline import _Blocks, batches, encode
+from qrhash.ctr.data.pipeline import batches, encode
 from qrhash.ctr.data.schema import CRITEO, Column, Schema
 from qrhash.ctr.data.synthetic import SyntheticSource
 from qrhash.ctr.data.vocabulary import MISSING_KEY, HashedIds, RawKeys
@@ -18,7 +18,7 @@ class _Uneven:
 
     name, num_lines, schema = "uneven", 9, CRITEO
 
-    def blocks(self, start, stop):
+    def blocks(self, start, stop, wanted=None):
         first = 0
         for rows in (3, 0, 5, 1, 0):
             numbers = np.tile(np.arange(first, first + rows)[:, None], 13).astype(np.float32)
@@ -76,20 +76,27 @@ def test_a_model_without_categories_gets_no_ids():
     assert encode(block, CRITEO, {}).ids.shape == (10, 0)
 
 
-def test_grain_can_save_and_restore_the_position():
-    dataset = _Blocks(SyntheticSource(30_000, 0), 100, 30_000)
-    iterator = iter(dataset)
-    next(iterator)
-    state = iterator.get_state()
-    wanted = next(iterator)
-    restored = iter(dataset)
-    restored.set_state(state)
-    np.testing.assert_array_equal(next(restored).keys, wanted.keys)
+@pytest.mark.parametrize("taken", [0, 1, 3, 7])
+def test_grain_can_save_and_restore_the_position(taken):
+    """Which is a number of batches; behind the last one there is nothing."""
+    arguments = (SyntheticSource(30_000, 0), 100, 30_000, IDS, 5000)
+    with batches(*arguments) as stream:
+        before = [next(stream) for _ in range(min(taken, 6))]
+        state = stream.get_state()
+        wanted = list(stream)
+    assert state == {"batches": len(before)}
+    with batches(*arguments) as stream:
+        stream.set_state({"batches": taken})
+        found = list(stream)
+    assert len(found) == len(wanted) == max(0, 6 - taken)
+    for batch, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(batch.numbers, other.numbers)
+        np.testing.assert_array_equal(batch.weights, other.weights)
 
 
 def test_an_error_in_the_background_arrives():
     class Broken(_Uneven):
-        def blocks(self, start, stop):
+        def blocks(self, start, stop, wanted=None):
             yield from super().blocks(start, stop)
             raise UserError("line 10")
 

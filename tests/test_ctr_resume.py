@@ -261,13 +261,16 @@ OTHERWISE = {
     "--epochs=3": "epochs was 2, got 3",
     "--model=dcn": "model was 'dlrm', got 'dcn'",
     "--table-lr=0.1": "table_lr was 0.3, got 0.1",
+    "--list-length=3": "list_length was not given, got 3",  # And none was among its data.
+    "--patience=2": "patience was not given, got 2",
 }
 
 
 @pytest.mark.parametrize("option", OTHERWISE)
 def test_a_run_goes_on_with_the_options_it_began_with(option, stopped):
     before = (stopped / "metrics.jsonl").read_text()
-    _assert_refused(OTHERWISE[option], "--output-dir", stopped, option)
+    sentence = f"options that it began with: {OTHERWISE[option]}; leave it out to go on, or begin "
+    _assert_refused(sentence, "--output-dir", stopped, option)
     assert (stopped / "metrics.jsonl").read_text() == before
 
 
@@ -345,6 +348,14 @@ def test_a_run_of_an_earlier_version_says_what_may_have_changed(taken_up, tmp_pa
     *_, data = small_run(tmp_path, name="other", rows=rows)
     sentence = "A run is resumed with the data that it began with, and with this version"
     _assert_refused(sentence, "--output-dir", taken_up, data)
+
+
+def test_a_place_in_the_data_as_an_earlier_version_told_it(taken_up):
+    metadata = taken_up / "checkpoints" / "6" / "metadata" / "metadata"
+    text = metadata.read_text()
+    assert '{"batches": 6}' in text
+    metadata.write_text(text.replace('{"batches": 6}', '{"parent": {"blocks": 1}, "batch_idx": 6}'))
+    _assert_refused("is of an earlier version of qrhash, which told", "--output-dir", taken_up)
 
 
 @damaging

@@ -70,6 +70,23 @@ def test_a_run_that_is_resumed_takes_over_all_but_where_it_is():
     assert load(None, anew, begun) == Settings(**anew, features=8)
 
 
+def test_options_of_a_run_that_is_resumed_are_first_held_against_those_it_began_with(tmp_path):
+    """And not against one another without its data, as those of a new run are."""
+    options = {"resume": True, "output_dir": "out", "list_length": 3}
+    assert load(None, options) == Settings(resume=True, output_dir="out")
+    with pytest.raises(UserError, match="list_length goes with a table in --data"):
+        load(None, {"list_length": 3})
+    begun = Settings(data="a", list_length=5, columns={"x": {"widths": [3, 4]}}).as_dict()
+    with pytest.raises(UserError, match="list_length was 5, got 3; leave it out to go on"):
+        load(None, options, begun)
+    assert load(None, options | {"list_length": 5}, begun).list_length == 5
+    with pytest.raises(UserError, match="Unknown option 'lenght' in "):
+        load(None, {"resume": True, "lenght": 5}, begun)
+    path = tmp_path / "run.toml"
+    path.write_text("[columns.x]\nwidths = [3, 4]\n")
+    assert load(path, {"resume": True}, begun).columns == {"x": {"widths": [3, 4]}}
+
+
 def test_whole_numbers_are_numbers(tmp_path):
     assert _load(tmp_path, "table_lr = 1").table_lr == 1
 

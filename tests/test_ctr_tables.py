@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from qrhash.ctr.data import text
-from qrhash.ctr.data.files import BadLines
+from qrhash.ctr.data.files import BadLines, Lines
 from qrhash.ctr.data.formats import TextFormat, sniff
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.text import TextFile
@@ -120,7 +120,7 @@ def test_text_is_read_as_python_reads_it(tmp_path, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "_CHUNK_BYTES", 64)
         file = TextFile(path, form, compressed=False)
-        parts = list(file.parts(0, file.num_rows, ["c", "a"]))
+        parts = list(file.parts(Lines(0, file.num_rows), ["c", "a"]))
     assert file.num_rows == len(rows)
     found = [row for part in parts for row in part.table.to_pylist()]
     assert found == [{"c": row[2] or None, "a": row[0] or None} for row in rows]
@@ -379,12 +379,11 @@ def test_no_text_is_lost_or_too_much(tmp_path, content, columns, has_quotes, has
             file = TextFile(path, form, compressed=False)
         except UserError:  # A row is longer than a chunk, or a quotation mark is not ended.
             hypothesis.reject()
-        whole = list(file.parts(0, file.num_rows, ["a"]))
-        halves = [
-            part
-            for start, stop in [(0, file.num_rows // 2), (file.num_rows // 2, file.num_rows)]
-            for part in file.parts(start, stop, ["a"])
-        ]
+        whole = list(file.parts(Lines(0, file.num_rows), ["a"]))
+        ends = [(0, file.num_rows // 2), (file.num_rows // 2, file.num_rows)]
+        halves = [part for half in ends for part in file.parts(Lines(*half), ["a"])]
+        mask = np.random.default_rng(len(content)).random(file.num_rows) < 0.5
+        chosen = list(file.parts(Lines(0, file.num_rows, mask), ["a"]))
 
     def found(parts):
         cells = [cell for part in parts for cell in part.table["a"].to_pylist()]
@@ -394,7 +393,10 @@ def test_no_text_is_lost_or_too_much(tmp_path, content, columns, has_quotes, has
         return cells, places, lines, {k: v for part in parts for k, v in part.faults.items()}
 
     assert found(whole) == found(halves)
-    _, places, _, faults = found(whole)
+    cells, places, lines, faults = found(whole)
+    rows = [row for row in zip(cells, places, lines, strict=True) if mask[row[1]]]
+    assert list(zip(*found(chosen)[:3], strict=True)) == rows
+    assert found(chosen)[3] == {place: fault for place, fault in faults.items() if mask[place]}
     assert sorted([*places, *faults]) == list(range(file.num_rows))
     if not has_quotes:
         lines = content.split("\n")

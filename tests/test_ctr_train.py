@@ -2,24 +2,29 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
+from qrhash.ctr.data.schema import CRITEO, Column
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.vocabulary import build_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Scores, constant_logit, log_loss
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.overview import overview
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, draw, final_table
-from qrhash.ctr.run.train import fit, split_line
+from qrhash.ctr.run.rows import split_line
+from qrhash.ctr.run.train import fit
 from qrhash.ctr.settings import Settings
 from support import ctr_files
 
@@ -254,6 +259,49 @@ def test_the_final_table_says_it_all():
     for line in (("rows of tables", "20", "the 80"), ("their bytes", "1,000", "the 4,000")):
         assert any(all(part in each for part in line) for each in text.splitlines())
     assert "0.5000 constant predictor, 0.4000 ground truth" in text
+
+
+class Bars(Display):
+    """Takes note of how full each bar was when its phase ended."""
+
+    def __init__(self):
+        self.file, self.ends = io.StringIO(), {}
+        super().__init__(Console(file=self.file, force_terminal=True, width=150))
+
+    def done(self):
+        super().done()
+        (task,) = self._progress.tasks
+        self.ends[task.description] = (task.completed, task.total)
+
+
+def test_a_bar_is_full_when_its_phase_ends(tmp_path):
+    """Though malformed rows are none of those that were read, and the last batch is short."""
+    rows = [["x"] if i % 40 == 7 else row for i, row in enumerate(ctr_files.random_rows(1010))]
+    data = ctr_files.write_text(tmp_path / "clicks", rows)
+    with Bars() as display:
+        fit(Settings(data=str(data), **SMALL), display, Kept([]))
+    phases = {"vocabulary": 808, "training": 808, "testing": 202}
+    assert display.ends == {name: (rows, rows) for name, rows in phases.items()}
+    for rows in phases.values():
+        assert f"{rows}/{rows}" in display.file.getvalue()
+
+
+def test_columns_of_a_preset_that_are_alike_are_shown_together():
+    full = {f"C{i}": EmbedConfig(FullTable(10 * i), 4) for i in range(1, 10)}
+    hashed = {f"C{i}": EmbedConfig(HashTrick(900, 30), 4) for i in (11, 14, 15)}
+    configs = full | hashed | {"C12": EmbedConfig(KeyDigits(8, 2), 4)}
+    sizes = {name: config.partition.num_embeddings for name, config in configs.items()}
+    sizes |= dict.fromkeys(("C10", "C13"), 5000) | {"C12": None}
+    categories = [Column(f"C{i}", "hex digits", "text", "category") for i in range(1, 16)]
+    schema = replace(CRITEO, columns=(*CRITEO.columns[:14], *categories))
+    assert overview(schema, sizes, configs) == [
+        ("label", "0 or 1", "label", "", ""),
+        ("I1 to I13", "integer", "number", "", ""),
+        ("C1 to C9", "hex digits", "category", "10 to 90", "FullTable: 7,200 bytes"),
+        ("C10, C13", "hex digits", "category", "5,000", "dropped"),
+        ("C11, C14, C15", "hex digits", "category", "900", "HashTrick: 1,440 bytes"),
+        ("C12", "hex digits", "category", "keys", "KeyDigits, mult: 512 bytes"),
+    ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -6,6 +6,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/criteo      the names of the Criteo format
   data/schema      what the columns of the data are used as
   data/block       rows on the host
+  data/processes   what several processes do together
   options          what an option is: its type, help and bounds
   column_settings  the options that may differ from column to column
   tower_settings   the options of retrieval with two towers
@@ -19,11 +20,13 @@ The rooms, in reading order (a module imports the ones above it only):
   data/text        files of text -> tables, with bounded memory
   data/parquet     Parquet files -> tables, with bounded memory
   data/folders     columns that are in the names of folders
+  data/numbering   the numbers of rows, in the order of the files or by time
   data/looks       what the first rows say of a column
   data/inference   what the columns of a table are used as
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known
   data/vocabulary  64-bit category keys -> ids
+  data/shares      what each of several processes reads
   data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
   model/columns    settings and vocabulary sizes -> one EmbedConfig for each column
@@ -40,6 +43,7 @@ The rooms, in reading order (a module imports the ones above it only):
   run/progress     where a training stands
   run/retrieval    finding items
   run/goals        what a run is for: clicks or items
+  run/rows         which rows are trained, validated and tested on
   run/records      what is kept of a run
   run/overview     the table of columns shown before training
   run/report       JSON lines, the picture, the final table

@@ -11,6 +11,7 @@ differs:
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _ANEW |= {"output_dir", "resume"}
 
 # What it may be given anew. It keeps its numbers so long as the data are the same, if elsewhere.
 _FREE = _ANEW | {"data", "max_bad_lines", "checkpoint_every", "keep_checkpoints"}
+_FIXED = {each.name for each in fields(Settings)} - _FREE
 
 
 def load(
@@ -34,7 +36,8 @@ def load(
     Args:
       config: a TOML file, or None.
       given: option name -> value, from the command line.
-      begun: `Settings.as_dict` of the run to be resumed: stands in place of the defaults.
+      begun: `Settings.as_dict` of the run to be resumed: stands in place of the defaults. Without
+        it, of a run that resumes, only what it does not take over is there.
 
     Raises:
       UserError: the file cannot be read; an option is unknown or has a value it cannot have; a
@@ -50,14 +53,25 @@ def load(
             raise UserError(f"{config} is not TOML: {error}.") from error
     wanted = contents | dict(given)
     if begun is None:
+        if wanted.get("resume"):  # What the others may be, the run that it goes on with says.
+            wanted = {name: wanted[name] for name in wanted.keys() & _ANEW}
         return build(Settings, wanted, str(config))
     before = build(Settings, begun, "the run to be resumed")
+    # Before they are put together, so that no rule between options speaks of ones never given.
+    for name, value in wanted.items():
+        if name in _FIXED:
+            _check_same(name, getattr(before, name), value)
     kept = {name: getattr(before, name) for name in begun if name not in _ANEW}
-    settings = build(Settings, kept | wanted, str(config))
-    for name in wanted:
-        if name not in _FREE and getattr(settings, name) != getattr(before, name):
-            raise UserError(
-                f"A run is resumed with the options that it began with: {name} was "
-                f"{getattr(before, name)!r}, got {getattr(settings, name)!r}."
-            )
-    return settings
+    return build(Settings, kept | wanted, str(config))
+
+
+def _check_same(name: str, before: Any, wanted: Any) -> None:
+    """Raises a UserError if an option is not what a run began with."""
+    wanted = tuple(wanted) if isinstance(wanted, list) else wanted
+    if wanted == before:
+        return
+    was = "not given" if before is None else repr(before)
+    raise UserError(
+        f"A run is resumed with the options that it began with: {name} was {was}, got {wanted!r}; "
+        "leave it out to go on, or begin a new run with it in another --output-dir."
+    )

@@ -14,7 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from qrhash.arithmetic import as_size
+from qrhash.arithmetic import as_size, ceil_div
 from qrhash.dynamic.index import KeyIndex, assign, create, lookup_rows
 from qrhash.dynamic.newcomers import Admission, Admitted, Newcomers
 from qrhash.dynamic.slots import read
@@ -45,6 +45,10 @@ class ExactCount(Admission):
     def __post_init__(self) -> None:
         for name in ("threshold", "num_candidates"):
             object.__setattr__(self, name, as_size(name, getattr(self, name)))
+
+    def split(self, num_shards: int) -> "ExactCount":
+        """With its part of the candidates."""
+        return dataclasses.replace(self, num_candidates=ceil_div(self.num_candidates, num_shards))
 
     def init(self) -> KeyIndex:
         """No candidates."""
@@ -149,6 +153,11 @@ class SketchCount(Admission):
     def _width(self) -> int:
         return self.num_counters // self.num_hashes
 
+    def split(self, num_shards: int) -> "SketchCount":
+        """With its part of the counters."""
+        num_counters = max(ceil_div(self.num_counters, num_shards), self.num_hashes)
+        return dataclasses.replace(self, num_counters=num_counters)
+
     def init(self) -> PyTree:
         """Counters [num_hashes * width], and how often they were halved."""
         dtype = jnp.uint8 if self.threshold < 2**8 else jnp.uint16
@@ -218,7 +227,7 @@ class AdmitByChance(Admission):
         keys, step = newcomers.keys, newcomers.step.astype(jnp.uint32)
         mixed = scramble(Keys(keys.hi ^ step, keys.lo), self.seed)
         luck = (mixed.hi >> 8).astype(jnp.float32) / 2**24
-        stays_out = jnp.float32(1 - self.probability) ** newcomers.occurrences
+        stays_out = jnp.float32(1 - self.probability) ** newcomers.occurrences.astype(jnp.float32)
         is_admitted = newcomers.is_first & (luck >= stays_out)
         return state, Admitted(is_admitted, jnp.zeros_like(newcomers.occurrences))
 

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 from qrhash import tables, vectors
 from qrhash.bags import Bag
 from qrhash.dynamic import index as key_index
+from qrhash.dynamic import sharded
 from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
 from qrhash.dynamic.slots import places_where, read, some_keys
 from qrhash.dynamic.upkeep import evict as evict_rows
 from qrhash.keys import Keys
-from qrhash.kinds import set_table_rows, whole_table
+from qrhash.kinds import set_table_rows
 from qrhash.operations import Projection
 from qrhash.pooling import divided, pool
 from qrhash.types import Array, Key, PyTree, Scalar, wide_dtype
@@ -86,8 +87,7 @@ class Found:
 
     @property
     def _flat_keys(self) -> Keys:
-        keys: Keys = self.keys.ids if isinstance(self.keys, Bag) else self.keys
-        flat = keys.reshape(-1)
+        flat = _of(self.keys).reshape(-1)
         return Keys(jnp.asarray(flat.hi), jnp.asarray(flat.lo))
 
 
@@ -105,6 +105,8 @@ def init(key: Key, config: DynamicConfig) -> Parameters:
 def init_state(config: DynamicConfig) -> State:
     """The state before any key is known."""
     check_dynamic_config(config)
+    if config.layout is not None:
+        return State(*sharded.create(config.layout, config.capacity, config.admission))
     return State(key_index.create(config.capacity), config.admission.init())
 
 
@@ -135,15 +137,15 @@ def assign(
     Returns:
       The state, and the keys as `lookup` and `start_rows` take them.
     """
+    check_dynamic_config(config)
     keys, meant = _as_keys(keys, where)
-    index, rows, admission = key_index.assign(
-        state.index,
-        keys.ids if isinstance(keys, Bag) else keys,
-        step,
-        where=meant,
-        admission=config.admission,
-        state=state.admission,
-    )
+    given = {"where": meant, "admission": config.admission, "state": state.admission}
+    if config.layout is None:
+        index, rows, admission = key_index.assign(state.index, _of(keys), step, **given)
+    else:
+        flat, given["where"], shape = key_index.flat_keys(_of(keys), meant)
+        index, rows, admission = sharded.assign(config.layout, state.index, flat, step, **given)
+        rows = rows.in_shape(shape)
     return State(index, admission), Found(keys, rows, meant)
 
 
@@ -158,8 +160,16 @@ def find(state: State, keys: Any, config: DynamicConfig, *, where: Array | None 
     """
     check_dynamic_config(config)
     keys, meant = _as_keys(keys, where)
-    flat = keys.ids if isinstance(keys, Bag) else keys
-    return Found(keys, key_index.lookup_rows(state.index, flat, where=meant), meant)
+    if config.layout is None:
+        return Found(keys, key_index.lookup_rows(state.index, _of(keys), where=meant), meant)
+    flat, wanted, shape = key_index.flat_keys(_of(keys), meant)
+    rows = sharded.lookup_rows(config.layout, state.index, flat, where=wanted)
+    return Found(keys, rows.in_shape(shape), meant)
+
+
+def _of(keys: Keys | Bag) -> Keys:
+    """The keys [*shape], or those in the places of bags [n]."""
+    return keys.ids if isinstance(keys, Bag) else keys
 
 
 def _as_keys(keys: Any, where: Array | None) -> tuple[Keys | Bag, Any]:
@@ -312,6 +322,10 @@ def evict(
     """
     if config.eviction is None:
         raise ValueError("evict needs config.eviction, such as StepsSinceUse(1000), got None.")
-    gone = config.eviction.gone(state.index, jnp.asarray(whole_table(parameters.table)), step)
-    index = evict_rows(state.index, gone)
-    return dataclasses.replace(state, index=index), index.num_free - state.index.num_free
+    (table,) = jax.tree.leaves(parameters.table)
+    gone = config.eviction.gone(state.index, table, step)
+    if config.layout is None:
+        index = evict_rows(state.index, gone)
+    else:
+        index = sharded.evict(config.layout, state.index, gone)
+    return dataclasses.replace(state, index=index), state.index.num_keys - index.num_keys

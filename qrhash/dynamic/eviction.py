@@ -22,7 +22,10 @@ class Eviction(abc.ABC):
 
     @abc.abstractmethod
     def gone(self, index: KeyIndex, table: jax.Array, step: Scalar) -> jax.Array:
-        """Which rows are to be taken back, bool [capacity]; of a table [capacity, width]."""
+        """Which rows are to be taken back, bool [capacity]; of a table [capacity, width].
+
+        On a mesh [S, R], and [S, R, width].
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class SmallNorm(Eviction):
         """By the rows of the table."""
         del index, step
         squares = jnp.square(table.astype(jnp.float32))
-        return jnp.sum(squares, axis=1) / 2 < self.threshold
+        return jnp.sum(squares, axis=-1) / 2 < self.threshold
 
 
 @dataclasses.dataclass(frozen=True)

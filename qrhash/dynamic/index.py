@@ -62,22 +62,22 @@ class KeyIndex:
 
     @property
     def capacity(self) -> int:
-        """How many rows there are."""
-        return self.counts.shape[0]
+        """How many rows there are; on a mesh, of all shards."""
+        return self.counts.size
 
     @property
     def num_slots(self) -> int:
-        """How many slots there are, a power of two."""
-        return self.slots.shape[0]
+        """How many slots there are, a power of two; on a mesh, of one shard."""
+        return self.slots.shape[-2]
 
     @property
     def num_keys(self) -> Any:
         """How many keys have a row, int32 []."""
-        return self.capacity - self.num_free
+        return self.capacity - jnp.sum(self.num_free)
 
     @property
     def is_live(self) -> Any:
-        """Which rows some key has, bool [capacity]."""
+        """Which rows some key has, bool [capacity]; on a mesh [S, R]."""
         return self.last_steps > _NEVER
 
     def replace(self, **changes: Any) -> "KeyIndex":
@@ -99,6 +99,10 @@ class Rows(NamedTuple):
     is_new: Any
     not_admitted: Any
     no_room: Any
+
+    def in_shape(self, shape: tuple[int, ...]) -> "Rows":
+        """The same with rows of this shape."""
+        return self._replace(rows=self.rows.reshape(shape), is_new=self.is_new.reshape(shape))
 
 
 def create(capacity: int, num_slots: int | None = None) -> KeyIndex:
@@ -159,7 +163,7 @@ def lookup_rows(index: KeyIndex, keys: Any, *, where: Array | None = None) -> Ro
     >>> lookup_rows(index, [7, 6]).rows.tolist()
     [1, 10]
     """
-    keys, wanted, shape = _flat(keys, where)
+    keys, wanted, shape = flat_keys(keys, where)
     if not wanted.size:
         return _no_rows(shape)
     rows = find(index.slots, keys, wanted, index.capacity)
@@ -196,7 +200,7 @@ def assign(
     >>> given.rows.tolist(), given.is_new.tolist(), int(given.no_room)
     ([0, 1, 0, 2], [True, True, False, False], 1)
     """
-    keys, wanted, shape = _flat(keys, where)
+    keys, wanted, shape = flat_keys(keys, where)
     step, capacity = jnp.asarray(step, jnp.int32), index.capacity
     if not wanted.size:
         return index, _no_rows(shape), state
@@ -230,8 +234,7 @@ def assign(
         counts=index.counts.at[given.rows].add(1, mode="drop"),
         last_steps=index.last_steps.at[given.rows].set(step, mode="drop"),
     )
-    in_shape = given._replace(rows=given.rows.reshape(shape), is_new=given.is_new.reshape(shape))
-    return index, in_shape, state
+    return index, given.in_shape(shape), state
 
 
 def _insert(
@@ -294,7 +297,8 @@ def _first_places(keys: Keys, wanted: jax.Array) -> jax.Array:
     return representatives(wanted, num_slots, slots_of, are_same, lowest=True)
 
 
-def _flat(keys: Any, where: Array | None) -> tuple[Keys, jax.Array, tuple[int, ...]]:
+def flat_keys(keys: Any, where: Array | None) -> tuple[Keys, jax.Array, tuple[int, ...]]:
+    """Keys [m], which of them are meant [m], and the shape that they had."""
     keys = Keys.of(keys)
     shape = keys.shape
     flat = Keys(jnp.asarray(keys.hi).reshape(-1), jnp.asarray(keys.lo).reshape(-1))

@@ -51,6 +51,11 @@ class Admission(abc.ABC):
         """The state before the first batch."""
         return ()
 
+    def split(self, num_shards: int) -> "Admission":
+        """That of one of so many shards, each of which sees its own keys."""
+        del num_shards
+        return self
+
     @abc.abstractmethod
     def judge(self, state: PyTree, newcomers: Newcomers) -> tuple[PyTree, Admitted]:
         """Counts newcomers, and says which of them are admitted."""

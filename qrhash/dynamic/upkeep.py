@@ -120,12 +120,12 @@ def lowest(scores: jax.Array, among: jax.Array, count: Scalar) -> jax.Array:
     """The lowest of some scores: exactly so many, or all; of equal ones the first.
 
     Args:
-      scores: int32 [n], not below zero.
-      among: which of them are meant, bool [n].
+      scores: int32 [*shape], not below zero.
+      among: which of them are meant, bool [*shape].
       count: how many are wanted, int32 [].
 
     Returns:
-      Which they are, bool [n]. By bisection: sorting would take twenty times as long.
+      Which they are, bool [*shape]. By bisection: sorting would take twenty times as long.
     """
     count = jnp.minimum(count, jnp.sum(among, dtype=jnp.int32))
 
@@ -139,4 +139,5 @@ def lowest(scores: jax.Array, among: jax.Array, count: Scalar) -> jax.Array:
     bound, _ = jax.lax.fori_loop(0, 31, halve, bounds)
     below, equal = among & (scores < bound), among & (scores == bound)
     rest = count - jnp.sum(below, dtype=jnp.int32)
-    return below | (equal & (jnp.cumsum(equal, dtype=jnp.int32) <= rest))
+    rank = jnp.cumsum(equal, dtype=jnp.int32).reshape(equal.shape)
+    return below | (equal & (rank <= rest))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 
 import qrhash
@@ -90,12 +91,28 @@ def train(*arguments):
     return CliRunner().invoke(cli.build_app(), arguments, env=env, catch_exceptions=False)
 
 
-def command_line(*arguments, output, devices=8):
-    """`qrhash train` as a process on so many devices, compiled as in `compiled_once`."""
+# Says at the end how many rows were decoded.
+COUNTED = """
+import atexit
+from qrhash.ctr.data import sources
+decode, counts = sources.decode, []
+def counted(table, schema):
+    counts.append(table.num_rows)
+    return decode(table, schema)
+sources.decode = counted
+atexit.register(lambda: print("decoded", sum(counts)))
+"""
+
+
+def command_line(*arguments, output, devices=8, before=""):
+    """`qrhash train` as a process on so many devices, compiled as in `compiled_once`.
+
+    What stands in `before` is done first.
+    """
     names = [*QUICK, "jax_compilation_cache_dir"]
     env = {name.upper(): str(jax.config.values[name]) for name in names}
     env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    code = "from qrhash.cli import main; main()"
+    code = f"{before}\nfrom qrhash.cli import main; main()"
     with Path(output).open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code, "train", *map(str, arguments)],
@@ -126,6 +143,23 @@ def numbers_of(directory):
     records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     times = ("seconds", "rows_per_second")
     return [{k: v for k, v in record.items() if k not in times} for record in records]
+
+
+def assert_same_to_the_last_bit(got, want):
+    """That two directories hold the same records, and the same last checkpoint."""
+    assert numbers_of(got)[1:] == numbers_of(want)[1:]
+    arrays = [_last_arrays(directory) for directory in (got, want)]
+    assert len(jax.tree.leaves(arrays[0])) > 10
+    jax.tree.map(np.testing.assert_array_equal, *arrays)
+
+
+def _last_arrays(directory):
+    """Parameters and state of the last checkpoint."""
+    last = max((directory / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    tree = reader.metadata(last / "state").item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return reader.restore(last / "state", restore_args=as_numpy)
 
 
 def assert_same_curve(got, want):

@@ -74,6 +74,21 @@ class Block(NamedTuple):
         return Block._make([*taken, tuple(each.take(wanted) for each in lists)])
 
 
+def no_rows(schema: Schema) -> Block:
+    """A block of no rows."""
+    nothing = Lists(np.zeros(0, np.uint64), np.zeros(1, np.int64))
+    keys = np.zeros((0, len(schema.categories)), np.uint64)
+    return Block(
+        np.zeros(0, np.float32),
+        np.zeros((0, len(schema.numbers)), np.float32),
+        keys,
+        keys > 0,
+        places=np.zeros(0, np.int64),
+        importance=None if schema.weight is None else np.zeros(0, np.float32),
+        lists=(nothing,) * len(schema.lists),
+    )
+
+
 class Source(Protocol):
     """Where rows come from. Every pass over them gives the same rows.
 
@@ -90,6 +105,9 @@ class Source(Protocol):
     num_lines: int
     checksum: int
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
-        """Yields the well-formed rows of lines [start, stop), counted from 0, in order."""
+    def blocks(self, start: int, stop: int, wanted: np.ndarray | None = None) -> Iterator[Block]:
+        """Yields the well-formed rows of lines [start, stop), counted from 0, in order.
+
+        With `wanted`, [stop - start] bool, of the lines that it names; no others are decoded.
+        """
         ...

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.processes import gather
 from qrhash.ctr.data.vocabulary import RawKeys
 from qrhash.keys import Keys, cross
 
@@ -27,9 +28,9 @@ class Positives:
         self.name, self.schema = source.name, source.schema
         self.num_lines, self.checksum = source.num_lines, source.checksum
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+    def blocks(self, start: int, stop: int, wanted: np.ndarray | None = None) -> Iterator[Block]:
         """Yields the positive rows of lines [start, stop); see `Source`."""
-        for block in self._source.blocks(start, stop):
+        for block in self._source.blocks(start, stop, wanted):
             yield block.take(block.labels > 0)
 
 
@@ -54,7 +55,7 @@ class Catalogue:
         self.keys = np.zeros((0, len(places)), np.uint64)
         self.missing = np.zeros((0, len(places)), np.bool_)
         self.counts = np.zeros(0, np.int64)
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._num_pending = 0
         self._sorted = (np.zeros(0, np.uint64), np.zeros(0, np.int64))
 
@@ -64,13 +65,21 @@ class Catalogue:
     def watching(self, blocks: Iterable[Block]) -> Iterator[Block]:
         """The same blocks, with their items taken note of; complete when all were gone through."""
         for block in blocks:
-            self._pending.append(self._columns(block))
+            self._pending.append((*self._columns(block), np.ones(len(block.labels), np.int64)))
             self.rows += len(block.labels)
             self._num_pending += len(block.labels)
             if self._num_pending > max(len(self), self._LEAST_PENDING):
                 self._merge()
             yield block
         self._merge()
+
+    def gather(self) -> None:
+        """Adds the items of the rows of the other processes, each of which had its `own_lines`."""
+        self._pending = gather((self.keys, self.missing, self.counts))
+        self.keys, self.missing = self.keys[:0], self.missing[:0]
+        self.counts = self.counts[:0]
+        self._merge()
+        self.rows = int(self.counts.sum())
 
     def find(self, block: Block) -> np.ndarray:
         """Which item each row of a block has, [rows] int32; -1 for none of these."""
@@ -85,10 +94,8 @@ class Catalogue:
         return block.keys[:, self._places], block.missing[:, self._places]
 
     def _merge(self) -> None:
-        parts = [(self.keys, self.missing), *self._pending]
-        keys, missing = (np.concatenate(column) for column in zip(*parts, strict=True))
-        weights = np.ones(len(keys), np.int64)
-        weights[: len(self)] = self.counts
+        parts = [(self.keys, self.missing, self.counts), *self._pending]
+        keys, missing, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
         names, first, place = np.unique(
             _names(keys, missing), return_index=True, return_inverse=True
         )

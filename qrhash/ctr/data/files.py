@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 
+from qrhash.ctr.data.processes import gather
 from qrhash.ctr.errors import UserError
 
 # What a folder is searched for; a file that is named itself may have any name.
@@ -19,7 +20,7 @@ MAGIC_BYTES = 4
 
 
 class Part(NamedTuple):
-    """Some consecutive rows of a file.
+    """Some rows of a file, in order.
 
     Attributes:
       table: [rows] of the columns wanted.
@@ -32,6 +33,46 @@ class Part(NamedTuple):
     places: np.ndarray
     lines: np.ndarray
     faults: dict[int, tuple[int, str]]
+
+
+class Lines(NamedTuple):
+    """Some of the rows that are numbered from 0.
+
+    Attributes:
+      start: the first one.
+      stop: behind the last one.
+      mask: [stop - start] bool, which of these; None: all.
+    """
+
+    start: int
+    stop: int
+    mask: np.ndarray | None = None
+
+    @property
+    def end(self) -> int:
+        """Behind the last of them."""
+        if self.mask is None:
+            return self.stop
+        return self.stop - int(np.argmax(self.mask[::-1])) if self.mask.any() else self.start
+
+    def counted_from(self, first: int) -> "Lines":
+        """The same rows, where another one is number 0."""
+        return self._replace(start=self.start - first, stop=self.stop - first)
+
+    def any_of(self, first: int, count: int) -> bool:
+        """Whether the rows [first, first + count) have any of them."""
+        begin, end = max(first, self.start), min(first + count, self.stop)
+        if self.mask is None or begin >= end:
+            return begin < end
+        return bool(self.mask[begin - self.start : end - self.start].any())
+
+    def among(self, first: int, count: int) -> np.ndarray:
+        """Which of the rows [first, first + count) they are, counted from the first of these."""
+        begin, end = max(first, self.start), min(first + count, self.stop)
+        rows = np.arange(begin - first, end - first)
+        if self.mask is None or begin >= end:
+            return rows
+        return rows[self.mask[begin - self.start : end - self.start]]
 
 
 class File(Protocol):
@@ -49,8 +90,8 @@ class File(Protocol):
     num_rows: int
     checksum: int
 
-    def parts(self, start: int, stop: int, columns: list[str]) -> Iterator[Part]:
-        """Yields the rows [start, stop), counted from 0, in order."""
+    def parts(self, wanted: Lines, columns: list[str]) -> Iterator[Part]:
+        """Yields the rows wanted, in order; no others are decoded."""
         ...
 
     def sample(self, rows: int) -> pa.Table:
@@ -72,7 +113,7 @@ class BadLines:
 
     def __init__(self, limit: int, notify: Callable[[str], None]) -> None:
         self._limit, self._notify = limit, notify
-        self._lines: set[tuple[Path, int]] = set()
+        self._lines: dict[tuple[Path, int], str] = {}
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -81,7 +122,7 @@ class BadLines:
         """Records line number `line`, counted from 1; raises UserError beyond the limit."""
         if (path, line) in self._lines:
             return
-        self._lines.add((path, line))
+        self._lines[path, line] = reason
         message = f"{path}, line {line}: {reason}"
         if len(self._lines) > self._limit:
             raise UserError(
@@ -91,6 +132,12 @@ class BadLines:
         if len(self._lines) <= self._SHOWN:
             more = " (further ones are only counted)" if len(self._lines) == self._SHOWN else ""
             self._notify(f"skipped {message}{more}")
+
+    def gather(self) -> None:
+        """Counts those too that the other processes met; raises UserError as `add`, in all."""
+        for found in gather(self._lines):
+            for (path, line), reason in found.items():
+                self.add(path, line, reason)
 
 
 class Unchanged:

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from qrhash.ctr.data.files import File, Part
+from qrhash.ctr.data.files import File, Lines, Part
 
 _MISSING = "__HIVE_DEFAULT_PARTITION__"  # as Hive and Spark write it
 
@@ -24,12 +24,12 @@ class FileInFolders:
         self.path, self.num_rows, self.checksum = file.path, file.num_rows, file.checksum
         self.fields = file.fields | dict.fromkeys(values, pa.string())
 
-    def parts(self, start: int, stop: int, columns: list[str]) -> Iterator[Part]:
-        """Yields the rows [start, stop); see `File`."""
+    def parts(self, wanted: Lines, columns: list[str]) -> Iterator[Part]:
+        """Yields the rows wanted; see `File`."""
         own = [name for name in columns if name not in self._values]
         # Of no column there would be no rows.
         some = own or list(self._file.fields)[:1]
-        for part in self._file.parts(start, stop, some):
+        for part in self._file.parts(wanted, some):
             yield part._replace(table=self._with_values(part.table).select(columns))
 
     def sample(self, rows: int) -> pa.Table:

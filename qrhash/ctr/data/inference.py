@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.looks import Seen, look
@@ -104,6 +105,33 @@ def _of_lists(column: Column, kind: pa.DataType, settings: Settings) -> Column:
     if not lists.are_lists(kind) and (column.holds != "list" or has_own):
         separator = options.separator or lists.DEFAULT_SEPARATOR
     return replace(column, length=options.length, separator=separator)
+
+
+def as_they_are_here(schema: Schema, sample: pa.Table, settings: Settings) -> Schema:
+    """The schema of an earlier run, on data that may have its lists in another form.
+
+    Lists of Arrow are read whatever the run had. Text is cut, though it was not, if none of it
+    looks written as a list, and not cut, though it was, if all of it is.
+
+    Args:
+      schema: of the run; its columns of lists are in the sample.
+      sample: the first rows of the data.
+      settings: of the run; a separator that a column's section names stays.
+    """
+    columns = []
+    for column in schema.columns:
+        is_free = "separator" not in settings.columns.get(column.name, {})
+        if column.use == "list" and is_free and _is_text(sample.schema.field(column.name).type):
+            text = cells.plain(sample[column.name].combine_chunks()).drop_null()
+            text = text.filter(pc.not_equal(pc.utf8_trim_whitespace(text), ""))
+            separator = column.separator
+            if separator is None and not lists.look_written(text):
+                separator = settings.column(column.name).separator or lists.DEFAULT_SEPARATOR
+            elif lists.are_written(text):
+                separator = None
+            column = replace(column, separator=separator)
+        columns.append(column)
+    return replace(schema, columns=tuple(columns))
 
 
 def check_sections(settings: Settings, schema: Schema) -> None:

@@ -104,6 +104,11 @@ def are_written(text: pa.Array) -> bool:
     return len(text) > 0 and all(map(_WRITTEN.fullmatch, text.to_pylist()))
 
 
+def look_written(text: pa.Array) -> bool:
+    """Whether any cell of text begins as a written list does, be it spoilt further on."""
+    return bool(pc.any(pc.match_substring_regex(text, r"^\s*\[")).as_py())
+
+
 def are_of_floats(text: pa.Array) -> bool:
     """Whether cells of text are written as lists, of numbers of which some are floats."""
     others = [cell for cell in text.to_pylist() if not _WRITTEN.fullmatch(cell)]
@@ -135,8 +140,9 @@ def _as_lists(column: Column, values: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def _cut(text: pa.Array, separator: str) -> pa.Array:
-    """Text cut at a separator; spaces around an element are no part of it."""
-    text = pc.utf8_trim_whitespace(text)
+    """Text cut at a separator, of which one at its end begins no element; without spaces around."""
+    last = rf"{re.escape(separator)}\s*$"
+    text = pc.utf8_trim_whitespace(pc.replace_substring_regex(text, last, ""))
     parts = pc.split_pattern(pc.if_else(pc.equal(text, ""), None, text), separator)
     trimmed = pc.utf8_trim_whitespace(parts.flatten())
     offsets = np.concatenate([[0], np.cumsum(_lengths(parts))])

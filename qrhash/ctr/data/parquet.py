@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from qrhash.ctr.data.files import Part, Unchanged, file_errors
+from qrhash.ctr.data.files import Lines, Part, Unchanged, file_errors
 from qrhash.ctr.errors import UserError
 
 _PARQUET_ROWS = 8192  # rows decoded at once
@@ -36,20 +36,20 @@ class ParquetFile:
         if twice:
             raise UserError(f"{path} has more than one column {', '.join(twice)}.")
 
-    def parts(self, start: int, stop: int, columns: list[str]) -> Iterator[Part]:
-        """Yields the rows [start, stop); see `File`."""
+    def parts(self, wanted: Lines, columns: list[str]) -> Iterator[Part]:
+        """Yields the rows wanted, of groups of rows that hold any; see `File`."""
         with self._file() as file:
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            ends = np.cumsum([0, *sizes])
-            groups = [i for i in range(len(sizes)) if ends[i] < stop and ends[i + 1] > start]
-            first = int(ends[groups[0]]) if groups else stop
-            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=columns):
-                skipped = max(0, start - first)
-                rows = batch.slice(skipped, max(0, stop - first - skipped))
-                if rows.num_rows:
-                    places = np.arange(rows.num_rows) + first + skipped
-                    yield Part(pa.Table.from_batches([rows]), places, places + 1, {})
-                first += batch.num_rows
+            ends = np.cumsum([0, *sizes]).tolist()
+            groups = [i for i in range(len(sizes)) if wanted.any_of(ends[i], sizes[i])]
+            for run in _runs(groups):
+                first = ends[run[0]]
+                for batch in file.iter_batches(_PARQUET_ROWS, row_groups=run, columns=columns):
+                    rows = wanted.among(first, batch.num_rows)
+                    if rows.size:
+                        table = _take(pa.Table.from_batches([batch]), rows)
+                        yield Part(table, rows + first, rows + first + 1, {})
+                    first += batch.num_rows
 
     def sample(self, rows: int) -> pa.Table:
         """The first rows."""
@@ -66,3 +66,16 @@ class ParquetFile:
             pyarrow.parquet.ParquetFile(self.path) as file,
         ):
             yield file
+
+
+def _runs(numbers: list[int]) -> list[list[int]]:
+    """Increasing numbers, parted where one is left out."""
+    gaps = np.flatnonzero(np.diff(numbers) > 1) + 1
+    return [run.tolist() for run in np.split(np.array(numbers, int), gaps) if run.size]
+
+
+def _take(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Those rows; consecutive ones are not copied."""
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return table.slice(rows[0], len(rows))
+    return table.take(pa.array(rows))

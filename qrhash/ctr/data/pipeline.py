@@ -5,7 +5,7 @@ shape only.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -13,9 +13,11 @@ import jax
 import numpy as np
 from grain import experimental as grain_experimental
 
-from qrhash.ctr.data.block import Block, Lists, Source
+from qrhash.ctr.data.block import Block, Lists, Source, no_rows
 from qrhash.ctr.data.schema import Column, Schema
+from qrhash.ctr.data.shares import Share
 from qrhash.ctr.data.vocabulary import Ids
+from qrhash.ctr.errors import UserError
 from qrhash.keys import Keys
 
 Find = Callable[[Block], np.ndarray]
@@ -37,6 +39,9 @@ class Padded(NamedTuple):
 
 class Batch(NamedTuple):
     """What a step takes.
+
+    Of several processes each has the labels and weights of all rows, and the other columns of those
+    that it gives, zeros in place of the others.
 
     Attributes:
       labels: [batch] float32, 0 or 1.
@@ -131,55 +136,149 @@ def batches(
     ids: Mapping[str, Ids],
     batch_size: int,
     find: Find | None = None,
+    share: Share | None = None,
 ) -> Iterator[grain.DatasetIterator[Batch]]:
     """The rows of lines [start, stop) as batches of `batch_size`; on exit prefetching ends.
 
-    With `find`, which tells the item of each row of a block, batches have their `items`.
+    The state of the iterator is how many batches it gave, whoever read them.
+
+    Args:
+      source: of the lines.
+      start: the first one.
+      stop: behind the last one.
+      ids: of the columns of the model, in order.
+      batch_size: rows of a batch.
+      find: tells the item of each row of a block; with it, batches have their `items`.
+      share: what this process is to read, if there are others; see `Batch`.
     """
-
-    def pad(batch: Batch) -> Batch:
-        missing = batch_size - len(batch.labels)
-        return jax.tree.map(lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]), batch)
-
-    blocks: grain.IterDataset[Any] = _Blocks(source, start, stop)
-    encoded = blocks.map(lambda block: encode(block, source.schema, ids, find))
-    batched = grain_experimental.RebatchIterDataset(encoded, batch_size).map(pad)
+    maker = _Maker(source, start, stop, ids, batch_size, find, share)
     prefetched = grain_experimental.ThreadPrefetchIterDataset(
-        batched, prefetch_buffer_size=_PREFETCHED
+        _Batches(maker), prefetch_buffer_size=_PREFETCHED
     )
     with contextlib.closing(iter(prefetched)) as iterator:
         yield iterator
 
 
-class _Blocks(grain.IterDataset[Block]):
-    """The blocks of a source that hold any rows, as a grain dataset."""
+class _Maker(NamedTuple):
+    """What `batches` was given."""
 
-    def __init__(self, source: Source, start: int, stop: int) -> None:
+    source: Source
+    start: int
+    stop: int
+    ids: Mapping[str, Ids]
+    batch_size: int
+    find: Find | None = None
+    share: Share | None = None
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        """Yields the batches from number `first` on."""
+        make = self._whole if self.share is None else self._shared
+        return make(first * self.batch_size)
+
+    def _whole(self, skipped: int) -> Iterator[Batch]:
+        """Yields the batches behind so many rows."""
+        blocks = self.source.blocks(self.start, self.stop)
+        rows = self._rows(_behind(blocks, skipped))
+        while len((batch := rows.take(self.batch_size)).labels):
+            yield _within(batch, 0, self.batch_size)
+
+    def _shared(self, skipped: int) -> Iterator[Batch]:
+        """As `_whole`, of this process's share."""
+        size, share = self.batch_size, self.share
+        assert share is not None
+        wanted = share.wanted(self.start, self.stop, skipped)
+        rows = self._rows(self.source.blocks(self.start, self.stop, wanted))
+        labels = share.labels_of(self.start, self.stop)
+        for begin in range(skipped, len(labels), size):
+            of_batch = labels[begin : begin + size].astype(np.float32)
+            own = rows.take(len(of_batch[share.rows]))
+            if not np.array_equal(own.labels, of_batch[share.rows]):
+                raise UserError(
+                    f"{self.source.name} changed during the run: there are other rows than at "
+                    "first; start again when it is complete."
+                )
+            batch = _within(own, share.rows.start, size)
+            weights = np.ones_like(of_batch)
+            yield batch._replace(
+                labels=_within(of_batch, 0, size), weights=_within(weights, 0, size)
+            )
+
+    def _rows(self, blocks: Iterable[Block]) -> "_Rows":
+        def encoded(block: Block) -> Batch:
+            return encode(block, self.source.schema, self.ids, self.find)
+
+        some = (encoded(block) for block in blocks if len(block.labels))
+        return _Rows(some, encoded(no_rows(self.source.schema)))
+
+
+class _Rows:
+    """Rows, as many at a time as are asked for.
+
+    Args:
+      parts: the rows.
+      nothing: no rows.
+    """
+
+    def __init__(self, parts: Iterator[Batch], nothing: Batch) -> None:
+        self._parts, self._nothing, self._rest = parts, nothing, nothing
+
+    def take(self, rows: int) -> Batch:
+        """The next rows, or fewer where there are no more."""
+        found, count = [self._rest], len(self._rest.labels)
+        while count < rows and (part := next(self._parts, None)) is not None:
+            found.append(part)
+            count += len(part.labels)
+        found = [part for part in found if len(part.labels)] or [self._nothing]
+        joined = found[0]
+        if len(found) > 1:
+            joined = jax.tree.map(lambda *columns: np.concatenate(columns), *found)
+        self._rest = jax.tree.map(lambda column: column[rows:], joined)
+        return jax.tree.map(lambda column: column[:rows], joined)
+
+
+def _behind(blocks: Iterable[Block], skipped: int) -> Iterator[Block]:
+    """The blocks without so many rows at their beginning."""
+    for block in blocks:
+        yield block.rows(min(skipped, len(block.labels)), len(block.labels)) if skipped else block
+        skipped -= min(skipped, len(block.labels))
+
+
+def _within(tree: Any, before: int, size: int) -> Any:
+    """Arrays [rows, ...] in arrays of zeros [size, ...], behind so many rows."""
+
+    def put(column: np.ndarray) -> np.ndarray:
+        behind = size - before - len(column)
+        return np.pad(column, [(before, behind), *[(0, 0)] * (column.ndim - 1)])
+
+    return jax.tree.map(put, tree)
+
+
+class _Batches(grain.IterDataset[Batch]):
+    """Batches as a grain dataset."""
+
+    def __init__(self, maker: _Maker) -> None:
         super().__init__()
-        self._range = (source, start, stop)
+        self._maker = maker
 
-    def __iter__(self) -> grain.DatasetIterator[Block]:
-        return _BlockIterator(*self._range)
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        return _BatchIterator(self._maker)
 
 
-class _BlockIterator(grain.DatasetIterator[Block]):
-    def __init__(self, source: Source, start: int, stop: int) -> None:
+class _BatchIterator(grain.DatasetIterator[Batch]):
+    def __init__(self, maker: _Maker) -> None:
         super().__init__()
-        self._range = (source, start, stop)
+        self._maker = maker
         self._state: dict[str, Any] = {}
-        self.set_state({"blocks": 0})
+        self.set_state({"batches": 0})
 
-    def __next__(self) -> Block:
-        block = next(self._blocks)
-        self._state = {"blocks": self._state["blocks"] + 1}
-        return block
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._state = {"batches": self._state["batches"] + 1}
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         return self._state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        source, start, stop = self._range
-        self._blocks = (block for block in source.blocks(start, stop) if len(block.labels))
+        self._batches = self._maker.batches(state["batches"])
         self._state = state
-        for _ in range(state["blocks"]):
-            next(self._blocks)

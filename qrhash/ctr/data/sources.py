@@ -16,11 +16,27 @@ from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.criteo import COLUMNS
 from qrhash.ctr.data.decode import decode
-from qrhash.ctr.data.files import MAGIC_BYTES, BadLines, File, Part, file_errors, find_files
+from qrhash.ctr.data.files import (
+    MAGIC_BYTES,
+    BadLines,
+    File,
+    Lines,
+    Part,
+    file_errors,
+    find_files,
+)
 from qrhash.ctr.data.folders import in_folders
 from qrhash.ctr.data.formats import CRITEO_TEXT, TextFormat, is_criteo, read_head, sniff
-from qrhash.ctr.data.inference import SAMPLE_ROWS, check_sections, infer, listed
+from qrhash.ctr.data.inference import (
+    SAMPLE_ROWS,
+    as_they_are_here,
+    check_sections,
+    infer,
+    listed,
+)
+from qrhash.ctr.data.numbering import NO_GROUP, Numbering
 from qrhash.ctr.data.parquet import ParquetFile
+from qrhash.ctr.data.processes import gather, own_lines, together
 from qrhash.ctr.data.schema import CRITEO, Schema
 from qrhash.ctr.data.text import TextFile
 from qrhash.ctr.errors import UserError
@@ -47,9 +63,7 @@ class FileSource:
         self.checksum = files[0].checksum
         for file in files[1:]:
             self.checksum = zlib.crc32(f"{self.checksum} {file.checksum}".encode())
-        # By time: from which times on later parts are, and at which numbers they begin.
-        self._cuts = np.zeros(0, np.int64)
-        self._firsts: list[int] = []
+        self._numbering = Numbering(self.num_lines)
 
     def split_by_time(self, *lines: int) -> list[int]:
         """Numbers the last rows by time after all others; returns where each part begins.
@@ -63,95 +77,81 @@ class FileSource:
           UserError: a part would be empty, or no row be left before them.
         """
         assert self.schema.time is not None
-        # 8 bytes for each row.
-        found = [times[~bad] for _, _, times, bad in self._timed_parts([self.schema.time])]
-        times = np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
-        if sum(lines) >= len(times):
+        times, known = self._times()
+        in_order = np.sort(times[known])
+        if sum(lines) >= len(in_order):
             raise UserError(
-                f"{self.name}: only {len(times):,} rows have a time in {self.schema.time}; testing "
-                f"on the last {sum(lines):,} leaves none to train on."
+                f"{self.name}: only {len(in_order):,} rows have a time in {self.schema.time}; "
+                f"testing on the last {sum(lines):,} leaves none to train on."
             )
         # From the last part on, each before where the next one has come to begin.
-        begin, cuts = len(times), []
+        begin, cuts = len(in_order), []
         for wanted in reversed(lines):
-            cuts.append(times[max(0, begin - wanted)])
-            begin = int(np.searchsorted(times, cuts[-1]))
+            cuts.append(in_order[max(0, begin - wanted)])
+            begin = int(np.searchsorted(in_order, cuts[-1]))
             if begin == 0:
                 raise UserError(
                     f"{self.name}: {self.schema.time} does not divide the rows: testing on the "
-                    f"last {sum(lines):,} of {len(times):,}, and those of the same time, leaves "
+                    f"last {sum(lines):,} of {len(in_order):,}, and those of the same time, leaves "
                     "none to train on."
                 )
-        self._cuts = np.array(cuts[::-1], np.int64)
-        timed = len(times) - np.searchsorted(times, self._cuts)
-        self._firsts = (self.num_lines - timed).tolist()
-        return list(self._firsts)
+        cuts.reverse()
+        timed = len(in_order) - np.searchsorted(in_order, cuts)
+        firsts: list[int] = (self.num_lines - timed).tolist()
+        groups = np.where(known, np.searchsorted(cuts, times, side="right"), NO_GROUP)
+        self._numbering = Numbering(self.num_lines, groups.astype(np.uint8), [0, *firsts])
+        return firsts
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
-        """Yields the rows of lines [start, stop); see `Source`."""
-        for path, part, lines in self._parts(start, stop):
+    def _times(self) -> tuple[np.ndarray, np.ndarray]:
+        """The times of all rows [num_lines] int64, and whether they have one [num_lines] bool."""
+        begin, end = own_lines(0, self.num_lines)
+        times, known = np.zeros(end - begin, np.int64), np.zeros(end - begin, np.bool_)
+        for rows, found, bad in together(self._timed(begin, end)):
+            times[rows - begin], known[rows - begin] = found, ~bad
+        self._bad_lines.gather()
+        times, known = map(np.concatenate, zip(*gather((times, known)), strict=True))
+        return times, known
+
+    def _timed(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields (rows, their times, which of them have none) of the rows [start, stop)."""
+        name = self.schema.time
+        assert name is not None
+        for file, part, rows in _parts(self._files, Lines(start, stop), [name]):
+            column = part.table[name].combine_chunks()
+            times, bad = cells.times(name, column)
+            self._tell(file, part)
+            for row in np.flatnonzero(bad).tolist():
+                reason = f"{name} is not a time: {cells.quote(column[row].as_py())}"
+                self._bad_lines.add(file.path, int(part.lines[row]), reason)
+            yield rows, times, bad
+
+    def blocks(self, start: int, stop: int, wanted: np.ndarray | None = None) -> Iterator[Block]:
+        """Yields the rows of lines [start, stop); see `Source`. Those of a part are in order."""
+        number = self._numbering.counter()
+        chosen = self._numbering.rows(Lines(start, stop, wanted))
+        columns = [column.name for column in self.schema.used if column.use != "time"]
+        for file, part, rows in _parts(self._files, chosen, columns):
+            self._tell(file, part)
             block, reasons = decode(part.table, self.schema)
             for row in sorted(reasons):
-                self._bad_lines.add(path, int(part.lines[row]), reasons[row])
-            yield block._replace(places=lines[block.places])
+                self._bad_lines.add(file.path, int(part.lines[row]), reasons[row])
+            yield block._replace(places=number(rows)[block.places])
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[Path, Part, np.ndarray]]:
-        """Yields (path, rows, their places among all rows) of lines [start, stop)."""
-        columns = [column.name for column in self.schema.used]
-        if self._firsts:
-            yield from self._parts_by_time(start, stop, columns)
-            return
-        first = 0
-        for file in self._files:
-            if start < first + file.num_rows and first < stop:
-                for part in file.parts(max(0, start - first), stop - first, columns):
-                    for line, reason in part.faults.values():
-                        self._bad_lines.add(file.path, line, reason)
-                    yield file.path, part, part.places + first
-            first += file.num_rows
-
-    def _parts_by_time(
-        self, start: int, stop: int, columns: list[str]
-    ) -> Iterator[tuple[Path, Part, np.ndarray]]:
-        """As `_parts`, numbered by time: within each part in the order of the files.
-
-        A row without a time counts as one of the first part, so that no line is without a number.
-        """
-        done = np.array([0, *self._firsts])  # the next number in each part
-        of_start = int(np.searchsorted(done, start, side="right")) - 1
-        for file, part, times, bad in self._timed_parts(columns):
-            group = np.where(bad, 0, np.searchsorted(self._cuts, times, side="right"))
-            numbers = np.empty(len(times), np.int64)
-            for k in range(len(done)):
-                rows = np.flatnonzero(group == k)
-                numbers[rows] = done[k] + np.arange(len(rows))
-                done[k] += len(rows)
-            done[0] += len(part.faults)
-            self._tell(file, part, bad)
-            kept = np.flatnonzero((numbers >= start) & (numbers < stop) & ~bad)
-            if kept.size:
-                table = part.table.take(pa.array(kept))
-                yield file.path, Part(table, part.places[kept], part.lines[kept], {}), numbers[kept]
-            if done[of_start] >= stop:
-                return
-
-    def _timed_parts(
-        self, columns: list[str]
-    ) -> Iterator[tuple[File, Part, np.ndarray, np.ndarray]]:
-        """Yields (file, rows, their times, which of them have none)."""
-        time = self.schema.time
-        assert time is not None
-        for file in self._files:
-            for part in file.parts(0, file.num_rows, columns):
-                yield file, part, *cells.times(time, part.table[time].combine_chunks())
-
-    def _tell(self, file: File, part: Part, bad: np.ndarray) -> None:
+    def _tell(self, file: File, part: Part) -> None:
         for line, reason in part.faults.values():
             self._bad_lines.add(file.path, line, reason)
-        for row in np.flatnonzero(bad).tolist():
-            cell = cells.quote(part.table[self.schema.time][row].as_py())
-            reason = f"{self.schema.time} is not a time: {cell}"
-            self._bad_lines.add(file.path, int(part.lines[row]), reason)
+
+
+def _parts(
+    files: Sequence[File], wanted: Lines, columns: list[str]
+) -> Iterator[tuple[File, Part, np.ndarray]]:
+    """Yields (file, rows, their places among those of all files) of the rows wanted of files."""
+    first = 0
+    for file in files:
+        if wanted.any_of(first, file.num_rows):
+            for part in file.parts(wanted.counted_from(first), columns):
+                yield file, part, part.places + first
+        first += file.num_rows
 
 
 def open_source(
@@ -193,6 +193,8 @@ def open_source(
                 "the first one; is that a header, and --delimiter right?"
             )
         found = infer(files[0].fields, sample, settings)
+    elif found.lists:
+        found = as_they_are_here(found, _sample(files), settings)
     check_sections(settings, found)
     found = _with_lengths(found, files, notify)
     return FileSource(settings.data, files, found, bad_lines)
@@ -201,12 +203,19 @@ def open_source(
 def _with_lengths(schema: Schema, files: Sequence[File], notify: Callable[[str], None]) -> Schema:
     """The same columns, those of lists with the length of the longest one, if none is given."""
     asked = [column for column in schema.of_use("list") if column.length is None]
-    longest = {column.name: 1 for column in asked}
-    for file in files if asked else ():
-        for part in file.parts(0, file.num_rows, list(longest)):
-            for column in asked:
-                found = lists.longest(column, part.table[column.name].combine_chunks())
-                longest[column.name] = max(longest[column.name], found)
+    num_lines = sum(file.num_rows for file in files)
+    wanted = Lines(*own_lines(0, num_lines))
+
+    def lengths() -> Iterator[list[int]]:
+        for _, part, _ in _parts(files, wanted, [column.name for column in asked]):
+            found = (part.table[column.name].combine_chunks() for column in asked)
+            yield [lists.longest(*each) for each in zip(asked, found, strict=True)]
+
+    if not asked:
+        return schema
+    found = [[1] * len(asked), *together(lengths())]
+    found = np.max(gather(np.max(found, axis=0)), axis=0).tolist()
+    longest = {column.name: length for column, length in zip(asked, found, strict=True)}
     for name, length in longest.items():
         if length > _LONG:
             notify(

@@ -53,12 +53,15 @@ class SyntheticSource:
         ]
         self._cumulative = [_zipf_cumulative(size) for size in _SIZES]
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
-        """Yields the rows of lines [start, stop); see `Source`."""
+    def blocks(self, start: int, stop: int, wanted: np.ndarray | None = None) -> Iterator[Block]:
+        """Yields the rows of lines [start, stop); see `Source`. Blocks are made whole."""
         for number in range(start // _BLOCK_ROWS, ceil_div(stop, _BLOCK_ROWS)):
             first = number * _BLOCK_ROWS
-            block = self._block(number)
-            yield block.rows(max(0, start - first), stop - first)
+            begin, end = max(0, start - first), min(stop - first, _BLOCK_ROWS)
+            rows = self._block(number).rows(begin, end)
+            if wanted is not None:
+                rows = rows.take(wanted[first + begin - start : first + end - start])
+            yield rows
 
     def _block(self, number: int) -> Block:
         random = np.random.default_rng([self._seed, 1, number])

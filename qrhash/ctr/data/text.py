@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from qrhash.ctr.data.files import Part, Unchanged, file_errors
+from qrhash.ctr.data.files import Lines, Part, Unchanged, file_errors
 from qrhash.ctr.data.formats import BYTE_ORDER_MARK, TextFormat
 from qrhash.ctr.errors import UserError
 
@@ -49,36 +49,47 @@ class TextFile:
             self.num_rows += len(chunk.rows)
             self.checksum = zlib.crc32(b"\n".join([*chunk.rows, b""]), self.checksum)
 
-    def parts(self, start: int, stop: int, columns: list[str]) -> Iterator[Part]:
-        """Yields the rows [start, stop); see `File`."""
-        for first, lines, rows in self._chunks():
-            if first >= stop:
-                return
-            skipped = max(0, start - first)
-            lines, rows = lines[skipped : stop - first], rows[skipped : stop - first]
-            if rows:
-                yield self._part(_Chunk(first + skipped, lines, rows), columns)
+    def parts(self, wanted: Lines, columns: list[str]) -> Iterator[Part]:
+        """Yields the rows wanted; others are counted, up to the last one, and no more."""
+        places: list[int] = []
+        lines: list[int] = []
+        rows: list[bytes] = []
+        end = wanted.end
+        for chunk in self._chunks():
+            if chunk.first >= end:
+                break
+            for i in wanted.among(chunk.first, len(chunk.rows)).tolist():
+                places.append(chunk.first + i)
+                lines.append(chunk.lines[i])
+                rows.append(chunk.rows[i])
+            # Few rows of a chunk cost little less to parse than many: those of several go together.
+            if sum(map(len, rows)) >= _CHUNK_BYTES // 2:
+                yield self._part(places, lines, rows, columns)
+                places, lines, rows = [], [], []
+        if rows:
+            yield self._part(places, lines, rows, columns)
+
+    def _part(
+        self, places: list[int], lines: list[int], rows: list[bytes], columns: list[str]
+    ) -> Part:
+        table, faults = read_rows(rows, self.form, columns)
+        whole = np.array([i for i in range(len(rows)) if i not in faults], np.int64)
+        return Part(
+            table,
+            np.array(places, np.int64)[whole],
+            np.array(lines, np.int64)[whole],
+            {places[i]: (lines[i], reason) for i, reason in sorted(faults.items())},
+        )
 
     def sample(self, rows: int) -> pa.Table:
         """The first rows, as text."""
         tables, found = [read_rows([], self.form, self.form.names)[0]], 0
-        for part in self.parts(0, rows, list(self.form.names)):
+        for part in self.parts(Lines(0, rows), list(self.form.names)):
             tables.append(part.table)
             found += part.table.num_rows
             if found >= rows:
                 break
         return pa.concat_tables(tables)
-
-    def _part(self, chunk: _Chunk, columns: list[str]) -> Part:
-        table, faults = read_rows(chunk.rows, self.form, columns)
-        whole = np.array([i for i in range(len(chunk.rows)) if i not in faults], np.int64)
-        lines = np.array(chunk.lines, np.int64)
-        return Part(
-            table,
-            whole + chunk.first,
-            lines[whole],
-            {chunk.first + i: (chunk.lines[i], reason) for i, reason in sorted(faults.items())},
-        )
 
     def _chunks(self) -> Iterator[_Chunk]:
         first, line, rest = 0, 1, b""

@@ -19,6 +19,7 @@ import numpy as np
 
 from qrhash.ctr.column_settings import ColumnSettings
 from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.processes import gather
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 from qrhash.keys import Keys
@@ -118,6 +119,16 @@ class KeyCounts:
         if self._num_pending > max(len(self._keys), self._LEAST_PENDING):
             self._merge()
 
+    def gather(self) -> None:
+        """Adds what the other processes have counted."""
+        self._merge()
+        keys, counts, missing = zip(
+            *gather((self._keys, self._counts, self._num_missing)), strict=True
+        )
+        self._keys, self._counts = self._keys[:0], self._counts[:0]
+        self._pending = list(zip(keys, counts, strict=True))
+        self._num_missing = sum(missing)
+
     def vocabulary(self, min_count: int) -> Vocabulary:
         """Numbers what was met at least `min_count` times by falling count, ties by key.
 
@@ -150,6 +161,8 @@ def build_ids(
 ) -> dict[str, Ids]:
     """The ids of every column.
 
+    Of several processes all call it, each with rows of its own.
+
     Args:
       settings: which columns are hashed or take keys, and the others' `min_count`.
       categories: the columns, as the blocks have them.
@@ -171,6 +184,8 @@ def build_ids(
             else:
                 place = categories.index(name)
                 counts.add(block.keys[:, place], block.missing[:, place])
+    for counts in counted.values():
+        counts.gather()
     return {
         name: _without_vocabulary(column) or counted[name].vocabulary(column.min_count)
         for name, column in columns.items()

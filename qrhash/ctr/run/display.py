@@ -70,6 +70,12 @@ class Display:
         else:
             self.line(f"{self._phase}: {rows:,} of {self._total:,} rows  {note}".rstrip())
 
+    def done(self) -> None:
+        """Ends the phase: its bar is full, however many of the rows were malformed."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=self._total)
+            self._progress.refresh()  # The next phase takes the bar away.
+
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table above the bar; elsewhere than on a terminal as lines of equal columns."""
         if self._live:

@@ -159,7 +159,7 @@ class Learner:
         return (self.params, self._state, *kept)
 
     def _on_devices(self, batch: Any) -> Any:
-        """A tree of arrays [rows, ...], whole in every process, split over the mesh if any."""
+        """A tree of arrays [rows, ...], split over the mesh if any: of a process its own rows."""
         if self._layout is None:
             return batch
         size = len(jax.tree.leaves(batch)[0])

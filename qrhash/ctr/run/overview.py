@@ -1,6 +1,7 @@
 """What a run makes of the columns of its data: shown before it trains."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 from qrhash import EmbedConfig
 from qrhash.ctr.data.schema import Column, Schema
@@ -12,14 +13,58 @@ HEADER = ("column", "type", "used as", "ids", "embedding")
 def overview(
     schema: Schema, sizes: Mapping[str, int | None], configs: Mapping[str, EmbedConfig]
 ) -> list[tuple[str, ...]]:
-    """The rows of a table with the columns of `HEADER`.
+    """The rows of a table with the columns of `HEADER`: one for each column, or of a preset, whose
+    columns are known, one for all that are alike.
 
     Args:
       schema: the columns of the data.
       sizes: category -> number of ids; None, if it takes keys.
       configs: category -> its embedding, of those in the model.
     """
-    return [tuple(_row(column, sizes, configs)) for column in schema.columns]
+    if schema.preset == "table":
+        return [tuple(_row(column, sizes, configs)) for column in schema.columns]
+    alike: dict[tuple[str, ...], list[Column]] = {}
+    for column in schema.columns:
+        config = configs.get(column.name)
+        how = _kind(config) if config else "dropped" if column.name in sizes else ""
+        alike.setdefault((column.type, column.use, how), []).append(column)
+    return [
+        (_names(columns), *kind, *_together(how, columns, sizes, configs))
+        for (*kind, how), columns in alike.items()
+    ]
+
+
+def _together(
+    how: str,
+    columns: Sequence[Column],
+    sizes: Mapping[str, int | None],
+    configs: Mapping[str, EmbedConfig],
+) -> tuple[str, str]:
+    """From the fewest to the most ids of some columns, and what all of them take."""
+    found = {sizes[column.name] for column in columns if column.name in sizes}
+    known = sorted(size for size in found if size is not None)
+    ends = " to ".join(f"{size:,}" for size in dict.fromkeys(known[:1] + known[-1:]))
+    used = [configs[column.name] for column in columns if column.name in configs]
+    taken = f": {sum(map(num_bytes, used)):,} bytes" if used else ""
+    return "keys" if None in found else ends, how + taken
+
+
+def _names(columns: Sequence[Column]) -> str:
+    """Names such as C1, C2, C3 and C7, as C1 to C3, C7."""
+    runs: list[list[str]] = []
+    for name in (column.name for column in columns):
+        if runs and name == _next(runs[-1][-1]):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    shown = [run if len(run) < 3 else [f"{run[0]} to {run[-1]}"] for run in runs]
+    return ", ".join(itertools.chain.from_iterable(shown))
+
+
+def _next(name: str) -> str:
+    """The name with the next number."""
+    letters = name.rstrip("0123456789")
+    return f"{letters}{int(name[len(letters) :] or -1) + 1}"
 
 
 def _row(
@@ -41,6 +86,9 @@ def _row(
 
 def _embedding(config: EmbedConfig) -> str:
     shapes = " + ".join(f"{rows:,} x {width}" for rows, width in config.table_shapes)
-    family = type(config.partition).__name__
-    operation = f", {config.operation}" if config.num_tables > 1 else ""
-    return f"{family} {shapes}{operation}: {num_bytes(config):,} bytes"
+    return f"{_kind(config, shapes)}: {num_bytes(config):,} bytes"
+
+
+def _kind(config: EmbedConfig, shapes: str = "") -> str:
+    family = f"{type(config.partition).__name__} {shapes}".rstrip()
+    return f"{family}, {config.operation}" if config.num_tables > 1 else family

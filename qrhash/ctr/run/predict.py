@@ -112,6 +112,7 @@ def predict(
                     result.add(logits, batch.labels[real])
                 if display.is_due:
                     display.update(result.rows)
+        display.done()
         if not result.rows:
             raise UserError(f"{source.name}: none of its {source.num_lines:,} rows can be read.")
     unlabelled = result.unlabelled if source.schema.label is not None else 0
@@ -131,9 +132,9 @@ class _Placed:
         self._places: deque[np.ndarray] = deque()
         self._rest = np.zeros(0, np.int64)
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+    def blocks(self, start: int, stop: int, wanted: np.ndarray | None = None) -> Iterator[Block]:
         """Yields the rows of lines [start, stop); see `Source`."""
-        for block in self._source.blocks(start, stop):
+        for block in self._source.blocks(start, stop, wanted):
             assert block.places is not None
             self._places.append(block.places)
             yield block

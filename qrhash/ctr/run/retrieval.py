@@ -66,6 +66,7 @@ class Retrieval:
         found = build_ids(self._settings, self._schema.categories, blocks, self._schema.lists)
         for _ in blocks:  # Where no vocabulary needs the pass, the items do.
             pass
+        self._catalogue.gather()
         if not self._catalogue.rows:
             raise UserError("None of the training rows is positive: there is nothing to find.")
         return found
@@ -153,9 +154,9 @@ class Retrieval:
         items = list(self._item_vectors(vectors))
         every = [(np.zeros(0), np.zeros(0, np.float32), np.zeros(0, np.int32))]
         for chunk in _chunks(batches, ceil_div(_QUERIES, self._settings.batch_size)):
-            parts = [(*judge(each._replace(items=None)), each.items) for each in chunk]
             queries, losses, wanted = (
-                np.concatenate(list(map(np.asarray, column))) for column in zip(*parts, strict=True)
+                np.concatenate(list(map(np.asarray, column)))
+                for column in zip(*map(judge, chunk), strict=True)
             )
             real = np.concatenate([each.weights for each in chunk]) > 0
             found = ranks(queries, items, wanted, len(self._catalogue))
@@ -176,10 +177,15 @@ class Retrieval:
             yield np.asarray(vectors(padded))
 
     def _functions_of(self, learner: Learner) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """What makes queries and losses of a batch, and vectors of items; compiled once."""
+        """What judges a batch, and what makes vectors of items; compiled once."""
         if self._functions is None:
-            judge, items = self._objective.judge, _items_of
-            self._functions = (learner.compiled(judge), learner.compiled(items))
+            objective = self._objective
+
+            def judge(model: TwoTower, batch: Batch, kept: Any) -> tuple[Any, ...]:
+                """Queries, losses, and items: those of all processes."""
+                return (*objective.judge(model, batch, kept), batch.items)
+
+            self._functions = (learner.compiled(judge), learner.compiled(_items_of))
         return self._functions
 
 

@@ -2,12 +2,13 @@
 
 One pass counts the lines, one finds the categories of the training lines, one (or `epochs`)
 trains, one tests. Rows are taken in the order of the files, and tested on are the last ones, or the
-last ones by a column of times: a model of clicks is judged by days it has not seen.
+last ones by a column of times: a model of clicks is judged by days it has not seen. Of several
+processes each reads its share of the rows (`data/shares`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,27 +16,24 @@ import numpy as np
 from qrhash import EmbedConfig
 from qrhash.arithmetic import ceil_div
 from qrhash.checkpoint import Checkpoints, MismatchError
-from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.block import Source
 from qrhash.ctr.data.files import BadLines
-from qrhash.ctr.data.pipeline import Batch, batches
 from qrhash.ctr.data.schema import Schema
-from qrhash.ctr.data.sources import FileSource, open_source
+from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
 from qrhash.ctr.model.metrics import Judged, described, scores
 from qrhash.ctr.run.best import Best
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
-from qrhash.ctr.run.goals import Goal, make_goal
+from qrhash.ctr.run.goals import make_goal
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.overview import HEADER, overview
 from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
+from qrhash.ctr.run.rows import Rows, first_pass, shown, splits
 from qrhash.ctr.settings import Settings
-
-_Rows = TypeVar("_Rows", Block, Batch)
 
 
 def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
@@ -55,11 +53,11 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     source = _open(settings, display, keeper, bad_lines)
     if settings.resume:
         _check_source(source, keeper.source)
-    train, split = _splits(settings, source)
+    train, split = splits(settings, source)
     schema = source.schema
     goal = make_goal(settings, schema)
     source = goal.source(source)
-    ids = goal.ids(_shown(source.blocks(0, train), display, "vocabulary", train))
+    ids, share = first_pass(goal, source, train, bad_lines, settings.batch_size, layout, display)
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes, layout)
     form = ", in the Criteo format" if schema.preset == "criteo" else ""
@@ -68,7 +66,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         display.line(goal.note)
     embedding_params = sum(config.num_params for config in configs.values())
     used = {name: ids[name] for name in configs}
-    data = _Data(source, train, split, used, settings.batch_size, goal)
+    data = Rows(source, train, split, used, settings.batch_size, goal, share)
     display.phase("building the model", train)
     num_steps = settings.epochs * ceil_div(goal.num_rows(train), settings.batch_size)
     learner = goal.learner(configs, ids, num_steps=num_steps, layout=layout)
@@ -114,59 +112,6 @@ def _full(sizes: Mapping[str, int | None], features: int) -> dict[str, int | Non
     return {"full_rows": rows, "full_params": params, "full_bytes": num_bytes}
 
 
-def split_line(settings: Settings, num_lines: int) -> int:
-    """The first line to test on; lines are counted from 0 and include malformed ones."""
-    test_lines = settings.test_rows or max(1, round(num_lines * settings.test_fraction))
-    if test_lines >= num_lines:
-        raise UserError(
-            f"Testing on the last {test_lines} of {num_lines} lines leaves none to train on."
-        )
-    return num_lines - test_lines
-
-
-def _splits(settings: Settings, source: Source) -> tuple[int, int]:
-    """The first lines to validate and to test on, by the order of the lines or by their times."""
-    split = split_line(settings, source.num_lines)
-    held_back = settings.validation_fraction
-    validated = max(1, round(split * held_back)) if held_back else 0
-    if validated >= split:
-        raise UserError(f"Validating on {validated} of {split} training lines leaves none.")
-    if not isinstance(source, FileSource) or source.schema.time is None:
-        return split - validated, split
-    tested = source.num_lines - split
-    *first, split = source.split_by_time(*([validated] if validated else []), tested)
-    return (first[0] if first else split), split
-
-
-class _Data(NamedTuple):
-    """The rows of a run: up to `train` to train on, up to `split` to validate on."""
-
-    source: Source
-    train: int
-    split: int
-    ids: Mapping[str, Ids]
-    batch_size: int
-    goal: Goal
-
-    def training(self) -> AbstractContextManager[Any]:
-        return batches(self.source, 0, self.train, self.ids, self.batch_size)
-
-    def test(self) -> AbstractContextManager[Iterator[Batch]]:
-        return self._judged(self.split, self.source.num_lines)
-
-    @property
-    def is_validated(self) -> bool:
-        return self.train < self.split
-
-    def sample(self, rows: int) -> AbstractContextManager[Iterator[Batch]]:
-        """The rows to score at a point: of the first lines to validate on, or to test on."""
-        end = self.split if self.is_validated else self.source.num_lines
-        return self._judged(self.train, min(self.train + rows, end))
-
-    def _judged(self, start: int, stop: int) -> AbstractContextManager[Iterator[Batch]]:
-        return batches(self.source, start, stop, self.ids, self.batch_size, self.goal.find)
-
-
 def _open(settings: Settings, display: Display, keeper: Keeper, bad_lines: BadLines) -> Source:
     if settings.data is None:
         return SyntheticSource(settings.synthetic_rows, settings.seed)
@@ -190,17 +135,6 @@ def _check_source(source: Source, begun: Mapping[str, int] | None) -> None:
         )
 
 
-def _shown(items: Iterable[_Rows], display: Display, phase: str, total: int) -> Iterator[_Rows]:
-    """The same blocks or batches, with `display` told of them."""
-    display.phase(phase, total)
-    rows = 0
-    for item in items:
-        yield item
-        rows += len(item.labels)
-        if display.is_due:
-            display.update(rows)
-
-
 def _checkpoints(
     settings: Settings, configs: Mapping[str, EmbedConfig], keeper: Keeper
 ) -> AbstractContextManager[Checkpoints | None]:
@@ -212,7 +146,7 @@ def _checkpoints(
 
 def _train(
     settings: Settings,
-    data: _Data,
+    data: Rows,
     learner: Learner,
     display: Display,
     keeper: Keeper,
@@ -252,9 +186,6 @@ def _train(
                 position = None
             where = _Position(epoch, stream)
             for batch in stream:
-                # What comes of a position at the end of the data: nothing but padding.
-                if not batch.weights.any():
-                    continue
                 progress.add(batch, learner.step(batch))
                 if display.is_due:
                     display.update(progress.rows, progress.note())
@@ -271,6 +202,8 @@ def _train(
             if is_last and settings.checkpoint_every != 0 and progress.rows:
                 _save(learner, checkpoints, where, progress, best)
     jax.block_until_ready(learner.params)  # the clock stops when the work has
+    if not best.is_over:
+        display.done()
     if not progress.rows:
         raise UserError(
             f"{data.source.name}: none of the {data.train} training lines {goal.wanted}."
@@ -331,6 +264,11 @@ def _resume(
         raise UserError(str(error)) from error
     for sentence in restored.damaged:
         display.line(f"Warning: {sentence}")
+    if "batches" not in restored.extra["position"]:
+        raise UserError(
+            f"{checkpoints.directory} is of an earlier version of qrhash, which told the place in "
+            "the data otherwise: go on with that version, or start anew."
+        )
     progress.take_over(restored.extra["progress"])
     if "best" in restored.extra:  # An earlier version knew none.
         best.take_over(restored.extra["best"], restored.step)
@@ -339,13 +277,13 @@ def _resume(
 
 
 def _test(
-    data: _Data, learner: Learner, click_rate: float, display: Display
+    data: Rows, learner: Learner, click_rate: float, display: Display
 ) -> tuple[Judged, Judged]:
     """Scores on all test rows, of the model and of the baseline."""
     lines = data.source.num_lines - data.split
     with data.test() as stream:
-        shown = _shown(stream, display, "testing", lines)
-        test, baseline = data.goal.tested(learner, shown, click_rate)
+        through = shown(stream, display, "testing", lines)
+        test, baseline = data.goal.tested(learner, through, click_rate)
     if not test.rows:
         raise UserError(f"{data.source.name}: none of the last {lines} lines {data.goal.wanted}.")
     return test, baseline
