@@ -78,8 +78,9 @@ INSIDE = {
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
         *("sharded", "config", "embedding", "growth", "deltas", "delta_files"),
     ],
-    "nnx": ["variables", "modules", "gradients"],
-    "deeprec": ["variable", "interface"],
+    "linen": ["variables", "modules", "dynamic"],
+    "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
+    "deeprec": ["options", "variable", "interface", "embedding_variable"],
     "checkpoint": ["writing", "metadata", "leaves", "checkpoints"],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }

@@ -1,4 +1,4 @@
-"""The interface of DeepRec's Multi-Hash Variable, for models that are carried over.
+"""The interface of DeepRec's Multi-Hash and Embedding Variables, for models that are carried over.
 
 `get_multihash_variable` takes DeepRec's arguments in DeepRec's order, and `embedding_lookup`
 looks ids up. What it returns is a Flax NNX module, so it trains like any other.
@@ -9,18 +9,53 @@ are refused with the ids that collide, unless `allow_collisions=True` asks for t
 
 DeepRec's ids have 64 bits, JAX's have 32 unless jax_enable_x64 is set. Then the default vocabulary
 ends at 2**31; ids beyond it need a `num_embeddings` that says so, and NumPy's integers.
+
+`get_embedding_variable` and its options, such as `CounterFilter`, do the same for tables in which
+keys come and go, see `qrhash.dynamic`.
 """
 
+from qrhash.deeprec.embedding_variable import (
+    get_dynamic_dimension_embedding_variable,
+    get_embedding_variable,
+)
 from qrhash.deeprec.interface import AUTO, NONE, get_multihash_variable
-from qrhash.deeprec.variable import FrozenTable, MultiHashVariable, embedding_lookup
+from qrhash.deeprec.options import (
+    CBFFilter,
+    CounterFilter,
+    EmbeddingVariableOption,
+    GlobalStepEvict,
+    InitializerOption,
+    L2WeightEvict,
+    StorageOption,
+    StorageType,
+)
+from qrhash.deeprec.variable import (
+    DynamicDimensionEmbeddingVariable,
+    EmbeddingVariable,
+    FrozenTable,
+    MultiHashVariable,
+    embedding_lookup,
+)
 from qrhash.families import DeepRecQuotientRemainder
 
 __all__ = [
     "AUTO",
     "NONE",
+    "CBFFilter",
+    "CounterFilter",
     "DeepRecQuotientRemainder",
+    "DynamicDimensionEmbeddingVariable",
+    "EmbeddingVariable",
+    "EmbeddingVariableOption",
     "FrozenTable",
+    "GlobalStepEvict",
+    "InitializerOption",
+    "L2WeightEvict",
     "MultiHashVariable",
+    "StorageOption",
+    "StorageType",
     "embedding_lookup",
+    "get_dynamic_dimension_embedding_variable",
+    "get_embedding_variable",
     "get_multihash_variable",
 ]

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from qrhash.arithmetic import as_size, ceil_div
 from qrhash.config import EmbedConfig
+from qrhash.deeprec.options import NoMeaning, refuse
 from qrhash.deeprec.variable import MOST_OF_32_BITS, MultiHashVariable, checked_shape
 from qrhash.families import DeepRecQuotientRemainder, QuotientRemainder
 from qrhash.initializers import table_initializers
@@ -25,8 +26,7 @@ NONE = "VariableAggregation.NONE"
 _OPERATIONS = {"add": "add", "mult": "mult", "mul": "mult", "concat": "concat"}
 _STRATEGIES = ("Q-R", "quotient-remainder")
 
-# Arguments of DeepRec's that mean nothing in JAX: the value that says nothing, and the reason.
-_NO_MEANING: dict[str, tuple[Any, str]] = {
+_NO_MEANING: NoMeaning = {
     "collections": (None, "JAX has no graph collections; filter variables with flax.nnx filters"),
     "caching_device": (None, "JAX places arrays by sharding; use partitioner"),
     "validate_shape": (True, "JAX arrays always have the shape they are declared with"),
@@ -109,7 +109,8 @@ def get_multihash_variable(
     >>> embedding_lookup(var, jnp.array([[1, 2], [3, 9999]])).shape
     (2, 2, 16)
     """
-    _refuse(
+    refuse(
+        _NO_MEANING,
         collections=collections,
         caching_device=caching_device,
         validate_shape=validate_shape,
@@ -154,14 +155,6 @@ def get_multihash_variable(
         trainable=trainable,
         rngs=nnx.Rngs(zlib.crc32(name.encode())) if rngs is None else rngs,
     )
-
-
-def _refuse(**arguments: Any) -> None:
-    """Raises a ValueError for an argument that means nothing in JAX, unless it says nothing."""
-    for name, value in arguments.items():
-        silent, reason = _NO_MEANING[name]
-        if value is not silent and value != silent:
-            raise ValueError(f"{name}={value!r} has no meaning here: {reason}.")
 
 
 def _check_functions(**arguments: Any) -> None:

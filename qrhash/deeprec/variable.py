@@ -1,10 +1,10 @@
-"""`MultiHashVariable`, and the look-up in it."""
+"""`MultiHashVariable` and `EmbeddingVariable`, and the look-up in either."""
 
 import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,10 @@ from flax import nnx
 
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
-from qrhash.nnx import MultiHashEmbed
-from qrhash.types import Array
+from qrhash.dynamic import DynamicConfig, Found
+from qrhash.keys import Keys
+from qrhash.nnx import DynamicEmbed, MultiHashEmbed
+from qrhash.types import Array, Scalar
 
 MOST_OF_32_BITS = 2**31  # ids from 0 on that an int32 can hold
 
@@ -84,30 +86,127 @@ class MultiHashVariable(MultiHashEmbed):
             table[...] = checked_shape("constraint", self.constraint(table[...]), table.shape)
 
 
+class EmbeddingVariable(DynamicEmbed):
+    """What `get_embedding_variable` returns: a `qrhash.nnx.DynamicEmbed` with a name.
+
+    In a step of the training, `assign` counts keys and gives them rows, before the look-up;
+    DeepRec does it within. `evict` takes rows back; DeepRec does it when it saves a checkpoint.
+
+    Attributes:
+      name: the variable's name.
+      config: its `qrhash.dynamic.DynamicConfig`.
+    """
+
+    def __init__(
+        self, name: str, config: DynamicConfig, *, trainable: bool = True, rngs: nnx.Rngs
+    ) -> None:
+        super().__init__(config, rngs=rngs)
+        self.name = name
+        if not trainable:
+            for attribute, variable in list(vars(self).items()):
+                if isinstance(variable, nnx.Param):
+                    frozen = FrozenTable(variable.get_value(), **variable.get_metadata())
+                    setattr(self, attribute, frozen)
+
+
+class DynamicDimensionEmbeddingVariable(nnx.Module):
+    """What `get_dynamic_dimension_embedding_variable` returns: blocks of the width, by key.
+
+    A key with the block number b has rows in the first b blocks, and zeros in the others.
+
+    Attributes:
+      name: the variable's name.
+      blocks: an `EmbeddingVariable` for each block.
+    """
+
+    def __init__(self, name: str, blocks: Sequence[EmbeddingVariable]) -> None:
+        self.name = name
+        self.blocks = nnx.List(blocks)
+
+    def assign(self, ids: Any, blocknums: Array, step: Scalar) -> tuple[Found, ...]:
+        """The rows of keys in a step of the training, of each block; see `DynamicEmbed.assign`.
+
+        Args:
+          ids: keys [*shape].
+          blocknums: how many blocks each has, integers [*shape]; 0: none, a vector of zeros.
+          step: the number of the step, from 0 on.
+
+        Returns:
+          For each block what its `assign` gives; `Optimizer.reset_rows` takes block and rows.
+        """
+        ids = Keys.of(ids)
+        return tuple(
+            block.assign(ids, step, where=jnp.asarray(blocknums) > number)
+            for number, block in enumerate(self.blocks)
+        )
+
+    def find(self, ids: Any, blocknums: Array) -> tuple[Found, ...]:
+        """The same outside of the training: nothing is counted, and no key gets a row."""
+        ids = Keys.of(ids)
+        return tuple(
+            block.find(ids, where=jnp.asarray(blocknums) > number)
+            for number, block in enumerate(self.blocks)
+        )
+
+    def evict(self, step: Scalar) -> jax.Array:
+        """Takes rows back in each block; returns how many, int32 []."""
+        return jnp.sum(jnp.stack([block.evict(step) for block in self.blocks]))
+
+    def __call__(self, inputs: Sequence[Found]) -> jax.Array:
+        """The vectors of keys [*shape, blocks * width of a block], of what `assign` gives."""
+        pairs = zip(self.blocks, inputs, strict=True)
+        return jnp.concatenate([block(found) for block, found in pairs], axis=-1)
+
+
+_VARIABLES = (MultiHashVariable, EmbeddingVariable, DynamicDimensionEmbeddingVariable)
+
+
 def embedding_lookup(
-    params: MultiHashVariable, ids: Array, max_norm: float | None = None
+    params: MultiHashVariable | EmbeddingVariable | DynamicDimensionEmbeddingVariable,
+    ids: Any,
+    max_norm: float | None = None,
+    *,
+    blocknums: Array | None = None,
 ) -> jax.Array:
     """Looks up the vectors of ids, of any rank.
 
     Args:
-      params: a multi-hash variable.
-      ids: integers [*shape].
+      params: a multi-hash variable, or an embedding variable.
+      ids: integers [*shape]. For an embedding variable, in the training what its `assign` gives;
+        keys themselves are looked up and not counted, as in DeepRec's inference.
       max_norm: vectors with a larger Euclidean norm are scaled down to it; None or infinite: none.
+      blocknums: of a variable of dynamic dimension, with keys: how many blocks each of them has.
 
     Returns:
       Vectors [*shape, features].
 
     Raises:
-      ValueError: `params` is no multi-hash variable, `max_norm` is no positive number, JAX ids
+      ValueError: `params` is neither variable, `max_norm` is no positive number, JAX ids
         have too few bits for the vocabulary, or an id breaks the variable's policy.
     """
-    if not isinstance(params, MultiHashVariable):
+    if not isinstance(params, _VARIABLES):
         raise ValueError(
-            f"params must be what get_multihash_variable returns, got {type(params).__name__}."
+            "params must be what get_multihash_variable or get_embedding_variable returns, got "
+            f"{type(params).__name__}."
         )
     limit = math.inf if max_norm is None else _positive("max_norm", max_norm)
-    vectors = params(ids)
+    vectors = params(_found(params, ids, blocknums))
     return vectors if limit == math.inf else _scaled_down(vectors, limit)
+
+
+def _found(params: Any, ids: Any, blocknums: Array | None) -> Any:
+    """What a variable takes: ids as they are, and keys with their rows."""
+    by_block = isinstance(params, DynamicDimensionEmbeddingVariable)
+    all_found = isinstance(ids, Sequence) and all(isinstance(each, Found) for each in ids)
+    if (blocknums is not None) != (by_block and not all_found):
+        raise ValueError(
+            "blocknums must be given for the keys of a variable of dynamic dimension, and for "
+            f"nothing else, got {blocknums!r}."
+        )
+    if blocknums is not None:
+        return params.find(ids, blocknums)
+    is_missing = isinstance(params, EmbeddingVariable) and not isinstance(ids, Found)
+    return params.find(ids) if is_missing else ids
 
 
 def _positive(name: str, value: Any) -> float:

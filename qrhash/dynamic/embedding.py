@@ -195,8 +195,7 @@ def start_rows(
       `qrhash.reset_rows` takes them.
     """
     keys, capacity = found._flat_keys, config.capacity
-    is_new = found.rows.is_new.reshape(-1)
-    rows = jnp.where(is_new, found.rows.rows.reshape(-1), capacity)
+    is_new, rows = found.rows.is_new.reshape(-1), new_rows(found, config)
     size = min(_AT_ONCE, rows.shape[0])
     count = jnp.sum(is_new, dtype=jnp.int32)
     # As many places as the last turn may look at.
@@ -215,6 +214,11 @@ def start_rows(
         state = (jnp.int32(0), table)
         _, table = jax.lax.while_loop(lambda state: state[0] < count, turn, state)
     return parameters._replace(table=table), Parameters(rows, None, None)
+
+
+def new_rows(found: Found, config: DynamicConfig) -> jax.Array:
+    """The rows that keys have just got, int32 [n]: at their first places; else the capacity."""
+    return jnp.where(found.rows.is_new, found.rows.rows, config.capacity).reshape(-1)
 
 
 def _first_vectors(parameters: Parameters, keys: Keys, config: DynamicConfig) -> jax.Array:

@@ -6,14 +6,23 @@ whose cost goes by the batch and not by the tables:
 
     loss, grads = qrhash.nnx.value_and_grad(loss_fn)(model, batch)
     optimizer.update(model, grads)          # optimizer = qrhash.nnx.Optimizer(model, tx)
+
+A `DynamicEmbed` gives rows to keys before these two lines:
+
+    found = model.embed.assign(keys, step)
+    optimizer.reset_rows(model, model.embed, found)
 """
 
-from qrhash.nnx.gradients import Optimizer, grad, value_and_grad
+from qrhash.nnx.dynamic import DynamicEmbed, KeyState
+from qrhash.nnx.gradients import grad, value_and_grad
 from qrhash.nnx.modules import EmbedCollection, MultiHashEmbed
+from qrhash.nnx.optimizer import Optimizer
 from qrhash.nnx.variables import Table, as_table, shardings
 
 __all__ = [
+    "DynamicEmbed",
     "EmbedCollection",
+    "KeyState",
     "MultiHashEmbed",
     "Optimizer",
     "Table",

@@ -1,4 +1,4 @@
-"""`value_and_grad`, `grad` and `Optimizer`: stand where those of `flax.nnx` do."""
+"""`value_and_grad` and `grad`: stand where those of `flax.nnx` do."""
 
 import functools
 import inspect
@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from qrhash.nnx.variables import Table, as_table
-from qrhash.optim import touched_rows
+from qrhash.nnx.variables import as_table, is_large, is_variable
 from qrhash.program import Marked, Program, marked
-from qrhash.protocol import is_table
 
 
 def value_and_grad(
@@ -214,7 +211,7 @@ def _modules_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any
 def _large_tables(call: _Call, state: Any) -> tuple[dict[int, tuple[Any, ...]], dict[int, Marked]]:
     """Number of an array -> path, and table, of the large ones to be differentiated."""
     takes = {
-        str(each.argnum): nnx.filterlib.to_predicate(nnx.All(each.filter, _is_large))
+        str(each.argnum): nnx.filterlib.to_predicate(nnx.All(each.filter, is_large))
         for each in call.wanted
     }
     paths: dict[int, tuple[Any, ...]] = {}
@@ -252,7 +249,7 @@ def _without_tables(call: _Call, paths: set[tuple[Any, ...]]) -> tuple[list[Any]
                 return variable
             return variable.replace(jnp.zeros(0, variable.get_value().dtype))
 
-        args[argnum] = jax.tree_util.tree_map_with_path(of, args[argnum], is_leaf=_is_variable)
+        args[argnum] = jax.tree_util.tree_map_with_path(of, args[argnum], is_leaf=is_variable)
     return args, [each.argnum for each in call.wanted]
 
 
@@ -264,7 +261,7 @@ def _with_grad(call: _Call, grads: list[Any], path: tuple[Any, ...], grad: Any) 
         def of(of_path: Any, variable: Any) -> Any:
             return variable.replace(grad) if _plain_path(of_path) == path[1:] else variable
 
-        new = jax.tree_util.tree_map_with_path(of, grads[place], is_leaf=_is_variable)
+        new = jax.tree_util.tree_map_with_path(of, grads[place], is_leaf=is_variable)
     else:
         state = nnx.split(_modules_in(call.args, call.kwargs))[1]
         variable = dict(_variables(state))[path]
@@ -290,14 +287,6 @@ def _has_modules(arg: Any) -> bool:
     return any(map(is_node, jax.tree.leaves(arg, is_leaf=is_node)))
 
 
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
-
-
-def _is_large(path: Any, value: Any) -> bool:
-    return isinstance(value, Table) and getattr(value, "is_large", False)
-
-
 def _plain_path(path: Any) -> tuple[Any, ...]:
     """A path of `jax.tree_util` as nnx writes it."""
     names = ("key", "idx", "name")
@@ -306,7 +295,7 @@ def _plain_path(path: Any) -> tuple[Any, ...]:
 
 def _variables(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
     """Paths and variables of a state, in the order of its leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_variable)
+    leaves = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable)
     return [(_plain_path(path), variable) for path, variable in leaves]
 
 
@@ -322,34 +311,3 @@ def _put(grads: Any, path: tuple[Any, ...], variable: nnx.Variable) -> Any:
         for number, each in enumerate(grads)
     ]
     return type(grads)(*new) if hasattr(grads, "_fields") else type(grads)(new)
-
-
-class Optimizer(nnx.Optimizer):
-    """`nnx.Optimizer` that takes the gradients of `qrhash.nnx.value_and_grad`.
-
-    For updates in place, donate the model and the optimizer to the compiled step:
-    `nnx.jit(step, donate_argnames=("model", "optimizer"))`.
-
-    Args:
-      model: the module.
-      tx: an optax transformation; `qrhash.touched_rows` is applied to it.
-      wrt: filter of the variables to optimize, as given to `value_and_grad`.
-
-    >>> from qrhash import EmbedConfig, QuotientRemainder
-    >>> from qrhash.nnx import MultiHashEmbed
-    >>> model = MultiHashEmbed(EmbedConfig(QuotientRemainder(100_000, 4), 8), rngs=nnx.Rngs(0))
-    >>> optimizer = Optimizer(model, optax.adagrad(0.05, initial_accumulator_value=1e-8))
-    >>> ids = jnp.array([1, 2, 99_999])
-    >>> loss, grads = value_and_grad(lambda model: (model(ids) ** 2).sum())(model)
-    >>> grads.table_0.get_value().indices.tolist()
-    [0, 0, 24999]
-    >>> updates = optimizer.update(model, grads)
-    """
-
-    def __init__(
-        self, model: Any, tx: optax.GradientTransformation, *, wrt: Any = nnx.Param
-    ) -> None:
-        for path, node in nnx.iter_graph(model):
-            if _is_large(path, node) and is_table(table := as_table(node)):
-                table.warn_if_elsewhere()
-        super().__init__(model, touched_rows(tx), wrt=wrt)

@@ -24,6 +24,17 @@ class Table(nnx.Param):
             self.set_value(table.in_place().array)
 
 
+def is_variable(node: Any) -> bool:
+    """Whether a node of a tree is a variable: `is_leaf` of `jax.tree.map`."""
+    return isinstance(node, nnx.Variable)
+
+
+def is_large(path: Any, value: Any) -> bool:
+    """Whether a variable holds a table that is trained by rows: a filter of `nnx`."""
+    del path
+    return isinstance(value, Table) and getattr(value, "is_large", False)
+
+
 def as_table(variable: nnx.Variable) -> Any:
     """What a variable holds: a table on a mesh, or state in its layout, as a `ShardedTable`."""
     # Of the metadata alone: an attribute of this name is also one of JAX's arrays.
@@ -45,7 +56,7 @@ def shardings(state: Any, layout: MeshLayout) -> Any:
     def of(variable: nnx.Variable) -> nnx.Variable:
         return variable.replace(array_of(layout.shardings(as_table(variable))))
 
-    return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return jax.tree.map(of, state, is_leaf=is_variable)
 
 
 def array_of(table: Any) -> Any:

@@ -1,144 +1,22 @@
-"""The Flax linen modules: hold the arrays of features and call the pure
+"""The modules: hold the arrays of features and call the pure core."""
 
-The parameters are named as in `qrhash.nnx`, `table_0`, `table_1`, ... and, for operation
-"project", `kernel` and `bias`, so that either module's parameters fit the other's:
-
-    nnx.update(nnx_module, nn.unbox(variables)["params"])                  # linen -> nnx
-    variables = {"params": nnx.to_pure_dict(nnx.state(nnx_module))}        # nnx -> linen
-
-For training whose cost goes by the batch and not by the tables, `large_tables` finds them:
-
-    variables = model.init(key, ids)
-    large = qrhash.linen.large_tables(variables["params"])
-    loss, grads = qrhash.value_and_grad(loss_fn, large)(nn.unbox(variables["params"]), batch)
-"""
-
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
-from flax import struct
-from jax.sharding import PartitionSpec
 
 from qrhash import collection
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig, check_config
-from qrhash.layout import mesh_axes
+from qrhash.linen.variables import boxed
 from qrhash.logits import all_vectors, attend
 from qrhash.operations import Projection, as_projection
-from qrhash.protocol import is_table
 from qrhash.spans import Stack
 from qrhash.stacks import CollectionConfig, as_collection_config, as_stacks
 from qrhash.tables import as_tables, init_projection, init_table
 from qrhash.types import Array, Key
 from qrhash.vectors import lookup
-
-
-class Table(nn.LogicallyPartitioned):
-    """A large table, or one with axis names, as `init` returns it, until `nn.unbox` takes it out.
-
-    Attributes:
-      names: logical axis names, which rules map to a mesh; or axes of a mesh, each in a tuple; or
-        None, and then nothing asks for rules, nor for the name of an axis that `nn.vmap` adds.
-      is_large: whether it is trained by rows.
-    """
-
-    names: Any = struct.field(pytree_node=False)
-    is_large: bool = struct.field(default=False, pytree_node=False)
-
-    @property
-    def _is_logical(self) -> bool:
-        return any(isinstance(name, str) for name in self.names or ())
-
-    def unbox(self, apply_constraint: bool = True) -> Any:
-        """The table; where the names are logical and there are rules, with their constraint."""
-        return super().unbox(apply_constraint) if self._is_logical else self.value
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> Any:
-        """With the name of an axis that a transformation adds, where there are logical names."""
-        return super().add_axis(index, params) if self._is_logical else self
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> Any:
-        """The inverse of `add_axis`."""
-        return super().remove_axis(index, params) if self._is_logical else self
-
-    def get_partition_spec(self) -> PartitionSpec:
-        """The names as a spec: what `nn.get_partition_spec` collects."""
-        if self.names is None or self._is_logical:
-            return PartitionSpec(*self.names or ())
-        return _spec_of_mesh_axes(self.names)
-
-    def to_nnx_metadata(self) -> dict[str, Any]:
-        """Value and metadata as `nnx.bridge` makes an `nnx.Variable` of them."""
-        metadata = {"value": self.value, "is_large": self.is_large}
-        if self.names is None:
-            return metadata
-        of_names = {"out_sharding": self.names, "sharding_rules": self.rules or ()}
-        return metadata | of_names | {"eager_sharding": False}
-
-    @classmethod
-    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "Table":
-        """The inverse of `to_nnx_metadata`."""
-        return cls(
-            metadata["value"],
-            metadata.get("out_sharding"),
-            rules=metadata.get("sharding_rules") or None,
-            is_large=metadata.get("is_large", False),
-        )
-
-
-def _spec_of_mesh_axes(names: Sequence[Any]) -> PartitionSpec:
-    """A spec that `nn.logical_to_mesh_sharding` leaves as it is.
-
-    To that function a string is a logical name, and one without a rule is no axis at all; a tuple
-    is axes of the mesh. But `PartitionSpec(("model",))` is made `PartitionSpec("model")`, unless it
-    is made as here. Should that way close, tables come out replicated, and a test fails.
-    """
-    create = getattr(PartitionSpec, "_create", None)
-    if create is None:
-        return PartitionSpec(*names)
-    return create(tuple(names), frozenset(), frozenset())
-
-
-def _boxed(value: Any, axes: Any, *, is_large: bool) -> Any:
-    """A table with its metadata, or alone if there are none."""
-    if axes is None and not is_large:
-        return value
-    axes = mesh_axes(axes) if is_table(value) else axes
-    return Table(value, axes, is_large=is_large)
-
-
-def large_tables(variables: Any) -> Any:
-    """Finds the tables that are trained by rows: `large` of `qrhash.value_and_grad`.
-
-    Args:
-      variables: variables or parameters as `model.init` returns them, not yet unboxed; also from
-        `jax.eval_shape`.
-
-    Returns:
-      A tree of bools, of the structure that `nn.unbox` gives.
-
-    Raises:
-      ValueError: there is no table of qrhash in them, or only such as were large, but are unboxed.
-    """
-
-    def is_box(leaf: Any) -> bool:
-        return isinstance(leaf, nn.meta.AxisMetadata)
-
-    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=is_box)
-    boxed = any(isinstance(leaf, Table) for _, leaf in leaves)
-    small = any(map(_is_small_table, *zip(*leaves, strict=True))) if leaves else False
-    unboxed = any(map(_was_large_table, *zip(*leaves, strict=True))) if leaves else False
-    if not boxed and (unboxed or not small):
-        raise ValueError(
-            "variables hold no table of qrhash: pass them as model.init returns them, before "
-            "nn.unbox, unless the model has none."
-        )
-    return jax.tree.map(
-        lambda leaf: isinstance(leaf, Table) and leaf.is_large, variables, is_leaf=is_box
-    )
 
 
 def params_from_tables(
@@ -180,23 +58,6 @@ def params_from_tables(
 def _named(projection: Any, config: EmbedConfig, prefix: str = "") -> dict[str, Any]:
     fields = config.projection_fields
     return {prefix + field: getattr(as_projection(projection), field) for field in fields}
-
-
-def _is_small_table(path: Any, leaf: Any) -> bool:
-    return re.fullmatch(r"table_\d+|small_\d+_\w+", _last_name(path)) is not None
-
-
-def _was_large_table(path: Any, leaf: Any) -> bool:
-    """Whether a leaf without a box has the name, and the rows, of a table that had one."""
-    is_long = getattr(leaf, "shape", (0,))[:1] >= (EmbedConfig.large_table_rows,)
-    name = _last_name(path)
-    return re.fullmatch(r"large_\d+_\w+", name) is not None or (
-        is_long and _is_small_table(path, leaf)
-    )
-
-
-def _last_name(path: Any) -> str:
-    return str(getattr(path[-1], "key", "")) if path else ""
 
 
 class MultiHashEmbed(nn.Module):
@@ -249,10 +110,10 @@ class MultiHashEmbed(nn.Module):
 
         def table(key: Key, j: int) -> Any:
             value = init_table(key, config, j)
-            return _boxed(value, config.table_axes(j), is_large=config.large_tables[j])
+            return boxed(value, config.table_axes(j), is_large=config.large_tables[j])
 
         self.tables = tuple(self.param(f"table_{j}", table, j) for j in range(config.num_tables))
-        self.projection = _projection(self, config)
+        self.projection = projection_params(self, config)
 
     @property
     def embedding(self) -> jax.Array:
@@ -319,12 +180,13 @@ class EmbedCollection(nn.Module):
 
         def table(key: Key, stack: Stack) -> Any:
             value = collection.init_stack(key, config, stack)
-            return _boxed(value, stack.axes, is_large=stack.is_large)
+            return boxed(value, stack.axes, is_large=stack.is_large)
 
         self.collection = config
         self.stacks = {stack.name: self.param(stack.name, table, stack) for stack in config.stacks}
         made = {
-            name: _projection(self, owned, f"{name}_") for name, owned in config.own_configs.items()
+            name: projection_params(self, owned, f"{name}_")
+            for name, owned in config.own_configs.items()
         }
         self.projections = {name: each for name, each in made.items() if each is not None}
 
@@ -340,7 +202,9 @@ class EmbedCollection(nn.Module):
         return collection.lookup(self.stacks, inputs, self.collection, self.projections)
 
 
-def _projection(module: nn.Module, config: EmbedConfig, prefix: str = "") -> Projection | None:
+def projection_params(
+    module: nn.Module, config: EmbedConfig, prefix: str = ""
+) -> Projection | None:
     """Declares the dense parameters of "project", if that is the operation."""
 
     def init(key: Key, field: str) -> Any:
