@@ -76,7 +76,7 @@ INSIDE = {
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
-        *("config", "embedding"),
+        *("config", "embedding", "cached", "store", "residents", "records", "numbering", "tiers"),
     ],
     "nnx": ["variables", "modules", "gradients"],
     "deeprec": ["variable", "interface"],

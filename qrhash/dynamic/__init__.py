@@ -18,6 +18,7 @@ others: the compressed one, from a few small tables.
 """
 
 from qrhash.dynamic.admission import AdmitByChance, ExactCount, SketchCount
+from qrhash.dynamic.cached import cached
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.embedding import (
     Found,
@@ -35,6 +36,8 @@ from qrhash.dynamic.embedding import (
 from qrhash.dynamic.eviction import Eviction, LeastUsed, SmallNorm, StepsSinceUse
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission, AdmitAll
+from qrhash.dynamic.store import FileStore, MemoryStore, Store
+from qrhash.dynamic.tiers import Fetched, Tiered
 
 __all__ = [
     "Admission",
@@ -43,16 +46,22 @@ __all__ = [
     "DynamicConfig",
     "Eviction",
     "ExactCount",
+    "Fetched",
+    "FileStore",
     "Found",
     "KeyIndex",
     "LeastUsed",
+    "MemoryStore",
     "Parameters",
     "Rows",
     "SketchCount",
     "SmallNorm",
     "State",
     "StepsSinceUse",
+    "Store",
+    "Tiered",
     "assign",
+    "cached",
     "evict",
     "find",
     "init",
