@@ -6,7 +6,7 @@ a record is 1; a record of zeros was never written, and its row starts as `qrhas
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import optax
 from qrhash.initializers import PerRow
 from qrhash.optim.refusals import check_transformation
 from qrhash.optim.state import owners_of
-from qrhash.rows import read_rows, set_rows
+from qrhash.rows import set_rows
 from qrhash.types import Array, Key, PyTree
 
 
@@ -187,26 +187,17 @@ def swap_rows(
     Returns:
       The arrays, and for each its old rows [n, ...].
     """
-    # As integers: no value is touched by arithmetic on the way.
-    words = [_as_integers(array) for array in arrays]
-    old, at = read_rows(words, rows)
-    new = [
-        _like(set_rows(each, at, _as_integers(value)), array)
-        for each, value, array in zip(words, values, arrays, strict=True)
-    ]
-    return new, tuple(_like(each, array) for each, array in zip(old, arrays, strict=True))
+    num_rows = arrays[0].shape[0]
 
+    def read(arrays: Sequence[jax.Array], rows: jax.Array) -> Any:
+        here = jnp.minimum(rows, num_rows - 1)
+        return tuple(each.at[here].get(mode="promise_in_bounds") for each in arrays), rows
 
-_INTEGERS: Mapping[int, Any] = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+    def skip(arrays: Sequence[jax.Array], rows: jax.Array) -> Any:
+        return tuple(map(jnp.zeros_like, values)), jnp.full_like(rows, num_rows)
 
-
-def _as_integers(array: jax.Array) -> jax.Array:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    return jax.lax.bitcast_convert_type(array, _INTEGERS[array.dtype.itemsize])
-
-
-def _like(integers: jax.Array, array: jax.Array) -> jax.Array:
-    if integers.dtype == array.dtype:
-        return integers
-    return jax.lax.bitcast_convert_type(integers, array.dtype)
+    # In order before the writes, as in `qrhash.rows.read_rows`. But that multiplies what it reads
+    # by one, and a number of bfloat16 that is close to zero becomes zero by it.
+    old, at = jax.lax.cond(jnp.any(rows < num_rows), read, skip, tuple(arrays), rows)
+    new = [set_rows(array, at, value) for array, value in zip(arrays, values, strict=True)]
+    return new, old
