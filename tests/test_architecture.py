@@ -77,6 +77,7 @@ INSIDE = {
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
         *("sharded", "config", "embedding", "growth", "deltas", "delta_files"),
+        *("cached", "store", "residents", "records", "numbering", "tiers"),
     ],
     "linen": ["variables", "modules", "dynamic"],
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],

@@ -18,6 +18,7 @@ others: the compressed one, from a few small tables.
 """
 
 from qrhash.dynamic.admission import AdmitByChance, ExactCount, SketchCount
+from qrhash.dynamic.cached import cached
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.delta_files import load_delta, save_delta
 from qrhash.dynamic.deltas import (
@@ -46,6 +47,8 @@ from qrhash.dynamic.eviction import Eviction, LeastUsed, SmallNorm, StepsSinceUs
 from qrhash.dynamic.growth import grow
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission, AdmitAll
+from qrhash.dynamic.store import FileStore, MemoryStore, Store
+from qrhash.dynamic.tiers import Fetched, Tiered
 
 __all__ = [
     "Admission",
@@ -55,9 +58,12 @@ __all__ = [
     "DynamicConfig",
     "Eviction",
     "ExactCount",
+    "Fetched",
+    "FileStore",
     "Found",
     "KeyIndex",
     "LeastUsed",
+    "MemoryStore",
     "Parameters",
     "Published",
     "Rows",
@@ -66,8 +72,11 @@ __all__ = [
     "SmallNorm",
     "State",
     "StepsSinceUse",
+    "Store",
+    "Tiered",
     "apply_delta",
     "assign",
+    "cached",
     "delta_since",
     "evict",
     "find",
