@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from qrhash.dynamic.embedding import Parameters
 from qrhash.initializers import PerRow
 from qrhash.optim.refusals import check_transformation
 from qrhash.optim.state import owners_of
@@ -85,6 +86,19 @@ class RowArrays:
         leaves[self.number] = rows
         params = jax.tree.unflatten(self._tree, leaves)
         return self.of(params, self._tx.init(params))
+
+
+def only_table(params: PyTree) -> Any:
+    """The table of `Parameters`, or the only leaf of parameters; else raises a ValueError."""
+    if isinstance(params, Parameters):
+        return params.table
+    leaves = jax.tree.leaves(params)
+    if len(leaves) != 1:
+        raise ValueError(
+            f"table must say which of the {len(leaves)} parameters is the table, such as "
+            'lambda params: params["embedding"][0].'
+        )
+    return leaves[0]
 
 
 class Records:

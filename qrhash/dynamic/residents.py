@@ -118,7 +118,7 @@ class Residents:
         """The slots used longest ago that this plan does not need, the oldest last."""
         ages = np.minimum(number - self._last, _OLD).astype(np.uint16)
         how_many = np.cumsum(np.bincount(ages, minlength=_OLD + 1)[:0:-1])
-        enough = np.searchsorted(how_many, max(self.num_slots // _SCANNED, count))
+        enough = int(np.searchsorted(how_many, max(self.num_slots // _SCANNED, count)))
         oldest = np.flatnonzero(ages >= max(_OLD - enough, 1))
         # Radix sort, of 16 bits: partitions and sorts of all are ten times as slow.
         return oldest[np.argsort(ages[oldest], kind="stable")]

@@ -28,9 +28,8 @@ from qrhash.arithmetic import as_size
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.cached import cached, check_tiered
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.dynamic.embedding import Parameters
 from qrhash.dynamic.numbering import ById, ByKey, Numbering
-from qrhash.dynamic.records import Records, RowArrays, padded, rows_of, swap_rows
+from qrhash.dynamic.records import Records, RowArrays, only_table, padded, rows_of, swap_rows
 from qrhash.dynamic.residents import Move, Residents
 from qrhash.dynamic.store import Store
 from qrhash.initializers import per_row, table_initializers
@@ -94,7 +93,7 @@ class Tiered:
         depth: int = 2,
     ) -> None:
         check_tiered(config)
-        self._arrays = RowArrays(tx, params, table or _only_table)
+        self._arrays = RowArrays(tx, params, table or only_table)
         cache_rows, width = self._arrays.table.shape
         self.config = cached(config, cache_rows)
         if width != config.features:
@@ -344,18 +343,6 @@ class Tiered:
     def _undo_one(self, move: Move, new: np.ndarray) -> None:
         self._residents.undo(move)
         self._numbering.forget(new)
-
-
-def _only_table(params: PyTree) -> Any:
-    if isinstance(params, Parameters):
-        return params.table
-    leaves = jax.tree.leaves(params)
-    if len(leaves) != 1:
-        raise ValueError(
-            f"table must say which of the {len(leaves)} parameters is the table, such as "
-            'lambda params: params["embedding"][0].'
-        )
-    return leaves[0]
 
 
 def _on_device(array: np.ndarray) -> Any:
