@@ -13,8 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 import qrhash
-from qrhash import Bag, EmbedConfig, KeyDigits, Keys, MeshLayout, MultiHash, dynamic
+from qrhash import Bag, EmbedConfig, KeyDigits, Keys, MultiHash, dynamic
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed
+from support.meshes import layout_2x4
 
 STANDARD_PROMOTION = True  # optax's Adam
 
@@ -216,7 +217,8 @@ def _train_nnx(config, tx, params, batches):
         yield float(step(model, optimizer, keys, targets, number))
         if config.eviction is not None:
             evict(model.embed, number)
-    assert len(traces) == 1
+    # On a mesh what the first step is given is not yet where the steps leave it.
+    assert len(traces) == (1 if config.layout is None else 2)
     assert int(optimizer.step[...]) == len(batches)
 
 
@@ -300,13 +302,13 @@ def test_start_rows_of_a_tree_of_modules():
 
 
 def test_on_a_mesh(rng):
-    """The table split over eight devices, and trained to the same numbers."""
-    layout = MeshLayout(mesh=jax.make_mesh((8,), ("model",)))
+    """Table and index split over eight devices, and trained to the same numbers."""
     batches = [(Keys.of(keys * 2), rng.normal(size=8).astype(np.float32)) for keys in BATCHES]
     losses = []
-    for where in (None, layout):
+    for where in (None, layout_2x4()):
         refused = EmbedConfig(MultiHash((7, 5)), WIDTH, "mult", layout=where)
-        config = dataclasses.replace(_config(None, eviction=None), refused=refused, layout=where)
+        given = {"capacity": 64, "refused": refused, "layout": where}
+        config = dataclasses.replace(_config(None, eviction=None), **given)
         params = nnx.to_pure_dict(nnx.state(NnxModel(config, nnx.Rngs(7)), nnx.Param))
         losses.append(list(_train_nnx(config, ADAM, params, batches)))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

@@ -19,9 +19,7 @@ from qrhash.dynamic import AdmitAll, DynamicConfig
 from qrhash.layout import MeshLayout
 from qrhash.types import Initializer
 
-_BY_ROWS = (
-    "the rows are trained as they are met; add a penalty on the vectors looked up to the loss"
-)
+_BY_ROWS = "rows are trained as they are met; add a penalty on the vectors looked up to the loss"
 
 _NO_MEANING: NoMeaning = {
     "regularizer": (None, _BY_ROWS),

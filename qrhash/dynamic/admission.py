@@ -28,7 +28,7 @@ from qrhash.types import PyTree
 class ExactCount(Admission):
     """Keys that have been met so often; DeepRec's `CounterFilter(filter_freq=threshold)`.
 
-    Candidates are counted in an index of their own, of 40 to 60 bytes each. Where there are more of
+    Candidates are counted in an index of their own, of 52 to 84 bytes each. Where there are more of
     them than it has room for, those met longest ago are forgotten, a quarter at a time.
 
     Attributes:
