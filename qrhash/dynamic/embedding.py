@@ -194,12 +194,24 @@ def start_rows(
       The parameters; and the numbers of the rows written, int32 [n], in the place of the table, as
       `qrhash.reset_rows` takes them.
     """
-    keys, capacity = found._flat_keys, config.capacity
-    is_new, rows = found.rows.is_new.reshape(-1), new_rows(found, config)
-    size = min(_AT_ONCE, rows.shape[0])
+    rows = new_rows(found, config)
+    if rows.size:
+        is_new = found.rows.is_new.reshape(-1)
+        table = _with_new_rows(parameters, found._flat_keys, is_new, rows, config)
+        parameters = parameters._replace(table=table)
+    return parameters, Parameters(rows, None, None)
+
+
+# Jitted for its cache: outside of `jax.jit`, the loop would compile anew at every call.
+@functools.partial(jax.jit, static_argnames="config")
+def _with_new_rows(
+    parameters: Parameters, keys: Keys, is_new: jax.Array, rows: jax.Array, config: DynamicConfig
+) -> Any:
+    """The table with the rows of new keys [n] written."""
+    capacity, size = config.capacity, min(_AT_ONCE, rows.shape[0])
     count = jnp.sum(is_new, dtype=jnp.int32)
     # As many places as the last turn may look at.
-    places = places_where(is_new, -(-rows.shape[0] // size) * size if size else 0)
+    places = places_where(is_new, -(-rows.shape[0] // size) * size)
 
     def turn(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         done, table = state
@@ -209,11 +221,8 @@ def start_rows(
         named = jnp.where(at < rows.shape[0], read(rows, here), capacity)
         return done + size, set_table_rows(table, named, vectors)
 
-    table = parameters.table
-    if size:
-        state = (jnp.int32(0), table)
-        _, table = jax.lax.while_loop(lambda state: state[0] < count, turn, state)
-    return parameters._replace(table=table), Parameters(rows, None, None)
+    state = (jnp.int32(0), parameters.table)
+    return jax.lax.while_loop(lambda state: state[0] < count, turn, state)[1]
 
 
 def new_rows(found: Found, config: DynamicConfig) -> jax.Array:

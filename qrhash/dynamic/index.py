@@ -164,12 +164,16 @@ def lookup_rows(index: KeyIndex, keys: Any, *, where: Array | None = None) -> Ro
     [1, 10]
     """
     keys, wanted, shape = flat_keys(keys, where)
-    if not wanted.size:
-        return _no_rows(shape)
+    return _lookup_rows(index, keys, wanted).in_shape(shape) if wanted.size else _no_rows(shape)
+
+
+@jax.jit
+def _lookup_rows(index: KeyIndex, keys: Keys, wanted: jax.Array) -> Rows:
+    """See `lookup_rows`, of flat keys [m]."""
     rows = find(index.slots, keys, wanted, index.capacity)
     missing = wanted & (rows == index.capacity)
     is_first = missing & (_first_places(keys, missing) == jnp.arange(rows.shape[0]))
-    found = _no_rows(shape)._replace(rows=rows.reshape(shape))
+    found = _no_rows(rows.shape)._replace(rows=rows)
     return found._replace(not_admitted=jnp.sum(is_first, dtype=jnp.int32))
 
 
@@ -201,9 +205,25 @@ def assign(
     ([0, 1, 0, 2], [True, True, False, False], 1)
     """
     keys, wanted, shape = flat_keys(keys, where)
-    step, capacity = jnp.asarray(step, jnp.int32), index.capacity
     if not wanted.size:
         return index, _no_rows(shape), state
+    step = jnp.asarray(step, jnp.int32)
+    index, given, state = _assign(index, keys, wanted, step, admission, state)
+    return index, given.in_shape(shape), state
+
+
+# Jitted for its cache: outside of `jax.jit`, the loops would compile anew at every call.
+@functools.partial(jax.jit, static_argnames="admission")
+def _assign(
+    index: KeyIndex,
+    keys: Keys,
+    wanted: jax.Array,
+    step: jax.Array,
+    admission: Admission,
+    state: PyTree,
+) -> tuple[KeyIndex, Rows, PyTree]:
+    """See `assign`, of flat keys [m]."""
+    capacity = index.capacity
     rows = find(index.slots, keys, wanted, capacity)
     found = _no_rows(rows.shape)._replace(rows=rows)
 
@@ -234,7 +254,7 @@ def assign(
         counts=index.counts.at[given.rows].add(1, mode="drop"),
         last_steps=index.last_steps.at[given.rows].set(step, mode="drop"),
     )
-    return index, given.in_shape(shape), state
+    return index, given, state
 
 
 def _insert(

@@ -9,6 +9,7 @@ works on those that it owns, and the row numbers are summed over the shards: exc
 All arrays of an index have an axis of shards in front.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,8 @@ def create(layout: MeshLayout, capacity: int, admission: Admission) -> tuple[Key
     return made
 
 
+# Jitted for their caches: outside of `jax.jit`, they would compile anew at every call.
+@functools.partial(jax.jit, static_argnames=("layout", "admission"))
 def assign(
     layout: MeshLayout,
     index: KeyIndex,
@@ -74,6 +77,7 @@ def assign(
     return carry[0], given, carry[1]
 
 
+@functools.partial(jax.jit, static_argnames="layout")
 def lookup_rows(layout: MeshLayout, index: KeyIndex, keys: Keys, *, where: jax.Array) -> Rows:
     """As `qrhash.dynamic.index.lookup_rows`, of flat keys [m] and where [m]."""
 
@@ -84,6 +88,7 @@ def lookup_rows(layout: MeshLayout, index: KeyIndex, keys: Keys, *, where: jax.A
     return _on_shards(layout, on_shard, index, keys, where, 0)[1]
 
 
+@functools.partial(jax.jit, static_argnames="layout")
 def evict(layout: MeshLayout, index: KeyIndex, gone: jax.Array) -> KeyIndex:
     """As `qrhash.dynamic.upkeep.evict`, of gone [S, R]."""
 

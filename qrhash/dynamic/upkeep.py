@@ -19,6 +19,8 @@ from qrhash.types import Scalar
 _AT_ONCE = 2**16
 
 
+# Jitted for its cache: outside of `jax.jit`, the loop would compile anew at every call.
+@jax.jit
 def evict(index: KeyIndex, gone: jax.Array) -> KeyIndex:
     """Takes rows back: their keys are no longer known.
 
