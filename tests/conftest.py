@@ -40,6 +40,15 @@ def own_caches():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quickly_compiled(tmp_path_factory):
+    """For modules whose time is that of compiling: not optimized, and each program once."""
+    from support.training_process import compiled_once
+
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

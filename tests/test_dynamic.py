@@ -22,6 +22,8 @@ from qrhash.dynamic import (
     StepsSinceUse,
 )
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 RATE, START = 0.1, 0.5
 WIDTH = 4
 

@@ -19,6 +19,8 @@ from qrhash.dynamic import AdmitAll, AdmitByChance, ExactCount, SketchCount, Ste
 from support import dynamic_training
 from support.dynamic_training import Training, adam, config_of
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STANDARD_PROMOTION = True  # optax's Adam multiplies by a power of an integer
 
 

@@ -22,6 +22,8 @@ from qrhash.dynamic.records import swap_rows
 from qrhash.dynamic.residents import Residents
 from support.cases import quick_jit
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STANDARD_PROMOTION = True  # optax's Adam
 
 NUM_ROWS, CACHE_ROWS, BATCH, FEATURES = 2000, 70, 24, 4
