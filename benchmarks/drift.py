@@ -91,7 +91,6 @@ def make_stream(arguments: argparse.Namespace, seed: int) -> Stream:
 def contenders(num_bytes: int, num_items: int, a_day: int) -> dict[str, dynamic.DynamicConfig]:
     """Configs of so many bytes; all are dynamic, some with hardly a row of their own."""
     rows = num_bytes // ROW_BYTES
-    evicts = {"eviction": dynamic.StepsSinceUse(a_day)}
     never = dynamic.AdmitByChance(1e-9)
 
     def by_hashes(rows: int, k: int) -> EmbedConfig:
@@ -101,9 +100,13 @@ def contenders(num_bytes: int, num_items: int, a_day: int) -> dict[str, dynamic.
     def growing(num_bytes: int, **options: Any) -> dynamic.DynamicConfig:
         # As many candidates as rows.
         capacity = num_bytes // (ROW_BYTES + 2 * INDEX_BYTES)
-        admission = dynamic.ExactCount(2, capacity)
         return dynamic.DynamicConfig(
-            capacity, FEATURES, admission=admission, large_table_rows=1, **evicts, **options
+            capacity,
+            FEATURES,
+            admission=dynamic.ExactCount(2, capacity),
+            eviction=dynamic.StepsSinceUse(a_day),
+            large_table_rows=1,
+            **options,
         )
 
     def hashed(k: int) -> dynamic.DynamicConfig:
@@ -125,6 +128,7 @@ def run(config: dynamic.DynamicConfig, stream: Stream, arguments: argparse.Names
     tx = qrhash.touched_rows(optax.adagrad(arguments.rate, initial_accumulator_value=1e-8))
     of_users, of_items = jax.random.split(jax.random.key(0))
     users = jax.random.normal(of_users, (arguments.users, FEATURES)) * 0.3
+    params: dict[str, Any]
     params = {"items": dynamic.init(of_items, config), "users": users, "bias": jnp.zeros(())}
     state, opt_state = dynamic.init_state(config), tx.init(params)
     large = {"items": dynamic.large(config), "users": False, "bias": False}

@@ -19,6 +19,8 @@ from qrhash import CollectionConfig, EmbedConfig, QuotientRemainder
 from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters
 from support.cases import config as make_config
 
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+
 STANDARD_PROMOTION = True  # Flax's own sums
 
 # A table trained by rows and a small one.
