@@ -25,6 +25,7 @@ from qrhash.fields import (
     checked_widths,
     require_bool,
     require_choice,
+    without_init,
 )
 from qrhash.keys import Keys
 from qrhash.layout import MeshLayout
@@ -37,7 +38,7 @@ from qrhash.types import Array, Initializer
 
 # By measurement (`benchmarks/quality.py`): on ratings .01 to .03 are best, and .18, that is
 # features**-0.5 of 32, costs up to 2 %; on clicks .01 to .05 are the same within the noise.
-_INIT_STDDEV = 0.03
+INIT_STDDEV = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +238,7 @@ class EmbedConfig:
     @property
     def stddev(self) -> float:
         """Standard deviation of a vector's entries under the default initializer."""
-        return _INIT_STDDEV if self.init_stddev is None else self.init_stddev
+        return INIT_STDDEV if self.init_stddev is None else self.init_stddev
 
     @property
     def vector_dtype(self) -> np.dtype:
@@ -317,15 +318,7 @@ class EmbedConfig:
         >>> EmbedConfig.from_dict(config.to_dict()) == config
         True
         """
-        if self.embedding_init is not None:
-            raise ValueError(
-                "embedding_init must be None in JSON, which holds no functions, got "
-                f"{self.embedding_init!r}: leave it out with dataclasses.replace, and give it to "
-                "from_dict."
-            )
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["embedding_init"]
-        return {name: as_plain(value) for name, value in values.items()}
+        return {name: as_plain(value) for name, value in without_init(self).items()}
 
     @classmethod
     def from_dict(

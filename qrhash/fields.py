@@ -1,5 +1,6 @@
 """What the fields of a config may be: each checked, and brought into the form that it keeps."""
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -149,6 +150,19 @@ def check_layout_of(
     for (rows, width), is_large in zip(shapes, are_large, strict=True):
         if is_large:
             layout.array_shape(rows, width)
+
+
+def without_init(config: Any) -> dict[str, Any]:
+    """The fields of a config but for `embedding_init`, or a ValueError if there is one."""
+    if config.embedding_init is not None:
+        raise ValueError(
+            "embedding_init must be None in JSON, which holds no functions, got "
+            f"{config.embedding_init!r}: leave it out with dataclasses.replace, and give it to "
+            "from_dict."
+        )
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del values["embedding_init"]
+    return values
 
 
 def as_plain(value: Any) -> Any:

@@ -67,7 +67,7 @@ class PerRow:
 
 def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
     """The initializer of each table: the config's, or the default matched to the operation."""
-    initializer = config.embedding_init or per_row(_SymmetricUniform(_row_stddev(config)))
+    initializer = config.embedding_init or per_row(SymmetricUniform(_row_stddev(config)))
     if isinstance(initializer, tuple):
         return initializer
     if config.operation != "mult" or config.embedding_init is not None:
@@ -80,7 +80,7 @@ def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
 
 def kernel_initializer(config: EmbedConfig) -> Initializer:
     """The initializer of the kernel of operation "project"."""
-    return per_row(_SymmetricUniform(_kernel_stddev(config)))
+    return per_row(SymmetricUniform(_kernel_stddev(config)))
 
 
 def _row_stddev(config: EmbedConfig) -> float:
@@ -117,12 +117,13 @@ def _kernel_stddev(config: EmbedConfig) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class _SymmetricUniform:
+class SymmetricUniform:
     """The Flax initializer of a uniform distribution around zero."""
 
     stddev: float
 
     def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Entries of this shape."""
         limit = 3**0.5 * self.stddev
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 

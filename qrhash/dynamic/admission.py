@@ -78,7 +78,6 @@ class ExactCount(Admission):
     def settle(self, state: KeyIndex, newcomers: Newcomers, is_new: jax.Array) -> KeyIndex:
         """They are no candidates any more: should they come back, they count from zero."""
         rows = lookup_rows(state, newcomers.keys, where=is_new).rows
-        rows = jnp.where(is_new, rows, self.num_candidates)
         return state.replace(
             counts=state.counts.at[rows].set(0, mode="drop"),
             last_steps=state.last_steps.at[rows].set(0, mode="drop"),

@@ -8,18 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from qrhash.arithmetic import as_fields, as_size, build, build_typed, typed_fields
-from qrhash.config import EmbedConfig
+from qrhash.config import INIT_STDDEV, EmbedConfig
 from qrhash.dynamic.eviction import Eviction
 from qrhash.dynamic.newcomers import Admission, AdmitAll
 from qrhash.families import FullTable
-from qrhash.fields import as_plain
+from qrhash.fields import as_plain, without_init
 from qrhash.keys import check_seed
 from qrhash.layout import MeshLayout
 from qrhash.tuning import LARGE_TABLE_ROWS
 from qrhash.types import Initializer
-
-# As in `EmbedConfig`.
-_INIT_STDDEV = 0.03
 
 _ADMIT_ALL = AdmitAll()
 
@@ -128,7 +125,7 @@ class DynamicConfig:
     @property
     def stddev(self) -> float:
         """Standard deviation of the entries of a new row, under the default initializer."""
-        return _INIT_STDDEV if self.init_stddev is None else self.init_stddev
+        return INIT_STDDEV if self.init_stddev is None else self.init_stddev
 
     @property
     def num_params(self) -> int:
@@ -145,14 +142,7 @@ class DynamicConfig:
         >>> DynamicConfig.from_dict(config.to_dict()) == config
         True
         """
-        if self.embedding_init is not None:
-            raise ValueError(
-                "embedding_init must be None in JSON, which holds no functions, got "
-                f"{self.embedding_init!r}: leave it out with dataclasses.replace, and give it to "
-                "from_dict."
-            )
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del values["embedding_init"]
+        values = without_init(self)
         for name in ("admission", "eviction"):
             values[name] = None if values[name] is None else typed_fields(values[name])
         values["refused"] = None if self.refused is None else self.refused.to_dict()

@@ -294,7 +294,7 @@ def _as_keys(keys: np.ndarray) -> tuple[Keys, np.ndarray]:
 def _found(index: key_index.KeyIndex, keys: Keys, is_meant: jax.Array) -> jax.Array:
     """The rows of keys [n]; the capacity for one without."""
     rows: jax.Array = key_index.lookup_rows(index, keys, where=is_meant).rows
-    return jnp.where(is_meant, rows, index.capacity)
+    return rows
 
 
 @jax.jit
@@ -316,7 +316,7 @@ def _with(
 ) -> tuple[key_index.KeyIndex, Any]:
     """Index and table with what keys [n] have."""
     index, found, _ = key_index.assign(index, keys, 0, where=is_meant)
-    rows = jnp.where(is_meant, found.rows, index.capacity)
+    rows = found.rows
     index = index.replace(
         counts=index.counts.at[rows].set(counts, mode="drop"),
         last_steps=index.last_steps.at[rows].set(last_steps, mode="drop"),

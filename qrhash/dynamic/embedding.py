@@ -28,6 +28,7 @@ from qrhash.dynamic import sharded
 from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
 from qrhash.dynamic.slots import places_where, read, some_keys
 from qrhash.dynamic.upkeep import evict as evict_rows
+from qrhash.initializers import SymmetricUniform
 from qrhash.keys import Keys
 from qrhash.kinds import set_table_rows
 from qrhash.operations import Projection
@@ -236,13 +237,12 @@ def _first_vectors(parameters: Parameters, keys: Keys, config: DynamicConfig) ->
         return vectors.lookup(parameters.refused, keys, config.refused, parameters.projection)
     dtype = wide_dtype(config.param_dtype)
     seed = jax.random.key(config.seed)
-    limit = 3**0.5 * config.stddev
+    initializer = config.embedding_init or SymmetricUniform(config.stddev)
 
     def draw(hi: jax.Array, lo: jax.Array) -> jax.Array:
         of_key = jax.random.fold_in(jax.random.fold_in(seed, hi), lo)
-        if config.embedding_init is None:
-            return jax.random.uniform(of_key, (config.features,), dtype, -limit, limit)
-        return config.embedding_init(of_key, (config.features,), dtype)
+        drawn: jax.Array = initializer(of_key, (config.features,), dtype)
+        return drawn
 
     return jax.vmap(draw)(keys.hi, keys.lo).astype(config.param_dtype)
 

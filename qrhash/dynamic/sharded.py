@@ -73,7 +73,7 @@ def assign(
         )
         return (index, state), given
 
-    carry, given = _on_shards(layout, on_shard, (index, state), keys, where, step)
+    carry, given = _on_shards(layout, on_shard, (index, state), index.capacity, keys, where, step)
     return carry[0], given, carry[1]
 
 
@@ -85,7 +85,7 @@ def lookup_rows(layout: MeshLayout, index: KeyIndex, keys: Keys, *, where: jax.A
         del step
         return index, key_index.lookup_rows(index, keys, where=mine)
 
-    return _on_shards(layout, on_shard, index, keys, where, 0)[1]
+    return _on_shards(layout, on_shard, index, index.capacity, keys, where, 0)[1]
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -104,6 +104,7 @@ def _on_shards(
     layout: MeshLayout,
     fun: Callable[[Any, Keys, jax.Array, jax.Array], tuple[Any, Rows]],
     carry: PyTree,
+    capacity: int,
     keys: Keys,
     where: jax.Array,
     step: Scalar,
@@ -120,9 +121,7 @@ def _on_shards(
         mine = wanted & (owner == number)
         # 2. It looks for, or gives rows to, those that it owns.
         alone, given = fun(alone, every, mine, step)
-        places = alone[0].capacity if isinstance(alone, tuple) else alone.capacity
-        has_row = mine & (given.rows < places)
-        capacity = places * shards
+        has_row = mine & (given.rows < capacity // shards)
         # 3. The sum over the shards is the row number; each device keeps those of its own batch.
         less = jnp.where(has_row, index_of(number, given.rows, shards) - capacity, 0)
         counts = given._replace(rows=less, is_new=given.is_new.astype(jnp.int32))
