@@ -6,6 +6,7 @@ from types import ModuleType
 from qrhash import batches, collection, dynamic, initializers
 from qrhash.autodiff import value_and_grad
 from qrhash.bags import Bag
+from qrhash.code_partition import CodePartition
 from qrhash.config import EmbedConfig
 from qrhash.families import (
     ChineseRemainder,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bag",
     "ChineseRemainder",
+    "CodePartition",
     "CollectionConfig",
     "EmbedConfig",
     "FullTable",

@@ -23,6 +23,7 @@ ROOMS = {
     "strings": {"numpy"},
     "keys": {"jax", "numpy"},
     "key_families": {"numpy"},
+    "code_partition": {"numpy"},
     "operations": {"jax"},
     "rows": {"jax", "numpy"},
     "merge": {"jax"},

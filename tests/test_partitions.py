@@ -69,6 +69,14 @@ def _deeprec(draw, n):
     return qrhash.deeprec.DeepRecQuotientRemainder(n, quotients, remainders)
 
 
+def _codes(draw, n):
+    """Codes of few ids: they are looked up one by one."""
+    k, most = draw(st.integers(1, 3)), draw(st.integers(1, 300))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    codes = rng.integers(0, most, (min(n, 60), k))
+    return qrhash.CodePartition(codes, tie_breaker=draw(st.booleans()))
+
+
 BUILDERS = {
     "full": _full,
     "hash": _hash,
@@ -78,6 +86,7 @@ BUILDERS = {
     "chinese remainder": _chinese_remainder,
     "balanced moduli": lambda draw, n: qrhash.ChineseRemainder.balanced(n, draw(st.integers(2, 4))),
     "deeprec": _deeprec,
+    "codes": _codes,
 }
 every_family = pytest.mark.parametrize("family", BUILDERS)
 

@@ -31,6 +31,13 @@ def num_rows(p):
             return tuple(p.moduli)
         case qrhash.deeprec.DeepRecQuotientRemainder():
             return (p.num_quotients, p.num_remainders)
+        case qrhash.CodePartition():
+            codes = p.codes.tolist()
+            most_equal = max(map(codes.count, codes))
+            return (
+                *(max(of) + 1 for of in zip(*codes, strict=True)),
+                *[most_equal] * p.tie_breaker,
+            )
     raise TypeError(p)
 
 
@@ -53,6 +60,9 @@ def code(p, x):
         case qrhash.deeprec.DeepRecQuotientRemainder():
             quotient = x // rows[0]
             return (quotient, x % rows[1]) if quotient < rows[0] else None
+        case qrhash.CodePartition():
+            codes = p.codes.tolist()
+            return (*codes[x], *[codes[:x].count(codes[x])] * p.tie_breaker)
     raise TypeError(p)
 
 
