@@ -67,6 +67,7 @@ __all__ = [
     "attend",
     "batches",
     "checkpoint",
+    "codes",
     "collection",
     "combine",
     "combine_rows",
@@ -92,6 +93,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Loads the Flax modules on first use: importing Flax takes longer than all the rest."""
-    if name in ("checkpoint", "deeprec", "linen", "nnx"):
+    if name in ("checkpoint", "codes", "deeprec", "linen", "nnx"):
         return importlib.import_module(f"qrhash.{name}")
     raise AttributeError(f"module 'qrhash' has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """The vectors of bags, summed up straight from the tables: see `qrhash.pooled`.
 
-"mult" is one sum over bags. "add", "concat" and "project" are linear in the sums of each table's
-rows, and "project" also in those of their products: nothing is combined before it is summed.
+"mult" is one sum over bags. "add", "concat", "features" and "project" are linear in the sums of
+each table's rows, "project" also in those of their products: nothing is combined before it is
+summed. "path" is not, and is pooled when it is combined.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def are_summed_at_once(tables: Sequence[Table], config: EmbedConfig, bag: Bag) -
     # How many places an exported program will be given is not known.
     if bag.length is not None or not isinstance(bag.capacity, int) or not bag.num_bags:
         return False
-    is_sum = config.combiner != "max" and not config.pool_rows
+    is_sum = config.combiner != "max" and not config.pool_rows and config.operation != "path"
     is_alone = config.logical_axes is None and jax.sharding.get_abstract_mesh().empty
     is_many = tuning.sums_at_once(tuning.traced_for(), bag.capacity)
     return is_sum and is_alone and is_many and all(table.is_at_hand for table in tables)
@@ -50,7 +51,7 @@ def summed_at_once(
       bag: the bags.
 
     Returns:
-      [*shape, features], of `config.vector_dtype`.
+      [*shape, *config.vector_shape], of `config.vector_dtype`.
     """
     segments, scale = bag.ends(), None if bag.weights is None else jnp.asarray(bag.weights)
     # What has no row: under "zero" it is left out of the sum, under "nan" the sum is NaN.
@@ -81,7 +82,7 @@ def summed_at_once(
     if config.operation == "project":
         total = _projected(total, projection, segments, scale)
     vectors = divided(total, bag, config.combiner).astype(config.vector_dtype)
-    return vectors.reshape(*bag.shape, config.features)
+    return vectors.reshape(*bag.shape, *config.vector_shape)
 
 
 def _projected(

@@ -29,7 +29,7 @@ from qrhash.fields import (
 )
 from qrhash.keys import Keys
 from qrhash.layout import MeshLayout
-from qrhash.operations import OPERATIONS, Projection, check_projection
+from qrhash.operations import OPERATIONS, Projection, check_projection, projection_shape
 from qrhash.partitions import Partition
 from qrhash.policies import ID_POLICIES, indices_of
 from qrhash.pooling import COMBINERS
@@ -48,11 +48,13 @@ class EmbedConfig:
     Attributes:
       partition: id -> one row number per table.
       features: width of the vector.
-      operation: how the k rows of an id become its vector: "add", "mult", "concat" or "project".
+      operation: how the k rows of an id become its vector: "add", "mult", "concat", "project",
+        "path", or "features", with which they stay k vectors; see `qrhash.combine`.
         By measurement "concat" is best down to about a quarter of a full table's memory, "mult"
         at higher compression, "project" best of all there.
-      widths: width of each table. Default: `features` for "add" and "mult" (nothing else fits);
-        `features` split evenly for "concat"; a quarter of `features` for "project".
+      widths: width of each table. Default: `features` for "add", "mult" and "features" (nothing
+        else fits); `features` split evenly for "concat"; a quarter of `features` for "project", and
+        for "path" in its longest table, beside the maps.
       id_policy: what an id outside [0, num_embeddings) gives:
         "nan": a vector of NaN, which no loss overlooks;
         "raise": a ValueError for concrete ids, checked on the host; inside `jax.jit` an error
@@ -161,7 +163,7 @@ class EmbedConfig:
         Args:
           num_embeddings: size of the vocabulary.
           features: width of the vector.
-          operation: "add", "mult", "concat" or "project".
+          operation: as in `EmbedConfig`.
           compression: how many times fewer bytes than a full table of the same dtype, at least 1.
           num_bytes: or the bytes, of tables and projection in `param_dtype`.
           num_params: or the parameters. Exactly one of the three is given.
@@ -206,6 +208,12 @@ class EmbedConfig:
         return self.partition.num_tables
 
     @property
+    def vector_shape(self) -> tuple[int, ...]:
+        """Shape of what an id becomes: (features,), for operation "features" (k, features)."""
+        is_many = self.operation == "features"
+        return (self.num_tables, self.features) if is_many else (self.features,)
+
+    @property
     def table_shapes(self) -> tuple[tuple[int, int], ...]:
         """Shape [rows, width] of each table."""
         assert self.widths is not None  # Filled in when built.
@@ -214,11 +222,8 @@ class EmbedConfig:
     @property
     def projection_shape(self) -> tuple[int, int] | None:
         """Shape [num_inputs, features] of the kernel of "project"; None for the others."""
-        if self.operation != "project":
-            return None
-        widths = [width for _, width in self.table_shapes]
-        products = widths[0] if self.num_tables > 1 else 0
-        return (sum(widths) + products, self.features)
+        assert self.widths is not None
+        return projection_shape(self.operation, self.widths, self.features)
 
     @property
     def projection_fields(self) -> tuple[str, ...]:

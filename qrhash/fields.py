@@ -10,6 +10,7 @@ import numpy as np
 
 from qrhash.arithmetic import as_size
 from qrhash.layout import MeshLayout
+from qrhash.operations import path_of
 from qrhash.partitions import Partition
 
 
@@ -18,8 +19,14 @@ def default_widths(
 ) -> tuple[int, ...]:
     """The default widths; or, if the largest table is to have at least one width, by that."""
     k = partition.num_tables
+    narrow = min(largest, features) or max(1, features // 4)
     if operation == "project":
-        return (min(largest, features) or max(1, features // 4),) * k
+        return (narrow,) * k
+    if operation == "path" and k > 1:
+        # The longest table has the rows, the others maps of as many outputs as a row has entries.
+        first = partition.num_rows.index(max(partition.num_rows))
+        maps = [(narrow + 1) * narrow] * (k - 2) + [(narrow + 1) * features]
+        return (*maps[:first], narrow, *maps[first:])
     if operation != "concat":
         return (features,) * k
     if features < k:
@@ -87,8 +94,16 @@ def checked_widths(
         )
     if operation == "concat" and sum(widths) != features:
         raise ValueError(f"widths must sum to features={features} for 'concat', got {widths}.")
-    if operation in ("add", "mult") and set(widths) != {features}:
+    if operation in ("add", "mult", "features") and set(widths) != {features}:
         raise ValueError(f"widths must all be features={features} for {operation!r}, got {widths}.")
+    if operation == "path":
+        first, maps = path_of(widths)
+        outputs = maps[-1].num_outputs if maps else widths[first]
+        if outputs != features:
+            raise ValueError(
+                f"widths must lead to features={features} for 'path', got {widths}, whose last map "
+                f"has {outputs} outputs."
+            )
     if operation == "project" and len(set(widths)) > 1:
         raise ValueError(f"widths must be equal for 'project', got {widths}.")
     return widths

@@ -18,6 +18,7 @@ from qrhash.arithmetic import ceil_div
 from qrhash.batches import replicate
 from qrhash.config import EmbedConfig
 from qrhash.layout import MeshLayout, Shard, owner_and_place
+from qrhash.operations import path_of
 from qrhash.sharded import ShardedTable
 from qrhash.tuning import DRAWN_AT_ONCE
 from qrhash.types import Initializer, Key, Scalar, wide_dtype
@@ -62,6 +63,9 @@ class PerRow:
         return jax.vmap(row)(index).astype(dtype)
 
 
+# What a linear map multiplies a standard deviation by: see `_kernel_stddev`.
+_GAIN = 2
+
 # --- matched to the operation ---------------------------------------------------------------------
 
 
@@ -70,12 +74,21 @@ def table_initializers(config: EmbedConfig) -> tuple[Initializer, ...]:
     initializer = config.embedding_init or per_row(SymmetricUniform(_row_stddev(config)))
     if isinstance(initializer, tuple):
         return initializer
+    if config.operation == "path" and config.embedding_init is None:
+        return _path_initializers(config, initializer)
     if config.operation != "mult" or config.embedding_init is not None:
         return (initializer,) * config.num_tables
     num_rows = config.partition.num_rows
     largest = num_rows.index(max(num_rows))
     signs = per_row(_signs)
     return tuple(initializer if j == largest else signs for j in range(config.num_tables))
+
+
+def _path_initializers(config: EmbedConfig, of_rows: Initializer) -> tuple[Initializer, ...]:
+    assert config.widths is not None
+    first, maps = path_of(config.widths)
+    of_maps = {each.table: per_row(_AffineMap(each.num_inputs, each.num_outputs)) for each in maps}
+    return tuple(of_rows if j == first else of_maps[j] for j in range(config.num_tables))
 
 
 def kernel_initializer(config: EmbedConfig) -> Initializer:
@@ -87,6 +100,8 @@ def _row_stddev(config: EmbedConfig) -> float:
     """Standard deviation of the tables' entries that gives the vectors `config.stddev`."""
     if config.operation == "add":
         return config.stddev * config.num_tables**-0.5
+    if config.operation == "path":
+        return config.stddev / _GAIN ** (config.num_tables - 1)
     if config.operation == "project":
         return _project_row_stddev(config)
     return config.stddev
@@ -113,7 +128,7 @@ def _kernel_stddev(config: EmbedConfig) -> float:
     kernel trained by Adam is slow to turn. `benchmarks/quality.py` compares them.
     """
     assert config.projection_shape is not None
-    return 2 * config.projection_shape[0] ** -0.5
+    return _GAIN * config.projection_shape[0] ** -0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +141,19 @@ class SymmetricUniform:
         """Entries of this shape."""
         limit = 3**0.5 * self.stddev
         return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+@dataclasses.dataclass(frozen=True)
+class _AffineMap:
+    """The Flax initializer of maps [inputs + 1, outputs] as flat rows: linear at the start."""
+
+    num_inputs: int
+    num_outputs: int
+
+    def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        lines = SymmetricUniform(_GAIN * self.num_inputs**-0.5)(key, shape, dtype)
+        is_linear = jnp.arange(shape[-1]) < self.num_inputs * self.num_outputs
+        return jnp.where(is_linear, lines, 0)
 
 
 def _signs(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -27,6 +27,8 @@ def all_vectors(
 ) -> jax.Array:
     """The vectors of all ids, [num_embeddings, features]: what a full table would hold.
 
+    For operation "features" they are [num_embeddings, k, features].
+
     Args:
       tables: the feature's tables, as from `init`.
       config: the feature's `EmbedConfig`.
@@ -67,12 +69,13 @@ def attend(
 ) -> jax.Array:
     """Inner products of queries with the vectors of all ids, as `flax.linen.Embed.attend`.
 
-    For "add" and "concat" each table is multiplied with the query once, and the vectors of the
-    vocabulary are never formed; the other operations form all [num_embeddings, features] of them.
+    For "add", "concat" and "features" each table is multiplied with the query once, and the vectors
+    of the vocabulary are never formed; the other operations form all [num_embeddings, features].
 
     Args:
       tables: the feature's tables, as from `init`.
-      query: [*shape, features].
+      query: [*shape, features]; for "features" [*shape, k, features], and the inner products are
+        summed up over the k.
       config: the feature's `EmbedConfig`.
       projection: for operation "project", as from `init_projection`.
       out_sharding: where the logits are to be, as in `lookup`.
@@ -86,10 +89,11 @@ def attend(
     """
     check_parameters(tables, config, projection)
     query = jnp.asarray(query)
-    if query.shape[-1:] != (config.features,):
+    if query.shape[-len(config.vector_shape) :] != config.vector_shape:
+        several = "k, " * (len(config.vector_shape) - 1)
         raise ValueError(
-            f"query must have shape [*shape, features], features={config.features}, got "
-            f"{query.shape}."
+            f"query must have shape [*shape, {several}features], {config.vector_shape} at its end, "
+            f"got {query.shape}."
         )
     ids, config = _all_ids(config)
 
@@ -110,10 +114,12 @@ def _logits(
 ) -> jax.Array:
     dtype = config.dtype or jnp.result_type(query, config.param_dtype)
     query = query.astype(dtype)
-    if config.operation not in ("add", "concat"):
+    if config.operation not in ("add", "concat", "features"):
         return query @ look_up(tables, ids, config, projection, is_whole=True).astype(dtype).T
     queries = [query] * config.num_tables
-    if config.operation == "concat":
+    if config.operation == "features":
+        queries = [query[..., j, :] for j in range(config.num_tables)]
+    elif config.operation == "concat":
         ends = np.cumsum([width for _, width in config.table_shapes])
         queries = jnp.split(query, ends[:-1].tolist(), axis=-1)
     indices = as_batch(config.indices(ids), config.partition.num_rows, config.layout)
@@ -125,4 +131,4 @@ def _logits(
     logits = jnp.moveaxis(functools.reduce(operator.add, products), 0, -1)
     if config.padding_id is None:
         return logits
-    return jnp.where(jnp.expand_dims(ids == config.padding_id, range(query.ndim - 1)), 0, logits)
+    return jnp.where(jnp.expand_dims(ids == config.padding_id, range(logits.ndim - 1)), 0, logits)

@@ -81,7 +81,7 @@ def lookup(
 
     Returns:
       Vectors [*shape, features] of `config.vector_dtype`; of bags one for each, zeros for an empty
-      one.
+      one. For operation "features" k vectors for each, [*shape, k, features].
 
     Raises:
       ValueError: policy "raise" met a concrete id outside the vocabulary; or the ids are too
@@ -168,15 +168,16 @@ def vectors_of(
     Combined, then pooled; or the other way round, with `config.pool_rows`.
     """
     if bag is None:
-        return combine_found(rows, found, config, projection, fill)
+        vectors = _combine_found(rows, found, config, projection, fill)
+        return _separated(vectors, config)
     if bag.length is None:
         rows, found, fill, bag = everywhere((rows, found, fill, bag), config.layout)
     if config.pool_rows:
         vectors = _combine_pooled(rows, found, config, projection, fill, bag)
     else:
-        combined = combine_found(rows, found, config, projection, fill)
+        combined = _combine_found(rows, found, config, projection, fill)
         vectors = pool(combined, bag, config.combiner)
-    return vectors.reshape(*bag.shape, config.features)
+    return vectors.reshape(*bag.shape, *config.vector_shape)
 
 
 def _combine_pooled(
@@ -187,11 +188,11 @@ def _combine_pooled(
     fill: Scalar,
     bag: Bag,
 ) -> jax.Array:
-    """Vectors [num_bags, features], combined of the rows of each table pooled."""
+    """Vectors [num_bags, ...], side by side, combined of the rows of each table pooled."""
     dtype = config.vector_dtype
     filled = [jnp.where(found[:, None], row.astype(dtype), fill) for row in rows]
     pooled = [pool(row, bag, config.combiner) for row in filled]
-    vectors = combine(pooled, config.operation, _cast(projection, dtype))
+    vectors = combine(pooled, _side_by_side(config.operation), _cast(projection, dtype))
     # The bias of a projection, say, is not to stand for an empty bag.
     return jnp.where(bag.counts()[:, None] > 0, vectors, 0)
 
@@ -219,7 +220,7 @@ def combine_rows(
       projection: for operation "project", as from `init_projection`.
 
     Returns:
-      Vectors [*shape, features] of `config.vector_dtype`.
+      Vectors [*shape, features] of `config.vector_dtype`; for "features" [*shape, k, features].
     """
     check_config(config)
     for name, arrays in (("rows", rows), ("indices", indices)):
@@ -229,7 +230,7 @@ def combine_rows(
             )
     first = indices[0]
     found, fill = _found(first, config), fill_value(first, config)
-    return combine_found(rows, found, config, projection, fill)
+    return _separated(_combine_found(rows, found, config, projection, fill), config)
 
 
 def _found(first: Array, config: EmbedConfig) -> Array:
@@ -237,23 +238,37 @@ def _found(first: Array, config: EmbedConfig) -> Array:
     return (first >= 0) & (first < config.partition.num_rows[0])
 
 
-def combine_found(
+def _side_by_side(operation: str) -> str:
+    """The operation, by which several vectors of an id stand side by side until the end."""
+    return "concat" if operation == "features" else operation
+
+
+def _separated(vectors: jax.Array, config: EmbedConfig) -> jax.Array:
+    """Vectors [*shape, ...], side by side where an id has several, as [*shape, *vector_shape]."""
+    if len(config.vector_shape) == 1:
+        return vectors
+    return vectors.reshape(*vectors.shape[:-1], *config.vector_shape)
+
+
+def _combine_found(
     rows: Sequence[Array],
     found: Array,
     config: EmbedConfig,
     projection: Projection | Array | None,
     fill: Scalar,
 ) -> jax.Array:
-    """Combines rows [*shape, width_j] where `found` [*shape], and fills in the rest."""
+    """Combines rows [*shape, width_j] where `found` [*shape], and fills in the rest.
+
+    Several vectors of an id stand side by side.
+    """
     found = found[..., None]
     # What stands for rows that were not found must not reach a projection shared by all ids: in
     # its gradient even zero times NaN is NaN.
     if config.operation == "project":
         rows = [jnp.where(found, row, 0) for row in rows]
     dtype = config.vector_dtype
-    combined = combine(
-        [row.astype(dtype) for row in rows], config.operation, _cast(projection, dtype)
-    )
+    typed = [row.astype(dtype) for row in rows]
+    combined = combine(typed, _side_by_side(config.operation), _cast(projection, dtype))
     return jnp.where(found, combined, fill)
 
 

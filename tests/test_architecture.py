@@ -68,6 +68,7 @@ ROOMS = {
     "nnx": {"jax", "flax", "optax"},
     "deeprec": {"jax", "flax", "numpy"},
     "checkpoint": {"jax", "numpy", "flax", "orbax"},
+    "codes": {"numpy", "scipy", "sklearn", "rich"},
     "ctr": {"jax", "flax", "optax", "numpy", "grain", "pyarrow", "rich", "matplotlib"},
     "cli": {"jax", "numpy", "rich", "typer"},
 }
@@ -88,7 +89,7 @@ INSIDE = {
 }
 
 HEAVY = {
-    *("torch", "orbax", "pyarrow", "matplotlib", "grain", "typer", "rich"),
+    *("torch", "orbax", "pyarrow", "matplotlib", "grain", "typer", "rich", "sklearn"),
     *("IPython", "nbformat", "notebook", "nbclient", "jupyter_core"),
 }
 MOST_LINES = 365

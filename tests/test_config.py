@@ -35,6 +35,11 @@ THREE = qrhash.MixedRadix(24, (2, 3, 4))
         (THREE, 8, "mult", {}, [(2, 8), (3, 8), (4, 8)], None, 72),
         (THREE, 8, "concat", {}, [(2, 3), (3, 3), (4, 2)], None, 23),
         (THREE, 8, "project", {}, [(2, 2), (3, 2), (4, 2)], (8, 8), 18 + 64 + 8),
+        (ONE, 8, "path", {}, [(100, 8)], None, 800),
+        (TWO, 8, "path", {}, [(25, 2), (4, 24)], None, 50 + 96),
+        (TWO, 8, "path", {"widths": (40, 4)}, [(25, 40), (4, 4)], None, 1000 + 16),
+        (THREE, 8, "path", {}, [(2, 6), (3, 24), (4, 2)], None, 12 + 72 + 8),
+        (TWO, 8, "features", {}, [(25, 8), (4, 8)], None, 232),
     ],
 )
 def test_shapes_and_counts(partition, features, operation, options, shapes, projection, num_params):
@@ -86,6 +91,10 @@ def test_a_config_is_a_frozen_hashable_value():
         ({"operation": "mult", "widths": (8, 4)}, ["widths", "8", "(8, 4)"]),
         ({"operation": "add", "widths": (4, 4)}, ["widths", "8", "(4, 4)"]),
         ({"operation": "project", "widths": (2, 3)}, ["widths", "(2, 3)"]),
+        ({"operation": "path", "widths": (2, 23)}, ["widths", "2 + 1", "23", "(2, 23)"]),
+        ({"operation": "path", "widths": (2, 21)}, ["widths", "features=8", "7 outputs"]),
+        ({"operation": "path", "widths": (8, 8)}, ["widths", "8 + 1", "(8, 8)"]),
+        ({"operation": "features", "widths": (8, 4)}, ["widths", "features=8", "(8, 4)"]),
         ({"dtype": jnp.int32}, ["dtype", "int32"]),
         ({"param_dtype": "no such"}, ["param_dtype", "no such"]),
         ({"param_dtype": None}, ["param_dtype", "None"]),
@@ -108,7 +117,7 @@ def test_bad_arguments_are_refused_with_argument_rule_and_value(change, words):
 # --- budgets --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["add", "mult", "concat", "project"])
+@pytest.mark.parametrize("operation", ["add", "mult", "concat", "project", "path", "features"])
 @given(
     n=st.sampled_from([1, 2, 7, 100, 999, 10_000, 1_000_003]),
     features=st.sampled_from([2, 3, 16, 33]),
@@ -145,6 +154,12 @@ def test_project_spends_a_budget_on_many_narrow_rows():
     assert max(cfg.partition.num_rows) > 999_000
     one = EmbedConfig.fit(1_000_000, 16, "project", num_params=3 * 1_000_016 + 16)
     assert (one.partition, one.widths) == (qrhash.FullTable(1_000_000), (3,))
+
+
+def test_path_spends_a_budget_on_many_narrow_rows_and_few_maps():
+    cfg = EmbedConfig.fit(1_000_000, 16, "path", compression=8)
+    assert cfg.widths == (3 * 16, 2)
+    assert cfg.partition.num_rows == (2, 999_952)
 
 
 def test_options_and_families_of_a_budget():

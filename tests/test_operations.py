@@ -18,7 +18,8 @@ BAD = [
 
 
 def _operands(rng, k, operation, shape, bias=True):
-    widths = [3, 2, 4][:k] if operation == "concat" else [3] * k
+    widths = {"concat": [3, 2, 4], "path": [8, 3, 15]}.get(operation, [3] * 3)  # path: 3 -> 2 -> 5
+    widths = widths[:k] if (operation, k) != ("path", 1) else [3]
     rows = tuple(jnp.asarray(rng.standard_normal((*shape, w)), jnp.float32) for w in widths)
     if operation != "project":
         return rows, None
@@ -40,7 +41,7 @@ def test_combine_equals_the_oracle(operation, k, rng):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_empty_batch_and_a_list_of_rows(operation, rng):
     rows, projection = _operands(rng, 2, operation, (0, 4))
-    features = {"concat": 5, "project": 5}.get(operation, 3)
+    features = {"concat": 5, "project": 5, "path": 2}.get(operation, 3)
     assert qrhash.combine(list(rows), operation, projection).shape == (0, 4, features)
 
 

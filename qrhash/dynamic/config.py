@@ -99,6 +99,11 @@ class DynamicConfig:
                 f"refused must have the features, {self.features}, and the layout of the rows, got "
                 f"{refused.features} and {refused.layout}."
             )
+        if len(refused.vector_shape) > 1:
+            raise ValueError(
+                "refused must have an operation that makes one vector, as a row is, got "
+                f"{refused.operation!r}."
+            )
         given = {"embedding_init": self.embedding_init, "init_stddev": self.init_stddev}
         extra = [name for name, value in given.items() if value is not None]
         if extra or self.refused_value:

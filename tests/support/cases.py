@@ -11,7 +11,7 @@ import numpy as np
 
 import qrhash
 
-FEATURES = 8  # three tables: concat takes 3 + 3 + 2, project rows of 2
+FEATURES = 8  # three tables: concat takes 3 + 3 + 2, project and path rows of 2
 
 FAMILIES = {
     "full": qrhash.FullTable(10),
@@ -21,7 +21,7 @@ FAMILIES = {
     "chinese remainder": qrhash.ChineseRemainder(29, (2, 5, 3)),
     "deeprec": qrhash.deeprec.DeepRecQuotientRemainder(9, 3, 4),
 }
-OPERATIONS = ("add", "mult", "concat", "project")
+OPERATIONS = ("add", "mult", "concat", "project", "path")  # "features" has another shape
 DTYPES = {  # (param_dtype, dtype)
     "f32": (jnp.float32, None),
     "bf16": (jnp.bfloat16, None),

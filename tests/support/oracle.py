@@ -111,11 +111,42 @@ def _combine(rows, operation, projection):
             return np.concatenate(rows)
         case "project":
             return _inputs(rows) @ projection[0] + (0 if projection[1] is None else projection[1])
+        case "path":
+            return _path(rows)[-1]
+        case "features":
+            return np.concatenate(rows)
     raise ValueError(operation)
 
 
 def _inputs(rows):
     return np.concatenate([*rows, *([math.prod(rows)] if len(rows) > 1 else [])])
+
+
+def _path(rows):
+    """The narrowest row, and what it becomes by one map after the other."""
+    narrowest = min(range(len(rows)), key=lambda j: len(rows[j]))
+    vectors = [rows[narrowest]]
+    for j, row in enumerate(rows):
+        if j != narrowest:
+            lines = row.reshape(len(vectors[-1]) + 1, -1)
+            mapped = [
+                sum(x * line[o] for x, line in zip([*vectors[-1], 1.0], lines, strict=True))
+                for o in range(lines.shape[1])
+            ]
+            vectors.append(np.array(mapped))
+    return vectors
+
+
+def _path_gradients(rows, w):
+    """Gradients of all rows, from the last map back to the narrowest row."""
+    narrowest = min(range(len(rows)), key=lambda j: len(rows[j]))
+    maps = [j for j in range(len(rows)) if j != narrowest]
+    grads = [None] * len(rows)
+    for j, before in reversed(list(zip(maps, _path(rows)[:-1], strict=True))):
+        grads[j] = np.outer([*before, 1.0], w).ravel()
+        w = rows[j].reshape(len(before) + 1, -1)[:-1] @ w
+    grads[narrowest] = w
+    return grads
 
 
 def _f64(arrays):
@@ -231,4 +262,6 @@ def _row_gradient(rows, j, w, operation):
             return part
         case "project":
             return part + (w[-len(rows[j]) :] * math.prod(others) if len(rows) > 1 else 0.0)
+        case "path":
+            return _path_gradients(rows, w)[j]
     raise ValueError(operation)
