@@ -40,6 +40,7 @@ from qrhash.ctr.run.train import fit
 from qrhash.types import Array
 
 OPERATIONS = ("mult", "concat", "project", "add", "hash trick")
+OF_RATINGS = (*OPERATIONS, "path")  # which `qrhash train` has not
 FEATURES = 32  # of ratings; of clicks what `qrhash train` has
 GOOD = 4.0  # a rating of at least so much
 EPOCHS, BATCH = 3, 256
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--compression", type=float, nargs="*", default=[4, 8, 15])
     parser.add_argument("--init-stddev", type=float, nargs="*", default=[0.01, 0.03, 0.06, 0.18])
     arguments = parser.parse_args()
-    data: dict[str, Score] = {
+    data: dict[str, functools.partial[float]] = {
         Path(file).name: functools.partial(clicks, file, arguments.test_rows)
         for file in arguments.criteo
     }
@@ -81,7 +82,9 @@ def main() -> None:
         data["ratings of a model"] = functools.partial(ratings, *model_ratings())
     for name, score in data.items():
         compare(name, "starts", starts(arguments.init_stddev), score, arguments.seeds)
-        compare(name, "operations", operations(arguments.compression), score, arguments.seeds)
+        names = OPERATIONS if score.func is clicks else OF_RATINGS
+        cases = operations(arguments.compression, names)
+        compare(name, "operations", cases, score, arguments.seeds)
 
 
 def starts(stddevs: Sequence[float]) -> Iterator[Case]:
@@ -91,11 +94,11 @@ def starts(stddevs: Sequence[float]) -> Iterator[Case]:
         yield Case(f"full tables, {stddev}", {"init_stddev": stddev})
 
 
-def operations(compressions: Sequence[float]) -> Iterator[Case]:
+def operations(compressions: Sequence[float], names: Sequence[str]) -> Iterator[Case]:
     """Full tables, and every operation at every compression."""
     yield Case("full tables", {})
     for compression in compressions:
-        for operation in OPERATIONS:
+        for operation in names:
             options = {"operation": operation, "compression": compression}
             yield Case(f"{compression:g}x {operation}", options)
 
@@ -184,7 +187,19 @@ def ratings(ids: np.ndarray, good: np.ndarray, options: dict[str, Any], seed: in
     split = len(good) * 4 // 5
     ids = np.stack([by_frequency(column, split) for column in ids.T], axis=1).astype(np.int32)
     sizes = dict(zip(("user", "item"), ids.max(axis=0) + 1, strict=True))
-    model = Rater({name: config_of(int(size), options) for name, size in sizes.items()}, seed)
+    configs = {name: config_of(int(size), options) for name, size in sizes.items()}
+    return least_loss(ids, good, split, configs, seed)
+
+
+def least_loss(
+    ids: np.ndarray,
+    good: np.ndarray,
+    split: int,
+    configs: dict[str, qrhash.EmbedConfig],
+    seed: int,
+) -> float:
+    """Least test log loss of three epochs on ids [n, 2] up to `split`, the others to test on."""
+    model = Rater(configs, seed)
     is_table = lambda _, value: isinstance(value, qrhash.nnx.Table)  # noqa: E731
     labels = nnx.map_state(
         lambda path, v: "table" if is_table(path, v) else "dense", nnx.state(model)
