@@ -6,9 +6,9 @@ so that k small tables tell all n ids apart: for every a != b some j has [a]_j !
 (Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient
 Recommendation Systems", KDD 2020, section 3).
 
-Every family (`qrhash.families`) is a frozen, hashable dataclass of plain integers. The same lines
-of integer arithmetic serve NumPy (int64 on the host, exact for vocabularies up to 2**63) and JAX
-(int32 on the device, traceable).
+Every family (`qrhash.families`) is a frozen, hashable dataclass of plain integers, or of codes that
+are hashed by a digest (`qrhash.code_partition`). The same lines of integer arithmetic serve NumPy
+(int64 on the host, exact for vocabularies up to 2**63) and JAX (int32 on the device, traceable).
 """
 
 import abc
