@@ -9,7 +9,8 @@ of `benchmarks/quality.py`; visitors have full tables.
 
     python benchmarks/codes.py
 
-prints the mean test log loss over the seeds, each of which has a log of its own.
+prints the mean test log loss over the seeds, each of which has a log of its own (scikit-learn is
+needed: `pip install 'qrhash[codes]'`).
 """
 
 import argparse
