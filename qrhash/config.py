@@ -155,10 +155,10 @@ class EmbedConfig:
 
         The large table gets as many rows as the budget allows, so that less than one more of them
         is left over. "concat" has its default widths; a wider large table, where rows of that width
-        for all ids would not use the budget up. "project" has the narrowest rows that use it up,
-        the best by measurement (`benchmarks/quality.py`), nearly one for every id; or one full
-        table of narrow rows, if there is one that leaves at most 2 %. A budget that holds a full
-        table of the vector's width gives one, with nothing to combine or to project.
+        for all ids would not use the budget up. "project" and "path" have the narrowest rows that
+        use it up, the best by measurement (`benchmarks/quality.py`), nearly one for every id;
+        "project" one full table of narrow rows, if there is one that leaves at most 2 %. A budget
+        that holds a full table of the vector's width gives one, with nothing to combine.
 
         Args:
           num_embeddings: size of the vocabulary.
