@@ -48,8 +48,19 @@ def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     unknown = [name for name in values if name not in known]
     if unknown:
         raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
-    as_tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return kind(**as_tuples)
+    return kind(**{name: as_meant(value, known[name]) for name, value in values.items()})
+
+
+def as_meant(value: Any, kind: Any) -> Any:
+    """A value of a configuration file, as an option of this type has it.
+
+    A list is a tuple, and an integer is text where text is wanted: the option may be numbers such
+    as "10,100", of which there is one.
+    """
+    if isinstance(value, list):
+        return tuple(value)
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return str(value) if type(value) is int and str in kinds and int not in kinds else value
 
 
 def check_values(settings: Any) -> None:
