@@ -102,7 +102,7 @@ def num_rows(config: ColumnConfig) -> int:
 
 def index_bytes(config: DynamicConfig) -> int:
     """The memory of a table's index, and of the candidates beside it."""
-    state = jax.eval_shape(lambda: init_state(replace(config, layout=None)))
+    state = jax.eval_shape(lambda: init_state(config))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
