@@ -8,6 +8,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/block       rows on the host
   data/processes   what several processes do together
   options          what an option is: its type, help and bounds
+  dynamic_settings  the options of tables that grow
   column_settings  the options that may differ from column to column
   tower_settings   the options of retrieval with two towers
   settings         every option of a run
@@ -29,7 +30,9 @@ The rooms, in reading order (a module imports the ones above it only):
   data/shares      what each of several processes reads
   data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
+  model/room       settings and the room there is -> tables that grow
   model/columns    settings and vocabulary sizes -> one EmbedConfig for each column
+  model/growing    the columns that share a table that grows
   model/models     DLRM, DCN-v2
   model/towers     two towers: vectors of queries and of items
   model/softmax    the in-batch softmax, and how often an item comes into a batch
@@ -38,6 +41,7 @@ The rooms, in reading order (a module imports the ones above it only):
   model/ranks      recall and mean reciprocal rank
   run/display      progress bars and plain lines
   run/devices      one device, a mesh of several, or several processes
+  run/growth       what becomes of the keys of tables that grow
   run/learner      parameters, optimizers and the compiled step
   run/best         the best model of a run, and when to look no further
   run/progress     where a training stands

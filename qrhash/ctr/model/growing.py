@@ -114,13 +114,18 @@ class GrowingColumns(nnx.Module):
         self, keys: Mapping[str, Keys], lists: Mapping[str, Padded]
     ) -> tuple[Keys, jax.Array]:
         """The keys of all columns [batch, places], and which of them are meant."""
-        of_table = [cross([name], keys[name])[:, None] for name in self.single]
+        of_table = [_of_column(name, keys[name])[:, None] for name in self.single]
         meant = [jnp.ones(each.shape, bool) for each in of_table]
         for name, _ in self.of_lists:
-            of_table.append(cross([name], lists[name].ids))
+            of_table.append(_of_column(name, lists[name].ids))
             meant.append(jnp.asarray(lists[name].mask))
         joined = jax.tree.map(lambda *words: jnp.concatenate(words, axis=1), *of_table)
         return joined, jnp.concatenate(meant, axis=1)
+
+
+def _of_column(name: str, keys: Keys) -> Keys:
+    """The keys of a column as the table has them."""
+    return cross(Keys.of([name])[0], keys)
 
 
 def _places(found: Found, which: slice) -> Found:

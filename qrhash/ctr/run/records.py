@@ -41,8 +41,8 @@ class Summary:
     embedding_params: int
     embedding_rows: int
     embedding_bytes: int
-    index_bytes: int
-    growth: Growth | None
+    index_bytes: int = 0
+    growth: Growth | None = None
     full_params: int | None
     full_rows: int | None
     full_bytes: int | None
