@@ -24,7 +24,7 @@ from qrhash.operations import OPERATIONS
 from qrhash.partitions import Partition
 
 # Of a budget: what a full table of narrow rows must use to be taken in place of shared rows.
-_WORTH_ITS_BYTES = 0.98
+WORTH_ITS_BYTES = 0.98
 
 FAMILIES = ("quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick")
 
@@ -143,7 +143,7 @@ def _narrow(config: Any, budget: int) -> Any | None:
         return None
     partition = FullTable(num_embeddings)
     narrow = dataclasses.replace(config, partition=partition, widths=(width,))
-    return narrow if narrow.num_params >= _WORTH_ITS_BYTES * budget else None
+    return narrow if narrow.num_params >= WORTH_ITS_BYTES * budget else None
 
 
 def _largest(of_rows: Callable[[int], Any], most: int, budget: int) -> Any:

@@ -144,6 +144,14 @@ class KeyCounts:
         common = ids != UNSEEN_ID
         return Vocabulary(self._keys[common], ids[common], missing_id)
 
+    def counts(self, min_count: int) -> np.ndarray:
+        """How often the ids of `vocabulary` were met, [num_embeddings] int64 in falling order."""
+        self._merge()
+        counts = np.concatenate([[self._num_missing], self._counts])
+        common = counts[counts >= max(1, min_count)]
+        unseen = counts.sum() - common.sum()
+        return -np.sort(-np.append(common, unseen))
+
     def _merge(self) -> None:
         parts = [(self._keys, self._counts), *self._pending]
         keys, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -151,6 +159,30 @@ class KeyCounts:
         self._counts = np.zeros(len(self._keys), np.int64)
         np.add.at(self._counts, place, counts)
         self._pending, self._num_pending = [], 0
+
+
+def count_keys(
+    settings: Settings,
+    categories: Sequence[str],
+    blocks: Iterable[Block],
+    lists: Sequence[str] = (),
+) -> dict[str, KeyCounts]:
+    """How often each key was met, of the columns that need a vocabulary; see `build_ids`."""
+    names = (*categories, *lists)
+    counted = {
+        name: KeyCounts() for name in names if not _without_vocabulary(settings.column(name))
+    }
+    for block in blocks if counted else ():
+        for name, counts in counted.items():
+            if name in lists:
+                elements = block.lists[lists.index(name)].keys
+                counts.add(elements, np.zeros(len(elements), bool))
+            else:
+                place = categories.index(name)
+                counts.add(block.keys[:, place], block.missing[:, place])
+    for counts in counted.values():
+        counts.gather()
+    return counted
 
 
 def build_ids(
@@ -172,20 +204,8 @@ def build_ids(
     Returns:
       {column name: ids}, in the order of the columns, those of lists last.
     """
+    counted = count_keys(settings, categories, blocks, lists)
     columns = {name: settings.column(name) for name in (*categories, *lists)}
-    counted = {
-        name: KeyCounts() for name, column in columns.items() if not _without_vocabulary(column)
-    }
-    for block in blocks if counted else ():
-        for name, counts in counted.items():
-            if name in lists:
-                elements = block.lists[lists.index(name)].keys
-                counts.add(elements, np.zeros(len(elements), bool))
-            else:
-                place = categories.index(name)
-                counts.add(block.keys[:, place], block.missing[:, place])
-    for counts in counted.values():
-        counts.gather()
     return {
         name: _without_vocabulary(column) or counted[name].vocabulary(column.min_count)
         for name, column in columns.items()

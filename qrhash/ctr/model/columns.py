@@ -43,7 +43,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.
-_SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
+SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
 
 FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
 
@@ -74,7 +74,7 @@ def embed_configs(
             if options.partition != "drop":
                 of_keys[name] = _of_keys(name, settings.features, options)
             continue
-        is_named = not _SHARED.issuperset(section)
+        is_named = not SHARED.issuperset(section)
         if not is_named and size <= settings.threshold:
             options = replace(options, partition="full")
         if options.partition == "drop":

@@ -1,0 +1,198 @@
+"""`qrhash plan`: from the data to the plan, and the file by which the trainer builds it."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.files import BadLines
+from qrhash.ctr.data.sizes import read_sizes
+from qrhash.ctr.data.sources import open_source
+from qrhash.ctr.data.vocabulary import count_keys
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.planned import planned
+from qrhash.ctr.plan_settings import PlanOptions
+from qrhash.ctr.run.devices import mesh_sizes
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.goals import make_goal
+from qrhash.ctr.run.plan_report import draw_plan, plan_table, summary
+from qrhash.ctr.run.rows import shown, splits
+from qrhash.ctr.settings import Settings
+from qrhash.planning import Column, Plan
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+# Settings that a plan leaves to whoever trains by it.
+_NOT_PLANNED = {"output_dir", "resume", "columns", "coordinator", "num_processes", "process_id"}
+
+
+def run(
+    settings: Settings, options: PlanOptions, display: Display
+) -> tuple[RenderableType, RenderableType]:
+    """Plans, and writes what is to be written.
+
+    Args:
+      settings: where the data are, if there are any, and what their columns are used as.
+      options: what is planned.
+      display: is told how far it is.
+
+    Returns:
+      The plan as a table and in a sentence.
+
+    Raises:
+      UserError: the data or the options cannot be used; the budget is too small; a file that would
+        be written is there already.
+    """
+    assert options.num_bytes is not None
+    budget = bytes_of(options.num_bytes)
+    output, picture = (path and Path(path) for path in (options.output, options.picture))
+    for path in (output, picture):
+        if path and path.exists() and not options.overwrite:
+            raise UserError(f"{path} is there already: choose another file, or --overwrite it.")
+    if (settings.data is None) == (options.sizes is None):
+        raise UserError("Either --data or --sizes must be given, to know the columns by.")
+    devices = devices_of(settings, options.devices)
+    if options.sizes is not None:
+        columns, examples = read_sizes(Path(options.sizes)), options.num_examples
+    else:
+        with display:
+            columns, examples = survey(settings, display)
+    plan, as_planned = planned(
+        settings,
+        columns,
+        budget,
+        devices=devices,
+        optimizer=options.optimizer,
+        num_examples=examples,
+    )
+    if output:
+        write_config(output, as_planned, plan)
+        display.line(f"{output} is for qrhash train --config {output}")
+    if picture:
+        draw_plan(plan, picture)
+        display.line(f"the picture is in {picture}")
+    return plan_table(plan), Text(summary(plan))
+
+
+def bytes_of(text: str) -> int:
+    """A number of bytes, of a text such as 64MB, 1.5 GiB or 5000000.
+
+    Raises:
+      UserError: it does not read so.
+
+    >>> bytes_of("64MB"), bytes_of("1.5 GiB")
+    (64000000, 1610612736)
+    """
+    match = re.fullmatch(r"([\d_]*\.?\d+) *([KMGT]?)(I?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise UserError(f"num_bytes must be a size such as 64MB, 1.5GiB or 5000000, got {text!r}.")
+    units = _BINARY if match[3] else _UNITS
+    return int(float(match[1].replace("_", "")) * units[match[2].upper()])
+
+
+def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int]:
+    """What the training rows say of the columns that have ids: sizes, counts and lengths.
+
+    Args:
+      settings: where the data are, and what their columns are used as.
+      display: is told of the pass.
+
+    Returns:
+      Column name -> `Column`, without those that are dropped or take keys as they are; and the
+      number of rows.
+
+    Raises:
+      UserError: the data or the options cannot be used.
+    """
+    display.phase("counting the rows", 0)
+    bad_lines = BadLines(settings.max_bad_lines, display.line)
+    source = open_source(settings, bad_lines, display.line)
+    train, _ = splits(settings, source)
+    schema = source.schema
+    rows = 0
+
+    def counted(blocks: Iterator[Block]) -> Iterator[Block]:
+        nonlocal rows
+        for block in blocks:
+            rows += len(block.labels)
+            yield block
+
+    blocks = make_goal(settings, schema).source(source).blocks(0, train)
+    blocks = counted(shown(blocks, display, "vocabulary", train))
+    keys = count_keys(settings, schema.categories, blocks, schema.lists)
+    columns = {}
+    for name in schema.embedded:
+        options = settings.column(name)
+        if options.partition == "drop":
+            continue
+        if name in keys:
+            counts = keys[name].counts(options.min_count)
+            columns[name] = Column(len(counts), counts, max(1, counts.sum()) / max(1, rows))
+        elif options.hash_size is not None:
+            columns[name] = Column(options.hash_size)
+        else:
+            display.line(f"column {name} takes keys as they are, and is no part of the plan")
+    if keys and not rows:
+        raise UserError(f"{source.name}: none of the {train} training lines can be read.")
+    return columns, rows
+
+
+def write_config(path: Path, settings: Settings, plan: Plan) -> None:
+    """Writes the file by which `qrhash train --config` builds what was planned."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(config_text(settings, plan))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def config_text(settings: Settings, plan: Plan) -> str:
+    """The settings as TOML, with the reasons of a plan beside the columns."""
+    if plan.devices > 1 and settings.mesh is None:
+        settings = replace(settings, mesh=f"data={plan.devices}")
+    lines = [
+        f"# {line}" for line in textwrap.wrap("By qrhash plan: " + summary(plan) + ".", width=95)
+    ]
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        if each.name not in _NOT_PLANNED and value not in (None, each.default):
+            lines.append(_assigned(each.name, value))
+    of_plan = dict(plan.columns)
+    for name, section in settings.columns.items():
+        lines += ["", f"[columns.{_toml_key(name)}]"]
+        if name in of_plan:
+            lines[-1] += f"  # {of_plan[name].why}"
+        lines += [_assigned(key, value) for key, value in section.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _assigned(name: str, value: Any) -> str:
+    # JSON's numbers, texts, booleans and lists are TOML's too.
+    value = list(value) if isinstance(value, tuple) else value
+    return f"{name} = {json.dumps(value, ensure_ascii=False)}"
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name, ensure_ascii=False)
+
+
+def devices_of(settings: Settings, given: int | None) -> int:
+    """How many devices large tables are split over: as given, or by the mesh of the settings."""
+    if settings.mesh is None:
+        return given or 1
+    sizes: Mapping[str, int] = mesh_sizes(settings.mesh)
+    over = sizes.get("model", sizes.get("data", 1))
+    if given not in (None, over):
+        raise UserError(
+            f"--devices must be {over}, over which mesh {settings.mesh} splits large tables, got "
+            f"{given}."
+        )
+    return over
