@@ -10,7 +10,7 @@ from qrhash.ctr.options import Option, check_values
 _plan = partial(Option, "Plan")
 
 # What of a run's settings a plan goes by, beside its data: the command line offers these.
-PLANNED_BY = ("features", "min_count", "hash_size", "large_table_rows", "mesh")
+PLANNED_BY = ("features", "threshold", "min_count", "hash_size", "large_table_rows", "mesh")
 
 
 @dataclass(frozen=True, kw_only=True)

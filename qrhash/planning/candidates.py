@@ -5,14 +5,13 @@ one more function there. Nothing is built here: sizes and losses are arithmetic 
 config of a candidate is made when it is chosen.
 
 **What a candidate loses.** `traffic` says which share of a column's variance is known from rows of
-one id each, `known`, and which from a table that ids share. Tables beside that one tell the ids
-apart again: what is lost by sharing remains in part, as the operation's factor says. Rows narrower
-than the vector cannot hold all of what is known: each halving loses a share. So
+one id each, `known`, and which from a table that ids share, `shared`. Tables beside that one tell
+the ids apart again: of what is lost by sharing, a part remains. And rows narrower than the vector
+cannot hold all of what is known: each halving loses a part. So of `known` there is left
 
-    loss = 1 - (1 - narrow log2(features / width)) (known - factor (known - shared)) / known
+    (known - sharing (known - shared)) (1 - narrow log2(features / width))
 
-of what full tables would know, and `known` times that is what the column adds to the loss of all.
-The factors are measured: see `docs/planning.md` and `benchmarks/planning.py`.
+with two factors for each way, which are measured (`docs/planning.md`).
 """
 
 import dataclasses
@@ -29,18 +28,33 @@ from qrhash.families import FullTable
 from qrhash.planning.memory import Memory
 from qrhash.planning.traffic import Traffic, known_alone, known_by_rows
 
-# (family, operation, tables) -> the part that remains of what is lost by sharing rows.
-SHARING = {
-    ("hash-trick", "mult", 1): 1.0,
-    ("quotient-remainder", "mult", 2): 0.5,
-    ("quotient-remainder", "project", 2): 0.5,
-    ("quotient-remainder", "concat", 2): 0.8,
-    ("quotient-remainder", "add", 2): 0.9,
-    ("mixed-radix", "mult", 3): 0.6,
+
+class Factors(NamedTuple):
+    """What remains of what tables lose.
+
+    Attributes:
+      sharing: the part of what is lost by rows that ids share.
+      narrow: the part of what is known that is lost by each halving of the rows' width.
+    """
+
+    sharing: float
+    narrow: float = 0.0
+
+
+# By (family, operation, number of tables). Between what fits clicks and what fits ratings best:
+# "mult" .54 and .22, "concat" .77 and .39, "add" 1.2 and .46, narrow rows .01 and .04. Of three
+# tables .29 and .24, which is no less than that of two by more than the noise.
+FACTORS = {
+    ("hash-trick", "mult", 1): Factors(1.0),
+    ("quotient-remainder", "mult", 2): Factors(0.35),
+    ("quotient-remainder", "project", 2): Factors(0.35, narrow=0.04),
+    ("quotient-remainder", "concat", 2): Factors(0.55, narrow=0.11),
+    ("quotient-remainder", "add", 2): Factors(0.75),
+    ("mixed-radix", "mult", 3): Factors(0.36),
 }
 
-# Of what is known, the share that is lost by rows of half the width.
-NARROW = 0.03
+# Of narrow rows, one for each id, that a projection widens.
+ALONE = Factors(0.0, narrow=0.04)
 
 # A table that would take more than this of the full one is not worth its complications.
 WORTHWHILE = 0.9
@@ -82,16 +96,14 @@ class Facts:
         """Parameters of a full table."""
         return self.num_embeddings * self.features
 
-    def lost(self, num_rows: np.ndarray, width: Any, factor: float) -> np.ndarray:
-        """What tables lose: the largest of so many rows, of a width; see above."""
+    def lost(self, num_rows: Any, width: Any, factors: Factors) -> np.ndarray:
+        """What tables lose, of the column's variance: the largest of so many rows of a width."""
         sizes, known = self._known_by_rows
         shared = np.interp(np.log(num_rows), np.log(sizes), known)
-        kept = self.known - factor * np.maximum(self.known - shared, 0)
-        return self.known - kept * self.of_width(width)
-
-    def of_width(self, width: Any) -> np.ndarray:
-        """The share of what is known that rows of a width can hold."""
-        return np.maximum(1 - NARROW * np.log2(self.features / np.asarray(width)), 0)
+        kept = self.known - factors.sharing * np.maximum(self.known - shared, 0.0)
+        halvings = np.log2(self.features / np.asarray(width))
+        lost: np.ndarray = self.known - kept * np.maximum(1 - factors.narrow * halvings, 0.0)
+        return lost
 
 
 class Candidates(NamedTuple):
@@ -127,7 +139,7 @@ def narrow(facts: Facts) -> Candidates:
     params = widths * (n + features) + features * facts.options.get("use_bias", True)
     widths = widths[params <= WORTHWHILE * facts.full_params]
     costs = facts.memory.on_a_device(n, widths) + facts.memory.of_dense((widths + 1) * features)
-    losses = facts.known * (1 - facts.of_width(widths))
+    losses = facts.lost(n, widths, ALONE)
 
     def make(number: int) -> EmbedConfig:
         return EmbedConfig(
@@ -149,14 +161,16 @@ def shared(facts: Facts, family: str, operation: str, num_tables: int) -> Candid
     costs = memory.on_a_device(rows, width) + memory.of_dense(shape.num_dense(width))
     # Smaller tables are balanced: all of them are large, or none is.
     costs += memory.on_a_device(small_rows, small_width)
-    losses = facts.lost(rows, width, SHARING[family, operation, num_tables])
+    losses = facts.lost(rows, width, FACTORS[family, operation, num_tables])
     return Candidates(costs, losses, lambda number: shape.config(int(budgets[number])))
 
 
-WAYS: tuple[Callable[[Facts], Candidates], ...] = (
+Way = Callable[[Facts], Candidates]
+
+WAYS: tuple[Way, ...] = (
     full,
     narrow,
-    *(functools.partial(shared, family=f, operation=o, num_tables=k) for f, o, k in SHARING),
+    *(functools.partial(shared, family=f, operation=o, num_tables=k) for f, o, k in FACTORS),
 )
 
 

@@ -18,6 +18,9 @@ from qrhash.spans import stacks_of
 # Optimizer -> its numbers for each entry of a table, and for each row.
 OPTIMIZERS = {"sgd": (0, 0), "adagrad": (1, 0), "rowwise_adagrad": (0, 1), "adam": (2, 0)}
 
+# Projections are dense parameters, for which two numbers each are counted, as Adam has them.
+_OF_DENSE = 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -54,13 +57,12 @@ class Memory:
         return self.of_tables(rows, width) / np.where(is_split, self.devices, 1)
 
     def of_dense(self, num_params: Any) -> Any:
-        """Of parameters besides the tables, with a state for each as for an entry."""
+        """Of parameters besides the tables, with their state."""
         return num_params * self.itemsize + self.state_of_dense(num_params)
 
     def state_of_dense(self, num_params: Any) -> Any:
         """The same of the optimizer's state alone."""
-        by_entry, by_row = OPTIMIZERS[self.optimizer]
-        return num_params * self.itemsize * max(by_entry, by_row)
+        return num_params * self.itemsize * _OF_DENSE
 
     def tables(self, config: EmbedConfig) -> int:
         """Tables and projection of a config, without state."""

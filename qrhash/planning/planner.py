@@ -7,7 +7,7 @@ within the budget and lose least (`knapsack`).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,13 +16,16 @@ import numpy as np
 from qrhash.arithmetic import as_size
 from qrhash.config import EmbedConfig
 from qrhash.fields import as_float_dtype
-from qrhash.planning.candidates import WAYS, Candidates, Facts
+from qrhash.planning.candidates import WAYS, Facts, Way
 from qrhash.planning.knapsack import choose
 from qrhash.planning.memory import Memory
 from qrhash.planning.traffic import PRIOR_COUNT, of_counts, of_zipf
 
-# Of a budget: what all columns that are not worth compressing may take together.
-NEGLIGIBLE = 0.05
+# Columns of at most this many ids keep full tables.
+THRESHOLD = 200
+
+# Of a budget: a full table that takes less than this is not worth compressing.
+_NEGLIGIBLE = 0.001
 
 # Budgets tried from one to its double: of all columns together, and of each at least.
 _SIZES, _LEAST_SIZES = 256, 8
@@ -128,6 +131,7 @@ def plan(
     optimizer: str = "adagrad",
     num_examples: float | None = None,
     prior_count: float = PRIOR_COUNT,
+    threshold: int = THRESHOLD,
     **options: Any,
 ) -> Plan:
     """The embeddings of many columns that a budget of memory allows, and that lose least.
@@ -152,6 +156,7 @@ def plan(
       num_examples: how many examples there are to learn from. Default: as many as the counts say;
         without counts, as many as meet the rarest id of the longest column once.
       prior_count: after how many meetings half of the variance of an id's effect is known.
+      threshold: columns of at most this many ids keep full tables.
       **options: other fields of all `EmbedConfig`s, such as `large_table_rows` or `init_stddev`.
 
     Returns:
@@ -176,6 +181,8 @@ def plan(
         ),
         itemsize=as_float_dtype("param_dtype", options.get("param_dtype", jnp.float32)).itemsize,
     )
+    if not 0 <= prior_count < np.inf:
+        raise ValueError(f"prior_count must be 0 or more, got {prior_count!r}.")
     checked = _checked(columns)
     examples = _examples(checked, num_examples)
     facts = {
@@ -193,14 +200,11 @@ def plan(
         for name, column in checked.items()
     }
     weights = {name: min(1.0, column.length) for name, column in checked.items()}
-    classes = {name: _Class.of(each, weights[name]) for name, each in facts.items()}
-    least = sum(each.costs.min() for each in classes.values())
-    for each in classes.values():
-        each.is_negligible = each.full_cost <= NEGLIGIBLE * budget / len(classes)
-    if sum(each.offered[0].min() for each in classes.values()) > budget:
-        for each in classes.values():
-            each.is_negligible = False
-    picks, configs, bound = _picked(classes, budget, memory, least)
+    classes = {
+        name: _Class(WAYS if each.num_embeddings > threshold else WAYS[:1], each, weights[name])
+        for name, each in facts.items()
+    }
+    picks, configs, bound = _picked(classes, budget, memory)
     known = sum(weights[name] * each.known for name, each in facts.items()) or 1.0
     planned = {}
     for name, config in configs.items():
@@ -212,7 +216,7 @@ def plan(
             bytes_per_device=memory.per_device({name: config}),
             full_bytes=facts[name].full_params * memory.itemsize,
             loss=float(lost),
-            why=classes[name].why(picks[name], config),
+            why=classes[name].why(picks[name], config, budget),
         )
     total = sum(classes[name].losses[pick] for name, pick in picks.items())
     return Plan(
@@ -227,34 +231,21 @@ def plan(
 
 
 class _Class:
-    """The candidates of a column, of all ways behind each other.
+    """The candidates of a column, of some ways behind each other.
+
+    Args:
+      ways: the first one has one candidate, the full table.
+      facts: about the column.
+      weight: of what it loses.
 
     Attributes:
-      costs, losses: [m] of each; losses times the column's weight.
-      is_negligible: whether the full table takes next to nothing of the budget.
+      costs, losses: [m] of each; losses times the weight.
     """
 
-    def __init__(self, ways: list[Candidates], weight: float) -> None:
-        self._ways = ways
-        self.costs = np.concatenate([way.costs for way in ways])
-        self.losses = np.concatenate([way.losses for way in ways]) * weight
-        self.is_negligible = False
-
-    @classmethod
-    def of(cls, facts: Facts, weight: float) -> "_Class":
-        """The first candidate is the full table."""
-        return cls([way(facts) for way in WAYS], weight)
-
-    @property
-    def full_cost(self) -> float:
-        """Bytes of the full table on each device."""
-        return float(self.costs[0])
-
-    @property
-    def offered(self) -> tuple[np.ndarray, np.ndarray]:
-        """Costs and losses of the candidates to choose from."""
-        most = 1 if self.is_negligible else None
-        return self.costs[:most], self.losses[:most]
+    def __init__(self, ways: Sequence[Way], facts: Facts, weight: float) -> None:
+        self._ways = [way(facts) for way in ways]
+        self.costs = np.concatenate([way.costs for way in self._ways])
+        self.losses = np.concatenate([way.losses for way in self._ways]) * weight
 
     def make(self, number: int) -> EmbedConfig:
         """The config of a candidate."""
@@ -264,11 +255,11 @@ class _Class:
             number -= len(way.costs)
         raise IndexError(number)
 
-    def why(self, pick: int, config: EmbedConfig) -> str:
+    def why(self, pick: int, config: EmbedConfig, budget: int) -> str:
         """The reason for a candidate, or what it means."""
         if pick == 0:
-            is_alone = self.is_negligible or len(self.costs) == 1
-            return "not worth compressing" if is_alone else "worth its bytes"
+            is_small = len(self.costs) == 1 or self.costs[0] < _NEGLIGIBLE * budget
+            return "not worth compressing" if is_small else "worth its bytes"
         rows, width = max(config.table_shapes)
         if rows >= config.num_embeddings:
             return f"rows of {width} numbers"
@@ -277,18 +268,20 @@ class _Class:
 
 
 def _picked(
-    classes: Mapping[str, _Class], budget: int, memory: Memory, least: float
+    classes: Mapping[str, _Class], budget: int, memory: Memory
 ) -> tuple[dict[str, int], dict[str, EmbedConfig], float]:
     """The candidates chosen, by number, their configs, and the bound of what they lose."""
-    offered = [each.offered for each in classes.values()]
     bound, allowed = None, float(budget)
+    costs = [each.costs for each in classes.values()]
+    losses = [each.losses for each in classes.values()]
     while True:
-        choice = choose([cost for cost, _ in offered], [loss for _, loss in offered], allowed)
+        choice = choose(costs, losses, allowed)
         if choice is None:
+            least = sum(cost.min() for cost in costs) + budget - allowed
             raise ValueError(
-                f"num_bytes must be at least {int(np.ceil(least + budget - allowed)):,}, what the "
-                f"smallest embeddings take on each of {memory.devices} devices with "
-                f"{memory.optimizer!r}, got {budget:,}."
+                f"num_bytes must be at least {int(np.ceil(least)):,}, what the smallest embeddings "
+                f"of columns of more than threshold ids, and full tables of the others, take on "
+                f"each of {memory.devices} devices with {memory.optimizer!r}, got {budget:,}."
             )
         bound = choice.bound if bound is None else bound
         picks = dict(zip(classes, choice.picks, strict=True))

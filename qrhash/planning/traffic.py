@@ -23,7 +23,7 @@ import numpy as np
 ZIPF_EXPONENT = 1.05
 
 # Meetings after which half of the variance of an id's effect is known, kappa above.
-PRIOR_COUNT = 20.0
+PRIOR_COUNT = 10.0
 
 _SINGLE_IDS = 32  # pieces of one id each
 _GROWTH = 1.2  # how much longer a piece after them is than the one before

@@ -12,24 +12,24 @@ from qrhash.ctr.settings import Settings
 from qrhash.planning import Column, Plan, plan
 
 # What a plan says for every column, in place of the run's own words.
-_SAID = ("partition", "operation", "compression", "collisions", "num_tables")
+SAID = ("partition", "operation", "compression", "collisions", "num_tables")
 
 
 def planned(
     settings: Settings, columns: Mapping[str, Column], budget: int, **arguments: Any
-) -> tuple[Plan, Settings]:
-    """The plan for some columns, and the settings by which the trainer builds it.
+) -> tuple[Plan, dict[str, dict[str, Any]]]:
+    """The plan for some columns, and the sections of settings by which the trainer builds it.
 
     Args:
-      settings: the run's; what they say of embeddings is replaced, but for what does not go by
-        their sizes.
+      settings: the run's; of what they say of embeddings, that stays which does not go by sizes.
       columns: column name -> what is known of it.
       budget: bytes on each device.
       **arguments: `devices`, `optimizer` and `num_examples` of `qrhash.planning.plan`.
 
     Returns:
-      The plan, and the settings: `embed_configs` of them gives the plan's configs, with each
-      column's own `combiner` and `init_stddev`.
+      The plan, and `Settings.columns`, of the columns that the settings had sections for too.
+      `embed_configs` of them gives the plan's configs, with each column's own `combiner` and
+      `init_stddev`.
 
     Raises:
       UserError: there is no column to plan for, or the budget is too small.
@@ -41,6 +41,7 @@ def planned(
             columns,
             budget,
             features=settings.features,
+            threshold=settings.threshold,
             dtype="float32",
             large_table_rows=settings.large_table_rows,
             init_stddev=settings.init_stddev,
@@ -53,13 +54,12 @@ def planned(
     for name, each in found.columns:
         kept = {key: v for key, v in sections.get(name, {}).items() if key in SHARED}
         sections[name] = kept | section_of(each.config)
-    defaults = {name: getattr(ColumnOptions, name) for name in _SAID}
-    as_planned = replace(settings, columns=sections, **defaults)
+    defaults = {name: getattr(ColumnOptions, name) for name in SAID}
+    as_planned = replace(settings, data=settings.data or "to come", columns=sections, **defaults)
     sizes = {name: column.num_embeddings for name, column in columns.items()}
-    built = embed_configs(as_planned, sizes)
-    shapes = {name: config.table_shapes for name, config in found.configs.items()}
-    assert {name: config.table_shapes for name, config in built.items()} == shapes
-    return found, as_planned
+    shapes = {name: each.table_shapes for name, each in embed_configs(as_planned, sizes).items()}
+    assert shapes == {name: config.table_shapes for name, config in found.configs.items()}
+    return found, sections
 
 
 def section_of(config: EmbedConfig) -> dict[str, Any]:

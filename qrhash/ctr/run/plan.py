@@ -17,7 +17,7 @@ from qrhash.ctr.data.sizes import read_sizes
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.vocabulary import count_keys
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.planned import planned
+from qrhash.ctr.model.planned import SAID, planned
 from qrhash.ctr.plan_settings import PlanOptions
 from qrhash.ctr.run.devices import mesh_sizes
 from qrhash.ctr.run.display import Display
@@ -31,7 +31,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 # Settings that a plan leaves to whoever trains by it.
-_NOT_PLANNED = {"output_dir", "resume", "columns", "coordinator", "num_processes", "process_id"}
+_NOT_PLANNED = {"output_dir", "resume", "coordinator", "num_processes", "process_id"}
+
+Sections = Mapping[str, Mapping[str, Any]]
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
     else:
         with display:
             columns, examples = survey(settings, display)
-    plan, as_planned = planned(
+    plan, sections = planned(
         settings,
         columns,
         budget,
@@ -74,7 +76,7 @@ def run(
         num_examples=examples,
     )
     if output:
-        write_config(output, as_planned, plan)
+        write_config(output, settings, sections, plan)
         display.line(f"{output} is for qrhash train --config {output}")
     if picture:
         draw_plan(plan, picture)
@@ -145,17 +147,23 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     return columns, rows
 
 
-def write_config(path: Path, settings: Settings, plan: Plan) -> None:
+def write_config(path: Path, settings: Settings, sections: Sections, plan: Plan) -> None:
     """Writes the file by which `qrhash train --config` builds what was planned."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(config_text(settings, plan))
+        path.write_text(config_text(settings, sections, plan))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from error
 
 
-def config_text(settings: Settings, plan: Plan) -> str:
-    """The settings as TOML, with the reasons of a plan beside the columns."""
+def config_text(settings: Settings, sections: Sections, plan: Plan) -> str:
+    """The file by which `qrhash train` builds a plan.
+
+    Args:
+      settings: those that were planned by.
+      sections: from `planned`, in place of theirs.
+      plan: says what the columns get, in comments.
+    """
     if plan.devices > 1 and settings.mesh is None:
         settings = replace(settings, mesh=f"data={plan.devices}")
     lines = [
@@ -163,10 +171,10 @@ def config_text(settings: Settings, plan: Plan) -> str:
     ]
     for each in fields(settings):
         value = getattr(settings, each.name)
-        if each.name not in _NOT_PLANNED and value not in (None, each.default):
+        if each.name not in {*_NOT_PLANNED, *SAID, "columns"} and value not in (None, each.default):
             lines.append(_assigned(each.name, value))
     of_plan = dict(plan.columns)
-    for name, section in settings.columns.items():
+    for name, section in sections.items():
         lines += ["", f"[columns.{_toml_key(name)}]"]
         if name in of_plan:
             lines[-1] += f"  # {of_plan[name].why}"
