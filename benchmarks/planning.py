@@ -101,20 +101,21 @@ def _expected(
 ) -> float:
     """What configs are expected to lose, of what full tables would know."""
     lost = known = 0.0
+    memory = Memory(optimizer="sgd", devices=1, large_table_rows=1, itemsize=4)
     for name, config in configs.items():
-        memory = Memory(optimizer="sgd", devices=1, large_table_rows=1, itemsize=4)
+        prior_count = columns[name].prior_count or PRIOR_COUNT
         facts = Facts(
             num_embeddings=config.num_embeddings,
             features=config.features,
             traffic=of_counts(columns[name].counts),
-            prior_count=PRIOR_COUNT,
+            prior_count=prior_count,
             memory=memory,
             options={},
         )
         rows, width = max(config.table_shapes)
         is_shared = not isinstance(config.partition, FullTable)
-        lost += float(facts.lost(rows, width, FACTORS[way] if is_shared else ALONE))
-        known += facts.known
+        lost += float(facts.lost(rows, width, FACTORS[way] if is_shared else ALONE)) / prior_count
+        known += facts.known / prior_count
     return lost / known
 
 

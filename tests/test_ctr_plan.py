@@ -216,6 +216,7 @@ def test_the_survey_counts_as_the_vocabulary_does(tmp_path):
     assert sorted(columns["item"].counts, reverse=True) == list(columns["item"].counts)
     assert sorted(columns["item"].counts) == sorted([*common, rare])
     tags = [tag for line in lines for tag in line["tags"].split("|") if tag]
+    assert columns["item"].prior_count >= 1
     assert columns["tags"].length == pytest.approx(len(tags) / 300)
 
 
@@ -225,6 +226,38 @@ def test_counts_are_those_of_the_ids():
     for least, wanted in ((1, [3, 2, 1, 0]), (2, [3, 2, 1]), (4, [6])):
         assert list(counts.counts(least)) == wanted
         assert counts.vocabulary(least).num_embeddings == len(wanted)
+
+
+def _variance(groups):
+    """The same of lists of clicks, by the sums of squares of an analysis of variance."""
+    clicks = np.concatenate(groups)
+    rate = clicks.mean()
+    between = sum(len(group) * (group.mean() - rate) ** 2 for group in groups)
+    freedom = len(clicks) - sum(len(group) ** 2 for group in groups) / len(clicks)
+    noise = rate * (1 - rate)
+    return max(0.0, (between - (len(groups) - 1) * noise) / freedom / noise)
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.25])
+def test_ids_that_differ_by_more_than_chance_are_told(effect, rng):
+    sizes = rng.integers(1, 60, 400)
+    rates = 0.3 + effect * rng.choice([-1, 1], len(sizes))
+    groups = [(rng.random(n) < rate).astype(float) for n, rate in zip(sizes, rates, strict=True)]
+    met, clicked = KeyCounts(), KeyCounts()
+    for key, group in enumerate(groups):
+        keys, missing = np.full(len(group), key, np.uint64), np.full(len(group), key == 5)
+        met.add(keys, missing)
+        clicked.add(keys[group > 0], missing[group > 0])
+    found = met.variance_between(clicked)
+    assert found == pytest.approx(_variance(groups))
+    assert found == pytest.approx(effect**2 / 0.21, abs=0.05)
+
+
+def test_labels_of_one_kind_say_nothing():
+    met, none = KeyCounts(), KeyCounts()
+    met.add(np.array([1, 1, 2], np.uint64), np.zeros(3, bool))
+    assert np.isnan(met.variance_between(none))
+    assert np.isnan(met.variance_between(met))
 
 
 # --- from sizes -----------------------------------------------------------------------------------

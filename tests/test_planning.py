@@ -254,6 +254,14 @@ def test_a_column_that_few_examples_have_weighs_less():
     assert of["often"].table_bytes > 2 * of["seldom"].table_bytes
 
 
+def test_a_column_that_tells_more_weighs_more():
+    columns = {
+        name: planning.Column(10_000, None, 1.0, k) for name, k in (("a", 5.0), ("b", 500.0))
+    }
+    of = dict(planning.plan(columns, 1_200_000, features=16).columns)
+    assert of["a"].table_bytes > 2 * of["b"].table_bytes
+
+
 def test_short_columns_stay_full():
     sizes = {"short": 50, "long": 5000}
     of = dict(planning.plan(sizes, 30_000, features=16, threshold=50).columns)
@@ -276,7 +284,7 @@ def test_short_columns_stay_full():
         ({"a": 5}, {"devices": 0}, "devices must be a positive integer, got 0"),
         ({"a": 5}, {"optimizer": "lion"}, "optimizer must be one of sgd, .*, got 'lion'"),
         ({"a": 5}, {"num_examples": 0}, "num_examples must be a positive number, got 0"),
-        ({"a": 5}, {"prior_count": -1}, "prior_count must be 0 or more, got -1"),
+        ({"a": planning.Column(2, prior_count=0)}, {}, "prior_count must be a positive number"),
         ({"a": 5}, {"num_bytes": 639}, "num_bytes must be at least 640, .* got 639"),
     ],
 )

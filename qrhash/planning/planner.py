@@ -39,11 +39,15 @@ class Column(NamedTuple):
       counts: how often each is met, [num_embeddings] in falling order; None: Zipf's law with
         exponent 1.05 is assumed.
       length: mean number of ids in an example: of lists any, and below 1 where some have none.
+      prior_count: after how many meetings half of the variance of an id's effect is known: the
+        variance of the noise, divided by that between ids. A column whose effects are larger has a
+        smaller one, and weighs more. None: 10.
     """
 
     num_embeddings: int
     counts: Any = None
     length: float = 1.0
+    prior_count: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +134,6 @@ def plan(
     devices: int = 1,
     optimizer: str = "adagrad",
     num_examples: float | None = None,
-    prior_count: float = PRIOR_COUNT,
     threshold: int = THRESHOLD,
     **options: Any,
 ) -> Plan:
@@ -141,8 +144,8 @@ def plan(
     `qrhash.planning.candidates`. In short: an id whose row is met by others knows the less of
     itself, the less of the row's traffic is its own; an id that is met a few times only has little
     to lose; a second table makes up for a part of it, by a factor measured for each operation. Of
-    columns without counts Zipf's law is assumed. All columns weigh the same, but for those that
-    some examples have no id of: what a column is worth to a model, only training tells.
+    columns without counts Zipf's law is assumed. A column weighs by the variance between its ids,
+    in units of the noise; where that is not known, all weigh the same.
 
     Args:
       columns: name -> `Column`, or its number of ids. Ids are to be numbered by falling frequency.
@@ -155,7 +158,6 @@ def plan(
         each entry) or "adam" (two).
       num_examples: how many examples there are to learn from. Default: as many as the counts say;
         without counts, as many as meet the rarest id of the longest column once.
-      prior_count: after how many meetings half of the variance of an id's effect is known.
       threshold: columns of at most this many ids keep full tables.
       **options: other fields of all `EmbedConfig`s, such as `large_table_rows` or `init_stddev`.
 
@@ -181,8 +183,6 @@ def plan(
         ),
         itemsize=as_float_dtype("param_dtype", options.get("param_dtype", jnp.float32)).itemsize,
     )
-    if not 0 <= prior_count < np.inf:
-        raise ValueError(f"prior_count must be 0 or more, got {prior_count!r}.")
     checked = _checked(columns)
     examples = _examples(checked, num_examples)
     facts = {
@@ -192,14 +192,16 @@ def plan(
             traffic=of_zipf(column.num_embeddings, examples * column.length)
             if column.counts is None
             else of_counts(column.counts),
-            prior_count=prior_count,
+            prior_count=_prior_count(column),
             memory=memory,
             options=options,
             per_octave=max(_LEAST_SIZES, _SIZES // len(checked)),
         )
         for name, column in checked.items()
     }
-    weights = {name: min(1.0, column.length) for name, column in checked.items()}
+    weights = {
+        name: min(1.0, column.length) / _prior_count(column) for name, column in checked.items()
+    }
     classes = {
         name: _Class(WAYS if each.num_embeddings > threshold else WAYS[:1], each, weights[name])
         for name, each in facts.items()
@@ -308,8 +310,18 @@ def _checked(columns: Any) -> dict[str, Column]:
             raise ValueError(
                 f"columns[{name!r}].length must be a positive number, got {column.length!r}."
             )
-        checked[name] = Column(size, _counts(name, size, column.counts), float(column.length))
+        if not 0 < _prior_count(column) < np.inf:
+            raise ValueError(
+                f"columns[{name!r}].prior_count must be a positive number, got "
+                f"{column.prior_count!r}."
+            )
+        counts = _counts(name, size, column.counts)
+        checked[name] = column._replace(num_embeddings=size, counts=counts)
     return checked
+
+
+def _prior_count(column: Column) -> float:
+    return PRIOR_COUNT if column.prior_count is None else column.prior_count
 
 
 def _counts(name: str, size: int, given: Any) -> np.ndarray | None:

@@ -22,7 +22,8 @@ import numpy as np
 # Exponent of the frequencies where none are given: the count of the r-th id falls as r**-1.05.
 ZIPF_EXPONENT = 1.05
 
-# Meetings after which half of the variance of an id's effect is known, kappa above.
+# Meetings after which half of the variance of an id's effect is known, kappa above. Of Criteo's
+# columns of more than 1,000 ids it is 10 to 17, by their clicks.
 PRIOR_COUNT = 10.0
 
 _SINGLE_IDS = 32  # pieces of one id each

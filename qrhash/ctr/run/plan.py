@@ -1,9 +1,10 @@
 """`qrhash plan`: from the data to the plan, and the file by which the trainer builds it."""
 
 import json
+import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sizes import read_sizes
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import count_keys
+from qrhash.ctr.data.vocabulary import Counts
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.planned import SAID, planned
 from qrhash.ctr.plan_settings import PlanOptions
@@ -29,6 +29,9 @@ from qrhash.planning import Column, Plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+# Of a column whose ids differ by no more than chance; it weighs a hundredth of others then.
+_MOST_PRIOR = 1000.0
 
 # Settings that a plan leaves to whoever trains by it.
 _NOT_PLANNED = {"output_dir", "resume", "coordinator", "num_processes", "process_id"}
@@ -108,8 +111,8 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
       display: is told of the pass.
 
     Returns:
-      Column name -> `Column`, without those that are dropped or take keys as they are; and the
-      number of rows.
+      Column name -> `Column`, without those that are dropped or take keys as they are, with how
+      much the click rates of their ids differ; and the number of rows.
 
     Raises:
       UserError: the data or the options cannot be used.
@@ -120,31 +123,37 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     train, _ = splits(settings, source)
     schema = source.schema
     rows = 0
-
-    def counted(blocks: Iterator[Block]) -> Iterator[Block]:
-        nonlocal rows
-        for block in blocks:
-            rows += len(block.labels)
-            yield block
-
+    met, clicked = (Counts(settings, schema.categories, schema.lists) for _ in range(2))
     blocks = make_goal(settings, schema).source(source).blocks(0, train)
-    blocks = counted(shown(blocks, display, "vocabulary", train))
-    keys = count_keys(settings, schema.categories, blocks, schema.lists)
+    for block in shown(blocks, display, "vocabulary", train):
+        rows += len(block.labels)
+        met.add(block)
+        clicked.add(block.take(block.labels > 0))
     columns = {}
     for name in schema.embedded:
         options = settings.column(name)
         if options.partition == "drop":
             continue
-        if name in keys:
-            counts = keys[name].counts(options.min_count)
-            columns[name] = Column(len(counts), counts, max(1, counts.sum()) / max(1, rows))
+        if name in met.of:
+            counts = met.of[name].counts(options.min_count)
+            columns[name] = Column(
+                len(counts),
+                counts,
+                max(1, counts.sum()) / max(1, rows),
+                _prior_count(met.of[name].variance_between(clicked.of[name])),
+            )
         elif options.hash_size is not None:
             columns[name] = Column(options.hash_size)
         else:
             display.line(f"column {name} takes keys as they are, and is no part of the plan")
-    if keys and not rows:
+    if met.of and not rows:
         raise UserError(f"{source.name}: none of the {train} training lines can be read.")
     return columns, rows
+
+
+def _prior_count(variance: float) -> float | None:
+    """After how many meetings half of an id's effect is known; None, where labels say nothing."""
+    return None if math.isnan(variance) else 1 / min(1.0, max(1 / _MOST_PRIOR, variance))
 
 
 def write_config(path: Path, settings: Settings, sections: Sections, plan: Plan) -> None:
