@@ -1,4 +1,4 @@
-"""The command line: `qrhash train` and `qrhash predict`.
+"""The command line: `qrhash train`, `predict`, `plan` and `compare`.
 
 The options of `train` are the fields of `qrhash.ctr.settings.Settings`; an option that is not given
 leaves the word to the configuration file, and then to the default.
@@ -81,6 +81,8 @@ def build_app() -> "typer.Typer":
 
     app.command()(_train_command())
     app.command()(_predict_command())
+    app.command()(_plan_command())
+    app.command()(_compare_command())
     return app
 
 
@@ -99,33 +101,44 @@ def _train_command() -> Any:
         code = _run(config, {name: value for name, value in given.items() if value is not None})
         raise typer.Exit(code)
 
-    def parameter(name: str, kind: Any, **option: Any) -> inspect.Parameter:
-        annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", **option)]
-        return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-        )
-
-    parameters = [
-        parameter(
+    return _with_parameters(
+        train,
+        _parameter(
             "config",
             Path | None,
             help="TOML file with any of these options, and a section columns.NAME for each "
             "column that differs. The command line wins over it.",
-        )
-    ]
-    for name, kind, default, option in options():
-        parameters.append(
-            parameter(
-                name,
-                kind | None,
-                help=option.help if default is None else f"{option.help} Default: {default}.",
-                rich_help_panel=option.panel,
-                show_default=False,
-            )
-        )
-    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    train.__annotations__ = {each.name: each.annotation for each in parameters}
-    return train
+        ),
+        *map(_of_settings, options()),
+    )
+
+
+def _with_parameters(command: Any, *parameters: inspect.Parameter) -> Any:
+    """A command that typer takes to have these parameters."""
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def _parameter(name: str, kind: Any, **option: Any) -> inspect.Parameter:
+    import typer
+
+    annotation = Annotated[kind, typer.Option(f"--{name.replace('_', '-')}", **option)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _of_settings(offered: tuple[str, Any, Any, Any]) -> inspect.Parameter:
+    """The parameter of an option of the settings."""
+    name, kind, default, option = offered
+    return _parameter(
+        name,
+        kind | None,
+        help=option.help if default is None else f"{option.help} Default: {default}.",
+        rich_help_panel=option.panel,
+        show_default=False,
+    )
 
 
 def _predict_command() -> Any:
@@ -178,6 +191,127 @@ def _predict(run: Path, data: str, output: Path, overwrite: bool, max_bad_lines:
         display.line(report(result, output))
 
     return _guarded(write, console)
+
+
+def _plan_command() -> Any:
+    """`plan`, with its own options and those of the settings that say what the columns are."""
+    from dataclasses import fields
+
+    import typer
+
+    from qrhash.ctr.options import options_of
+    from qrhash.ctr.plan_settings import PLANNED_BY, PlanOptions
+    from qrhash.ctr.settings import options
+
+    own = {each.name: each.default for each in fields(PlanOptions)}
+
+    def plan(config: Path | None = None, **given: Any) -> None:
+        """Choose an embedding for each column, such that all keep a budget of memory.
+
+        Reads the training rows once, or a table of vocabulary sizes. Says which columns to
+        compress, how, what that takes of each device and what it is expected to lose, and writes
+        the file by which qrhash train builds it:
+
+        qrhash plan --data events.parquet --num-bytes 64MB --output plan.toml --picture plan.png
+
+        qrhash train --config plan.toml
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        of_plan = {name: given.pop(name) for name in own.keys() & given.keys()}
+        raise typer.Exit(_plan(config, given, of_plan))
+
+    data = [each for each in options() if each[-1].panel == "Data" or each[0] in PLANNED_BY]
+    return _with_parameters(
+        plan,
+        *(_of_settings((name, kind, own[name], of)) for name, kind, of in options_of(PlanOptions)),
+        _parameter(
+            "config",
+            Path | None,
+            help="TOML file of qrhash train to begin with: the plan replaces its embeddings.",
+        ),
+        *(_of_settings(each) for each in data if each[0] != "synthetic_rows"),
+    )
+
+
+def _plan(config: Path | None, given: dict[str, Any], of_plan: dict[str, Any]) -> int:
+    """Plans; returns the exit code."""
+    from rich.console import Console
+
+    from qrhash.ctr.config_file import load
+    from qrhash.ctr.plan_settings import PlanOptions
+    from qrhash.ctr.run.display import Display
+    from qrhash.ctr.run.plan import run
+
+    console = Console(stderr=True)
+
+    def plan() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for shown in run(load(config, given), PlanOptions(**of_plan), Display(console)):
+            Console().print(shown)
+
+    return _guarded(plan, console)
+
+
+def _compare_command() -> Any:
+    """`compare`, with its own options and those of the settings that all trainings share."""
+    from dataclasses import fields
+
+    import typer
+
+    from qrhash.ctr.compare_settings import NOT_COMPARED, CompareOptions
+    from qrhash.ctr.options import options_of
+    from qrhash.ctr.settings import options
+
+    own = {each.name: each.default for each in fields(CompareOptions)}
+
+    def compare(config: Path | None = None, **given: Any) -> None:
+        """Train with several embeddings of several sizes and seeds, and compare their losses.
+
+        Full tables, the hash trick, quotient and remainder by each operation, mixed radix and
+        tables that grow, each at the same bytes. What is finished stays finished: the same command
+        goes on where it was stopped. Leaves a table, a picture and the figures as JSON:
+
+        qrhash compare --data events.parquet --compressions 4,16 --seeds 3
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        of_all = {name: given.pop(name) for name in own.keys() & given.keys()}
+        raise typer.Exit(_compare(config, given, of_all))
+
+    shared = [each for each in options() if each[0] not in NOT_COMPARED | own.keys()]
+    return _with_parameters(
+        compare,
+        *(
+            _of_settings((name, kind, own[name], of))
+            for name, kind, of in options_of(CompareOptions)
+        ),
+        _parameter("config", Path | None, help="TOML file of qrhash train, for all trainings."),
+        *map(_of_settings, shared),
+    )
+
+
+def _compare(config: Path | None, given: dict[str, Any], of_all: dict[str, Any]) -> int:
+    """Trains and compares; returns the exit code."""
+    from rich.console import Console
+
+    from qrhash.ctr.compare_settings import CompareOptions
+    from qrhash.ctr.config_file import load
+    from qrhash.ctr.run.compare import compare
+    from qrhash.ctr.run.compare_report import FIGURES, PICTURE, compared, table_of, write
+    from qrhash.ctr.run.display import Display
+
+    console = Console(stderr=True)
+
+    def run() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        options = CompareOptions(**of_all)
+        with Display(console) as display:
+            outcomes = compare(load(config, given), options, display)
+        rows = compared(outcomes)
+        write(outcomes, rows, Path(options.output_dir))
+        Console().print(table_of(rows, options.seeds))
+        display.line(f"{FIGURES} and {PICTURE} are in {options.output_dir}")
+
+    return _guarded(run, console)
 
 
 def _guarded(action: Callable[[], None], console: "Console") -> int:

@@ -58,6 +58,7 @@ ROOMS = {
     "stacks": {"jax", "numpy"},
     "plans": {"jax"},
     "collection": {"jax"},
+    "planning": {"jax", "numpy"},
     "jaxprs": {"jax"},
     "program": {"jax"},
     "autodiff": {"jax", "numpy"},
@@ -73,6 +74,7 @@ ROOMS = {
 
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
+    "planning": ["traffic", "memory", "candidates", "knapsack", "planner"],
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),

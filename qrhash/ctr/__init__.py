@@ -12,6 +12,8 @@ The rooms, in reading order (a module imports the ones above it only):
   column_settings  the options that may differ from column to column
   tower_settings   the options of retrieval with two towers
   settings         every option of a run
+  plan_settings    the options of a plan
+  compare_settings  the options of a comparison
   config_file      defaults, configuration file and command line -> settings
   data/cells       arrow columns of text or numbers -> arrays, and the cells that cannot be read
   data/lists       arrow columns of lists, or of text that is cut into them -> keys and offsets
@@ -27,12 +29,14 @@ The rooms, in reading order (a module imports the ones above it only):
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known
   data/vocabulary  64-bit category keys -> ids
+  data/sizes       vocabulary sizes from a small file
   data/shares      what each of several processes reads
   data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
   model/room       settings and the room there is -> tables that grow
   model/columns    settings and vocabulary sizes -> one EmbedConfig for each column
   model/growing    the columns that share a table that grows
+  model/planned    a plan for the columns -> settings that build its embeddings
   model/models     DLRM, DCN-v2
   model/towers     two towers: vectors of queries and of items
   model/softmax    the in-batch softmax, and how often an item comes into a batch
@@ -53,4 +57,8 @@ The rooms, in reading order (a module imports the ones above it only):
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
   run/predict      the scores that a trained model gives to new rows
+  run/plan_report  a plan as a table and as a picture
+  run/plan         from data to a plan, and to the file that a run begins with
+  run/compare      the same training with other embeddings, sizes and seeds
+  run/compare_report  a comparison as a table, a picture and figures
 """

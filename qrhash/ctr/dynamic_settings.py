@@ -1,13 +1,12 @@
 """The options of tables that grow: rows for keys that earn them, while keys come and go."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import Option
+from qrhash.ctr.options import Option, bytes_of
 
 # In a column's section: it does not share the run's table.
 NOT_DYNAMIC = "none"
@@ -16,10 +15,6 @@ NOT_DYNAMIC = "none"
 OF_DYNAMIC = ("admit_after", "newcomers", "evict_after")
 
 _embeddings = partial(Option, "Embeddings")
-
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"(\d[\d_,]*(?:\.\d+)?)\s*([kmgt]?i?)b", re.IGNORECASE)
 
 
 class Room(NamedTuple):
@@ -91,19 +86,13 @@ def room(text: str) -> Room:
     """
     plain = text.strip().replace("_", "").replace(",", "")
     rows = int(plain) if plain.isdecimal() else None
-    match = _SIZE.fullmatch(text.strip())
-    num_bytes = None if match is None else _in_bytes(*match.groups())
+    num_bytes = bytes_of(text) if plain[-1:].isalpha() else None
     if not (rows or num_bytes):
         raise UserError(
             "dynamic must be a number of rows such as 100000, or of bytes such as 64MB or 1.5GiB, "
             f"above 0, got {text!r}."
         )
     return Room(rows, num_bytes)
-
-
-def _in_bytes(number: str, unit: str) -> int:
-    factor = (_UNITS | _BINARY).get(unit.lower(), 1)
-    return int(float(number.replace("_", "").replace(",", "")) * factor)
 
 
 def check_dynamic(settings: Any, columns: Mapping[str, Any]) -> None:

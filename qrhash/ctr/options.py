@@ -5,6 +5,7 @@ its type, help and bounds: the command line and the configuration file are both 
 """
 
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping
 from typing import (
@@ -61,6 +62,19 @@ def as_meant(value: Any, kind: Any) -> Any:
         return tuple(value)
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return str(value) if type(value) is int and str in kinds and int not in kinds else value
+
+
+def bytes_of(text: str) -> int | None:
+    """A number of bytes, of a text such as 64MB, 1.5 GiB or 5000000; None for any other.
+
+    >>> bytes_of("64MB"), bytes_of("1.5 GiB"), bytes_of("much")
+    (64000000, 1610612736, None)
+    """
+    match = re.fullmatch(r"([\d_]*\.?\d+) *([KMGT]?)(I?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        return None
+    base = 1024 if match[3] else 1000
+    return int(float(match[1].replace("_", "")) * base ** " KMGT".index(match[2].upper() or " "))
 
 
 def check_values(settings: Any) -> None:

@@ -32,14 +32,13 @@ from qrhash import (
     ChineseRemainder,
     EmbedConfig,
     FullTable,
-    HashTrick,
     KeyDigits,
     MeshLayout,
     MixedRadix,
     Partition,
-    QuotientRemainder,
 )
 from qrhash.arithmetic import ceil_div, ceil_root
+from qrhash.budget import partition_of
 from qrhash.ctr.column_settings import (
     DEFAULT_COLLISIONS,
     DEFAULT_KEY_BITS,
@@ -51,7 +50,7 @@ from qrhash.ctr.model.room import ColumnConfig, dynamic_configs, dynamic_tables,
 from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.
-_SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
+SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
 
 FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
 
@@ -88,7 +87,7 @@ def embed_configs(
             else:
                 of_keys[name] = _of_keys(name, settings.features, options)
             continue
-        is_named = not _SHARED.issuperset(section)
+        is_named = not SHARED.issuperset(section)
         if not is_named and size <= settings.threshold:
             options = replace(options, partition="full")
         if options.partition == "drop":
@@ -238,25 +237,7 @@ class _Column(NamedTuple):
 
     def _of_rows(self, rows: int) -> Partition:
         """The family's partition with so many rows in the largest table."""
-        size, k, c = self.size, self._num_tables, ceil_div(self.size, rows)
-        # Fewer rows than this, and the other tables would be the longer ones.
-        balanced = rows <= ceil_root(size, k)
-        match self.options.partition:
-            case "hash-trick":
-                return HashTrick(size, rows)
-            case "quotient-remainder":
-                return QuotientRemainder(size) if balanced else QuotientRemainder(size, rows)
-            case "mixed-radix":
-                if balanced:
-                    return MixedRadix.balanced(size, k)
-                small = (c,) if k == 2 else MixedRadix.balanced(c, k - 1).radices
-                return MixedRadix(size, (rows, *small))
-        if balanced:
-            return ChineseRemainder.balanced(size, k)
-        small = (c,) if k == 2 else ChineseRemainder.balanced(c, k - 1).moduli
-        while any(math.gcd(rows, modulus) > 1 for modulus in small):
-            rows += 1
-        return ChineseRemainder(size, (rows, *small))
+        return partition_of(self.options.partition, self.size, rows, self._num_tables)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
