@@ -8,6 +8,7 @@ import math
 import re
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import (
     Annotated,
     Any,
@@ -41,6 +42,12 @@ def options_of(kind: type) -> Iterator[tuple[str, Any, Option]]:
     for name, annotation in get_type_hints(kind, include_extras=True).items():
         if get_origin(annotation) is Annotated:
             yield name, *get_args(annotation)
+
+
+def offered(kind: type) -> list[tuple[str, Any, Any, Option]]:
+    """(name, type, default, option) of every option, as a command line offers it."""
+    defaults = {each.name: each.default for each in fields(kind)}
+    return [(name, of, defaults[name], option) for name, of, option in options_of(kind)]
 
 
 def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:

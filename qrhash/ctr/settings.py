@@ -24,7 +24,7 @@ from qrhash.ctr.column_settings import (
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.dynamic_settings import DynamicOptions, check_dynamic
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
+from qrhash.ctr.options import PANELS, Option, build, check_values, offered
 from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
@@ -347,9 +347,7 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
 
 def options() -> list[tuple[str, Any, Any, Option]]:
     """(name, type, default, option) of all that the command line offers, panel by panel."""
-    defaults = {each.name: each.default for each in fields(Settings)}
-    offered = [(name, kind, defaults[name], option) for name, kind, option in options_of(Settings)]
-    return sorted(offered, key=lambda each: PANELS.index(each[-1].panel))
+    return sorted(offered(Settings), key=lambda each: PANELS.index(each[-1].panel))
 
 
 def widths(name: str, text: str) -> tuple[int, ...]:
