@@ -53,9 +53,9 @@ def described(column: ColumnPlan) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """A plan as a table: a row for each column."""
-    table = Table(title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("column", "ids", "embedding", "", "a device", "of full", "lost"):
+    """A plan as a table: a row for each column, with its bytes on a device."""
+    table = Table(title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
+    for header in ("column", "ids", "embedding", "", "bytes", "of full", "lost"):
         is_text = header in ("column", "embedding", "")
         table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
     for name, each in plan.columns:
@@ -66,7 +66,7 @@ def plan_table(plan: Plan) -> Table:
             each.why,
             megabytes(each.bytes_per_device),
             f"{each.share:.1%}",
-            f"{each.loss:.1%}" if each.loss else "",
+            f"{each.loss:.2%}" if each.loss else "",
         )
     return table
 
