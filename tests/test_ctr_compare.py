@@ -72,23 +72,20 @@ def _compare(data, directory, **options):
 
 
 def test_every_method_is_trained_at_every_size(data, here, tmp_path):
-    options = {"methods": "hash-trick,mult,dynamic", "compressions": "4,2", "seeds": 1}
+    options = {"methods": "hash-trick,dynamic", "compressions": "3,2", "seeds": 1}
     found, said = _compare(data, tmp_path / "c", **options)
     names = [each.trial.name for each in found]
     assert names == here
     assert names == [
         "full-seed0",
-        *("hash-trick-2x-seed0", "hash-trick-4x-seed0", "mult-2x-seed0", "mult-4x-seed0"),
-        *("dynamic-2x-seed0", "dynamic-4x-seed0"),
+        *("hash-trick-2x-seed0", "hash-trick-3x-seed0", "dynamic-2x-seed0", "dynamic-3x-seed0"),
     ]
-    assert "7 of 7, dynamic-4x-seed0: " in said
+    assert "5 of 5, dynamic-3x-seed0: " in said
     full = found[0].summary["full_bytes"]
     for each in found[1:]:
-        if each.reason:
-            continue
+        assert not each.reason
         taken = each.summary["embedding_bytes"] + each.summary["index_bytes"]
         assert taken <= full / each.trial.times
-    assert sum(not each.reason for each in found) >= 5
 
 
 def test_seeds_differ_and_a_seed_agrees(data, here, tmp_path):
@@ -148,8 +145,8 @@ def test_processes_train_as_this_one_does(data, tmp_path):
     outcome, peak = comparing._train(
         comparing.asdict(Settings(data=data, **SMALL)), full.trial, 0, tmp_path / "d"
     )
-    same = {name for name in full.summary if name != "rows_per_second"}
-    assert {k: full.summary[k] for k in same} == {k: outcome.summary[k] for k in same}
+    for name in ("test_log_loss", "test_auc", "embedding_bytes", "train_rows"):
+        assert full.summary[name] == pytest.approx(outcome.summary[name], rel=1e-4)
     assert peak > 100e6
 
 

@@ -7,6 +7,7 @@ are measured by, and goes on where it was stopped.
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -14,9 +15,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.report import METRICS, RunDirectory
 from qrhash.ctr.run.train import fit
 from qrhash.ctr.settings import Settings
+from qrhash.tuning import ACCELERATOR, traced_for
 
 BASIS, RUNS = "comparison.json", "runs"
 _CORES_EACH = 2
@@ -168,7 +169,7 @@ class _Jobs:
     ) -> None:
         self._directory, self._settings, self._jobs = directory, settings, jobs
         self._display, self._total = display, total
-        self._peak = self._done = 0
+        self._peak, self._done = 0.0, 0
 
     def skip(self, trials: int) -> None:
         """So many were trained before."""
@@ -187,56 +188,71 @@ class _Jobs:
             self._display.move(self._done)
         return found
 
-    def _outcomes(self, trials: Sequence[Trial], full_bytes: int) -> Iterator[tuple[Outcome, int]]:
-        if not trials:
-            return
+    def _outcomes(
+        self, trials: Sequence[Trial], full_bytes: int
+    ) -> Iterator[tuple[Outcome, float]]:
         # Forked processes would have the threads of JAX's backend, which do not survive it.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(
-            self._workers(len(trials)),
-            mp_context=context,
-            max_tasks_per_child=1,
-            initializer=_leave_interrupts,
-        ) as pool:
-            waiting: set[Future[tuple[Outcome, int]]] = {
-                pool.submit(_train, asdict(self._settings), each, full_bytes, self._directory)
-                for each in trials
-            }
-            try:
-                while waiting:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    for each in done:
-                        yield each.result()
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "A training was killed: too little memory, perhaps, for "
-                    f"{self._workers(len(trials))} at a time; go on with fewer --jobs."
-                ) from error
-            finally:
-                for each in waiting:
-                    each.cancel()
-                for process in multiprocessing.active_children():
-                    process.terminate()
+        left = list(trials)
+        running: dict[connection.Connection, tuple[Any, Trial]] = {}
+        try:
+            while left or running:
+                while left and self._has_room_beside(len(running)):
+                    trial, (here, there) = left.pop(0), context.Pipe(duplex=False)
+                    arguments = (there, asdict(self._settings), trial, full_bytes, self._directory)
+                    process = context.Process(target=_send, args=arguments)
+                    process.start()
+                    there.close()  # That its end is the end of what is sent.
+                    running[here] = (process, trial)
+                for ready in connection.wait(list(running)):
+                    assert isinstance(ready, connection.Connection)
+                    process, trial = running.pop(ready)
+                    try:
+                        outcome = ready.recv()
+                    except EOFError as error:
+                        raise UserError(
+                            f"{trial.name} was killed: too little memory, perhaps; go on with "
+                            "fewer --jobs."
+                        ) from error
+                    finally:
+                        process.join()
+                        ready.close()
+                    yield outcome
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+                process.join()
 
-    def _workers(self, trials: int) -> int:
+    def _has_room_beside(self, running: int) -> bool:
+        """Whether one more training may begin beside so many."""
         if self._jobs is not None:
-            return min(self._jobs, trials)
-        most = max(1, (os.cpu_count() or 1) // _CORES_EACH)
-        if self._peak:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            most = max(1, min(most, int(free // (1.2 * self._peak))))
-        return min(most, trials) if self._peak else 1
+            return running < self._jobs
+        # Of the first it is to be known what one takes.
+        if not running or not self._peak or running >= (os.cpu_count() or 1) // _CORES_EACH:
+            return not running
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free > 1.2 * self._peak
 
 
-def _leave_interrupts() -> None:
-    """To the process that asks for trainings, and ends them."""
+def _send(
+    there: connection.Connection,
+    values: dict[str, Any],
+    trial: Trial,
+    full_bytes: int,
+    directory: Path,
+) -> None:
+    """A training in a process of its own, which sends what came of it.
+
+    Interrupts are left to the process that asks for trainings, and ends them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    there.send(_train(values, trial, full_bytes, directory))
 
 
 def _train(
     values: dict[str, Any], trial: Trial, full_bytes: int, directory: Path
-) -> tuple[Outcome, int]:
-    """Trains, in a process of its own; what came of it, and how much memory it took at most."""
+) -> tuple[Outcome, float]:
+    """Trains; what came of it, and how many bytes it took at most of what all share."""
     path = directory / RUNS / trial.name
     if path.exists():  # Of a training that was stopped.
         shutil.rmtree(path)
@@ -256,5 +272,7 @@ def _train(
         outcome = Outcome(trial, summary)
     except UserError as error:
         outcome = Outcome(trial, {}, str(error))
+    if traced_for() == ACCELERATOR:  # whose memory the first one takes
+        return outcome, math.inf
     unit = 1 if sys.platform == "darwin" else 1024
     return outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -54,7 +54,9 @@ def described(column: ColumnPlan) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """A plan as a table: a row for each column, with its bytes on a device."""
-    table = Table(title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
+    table = Table(
+        title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
+    )
     for header in ("column", "ids", "embedding", "", "bytes", "of full", "lost"):
         is_text = header in ("column", "embedding", "")
         table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
