@@ -107,7 +107,7 @@ def of_clicks(file: str, test_rows: int, compression: float) -> Iterator[Case]:
     for name, (partition, operation, num_tables) in UNIFORM.items():
         options = {"partition": partition, "operation": operation, "compression": compression}
         options |= {"num_tables": num_tables} if num_tables > 2 else {}
-        configs = embed_configs(load(None, {**given, **options}), sizes)
+        configs: Mapping[str, Any] = embed_configs(load(None, {**given, **options}), sizes)
         budget = budget or _num_bytes(configs)
         yield _case(name, options, compression, columns, configs)
     # Without state. Projections count three times: the tables take no more than the others'.

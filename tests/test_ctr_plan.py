@@ -24,6 +24,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import embed_configs
 from qrhash.ctr.model.models import build_model
 from qrhash.ctr.model.planned import planned, section_of
+from qrhash.ctr.options import bytes_of
 from qrhash.ctr.run import plan as planning_run
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
@@ -355,7 +356,7 @@ def test_sizes_that_cannot_be_are_refused(name, text, words, tmp_path):
     ],
 )
 def test_sizes_in_bytes_are_read(text, size):
-    assert planning_run.bytes_of(text) == size
+    assert bytes_of(text) == size
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qrhash.checkpoint.writing import first_line
-from qrhash.nnx.variables import array_of, as_table
+from qrhash.nnx.variables import KeyState, array_of, as_table
 from qrhash.protocol import is_table
 
 STATE = "state"  # name of the item that holds the arrays
@@ -28,7 +28,9 @@ _DTYPES = re.compile(
 
 
 def _is_table(node: Any) -> bool:
-    return is_table(node) or isinstance(node, nnx.Variable)
+    """Whether it is a table, or a variable that may hold one: others are trees of arrays."""
+    is_array = isinstance(node, nnx.Variable) and not isinstance(node, KeyState)
+    return is_array or is_table(node)
 
 
 def leaves_of(state: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import Option, check_values
+from qrhash.ctr.options import Option, bytes_of, check_values
 
 _plan = partial(Option, "Plan")
 
@@ -57,7 +57,16 @@ class PlanOptions:
         check_values(self)
         if self.num_bytes is None:
             raise UserError("--num-bytes must be given: what each device may hold, such as 64MB.")
+        if bytes_of(self.num_bytes) is None:
+            raise UserError(
+                f"num_bytes must be a size such as 64MB, 1.5GiB or 5000000, got {self.num_bytes!r}."
+            )
         if self.picture is not None and not self.picture.endswith(".png"):
             raise UserError(f"--picture must end in .png, got {self.picture!r}.")
         if self.sizes is None and self.num_examples is not None:
             raise UserError("--num-examples goes with --sizes; data are counted.")
+
+    @property
+    def budget(self) -> int:
+        """Bytes on each device."""
+        return bytes_of(self.num_bytes or "") or 0

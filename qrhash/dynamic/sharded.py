@@ -46,8 +46,7 @@ def create(layout: MeshLayout, capacity: int, admission: Admission) -> tuple[Key
         one = key_index.create(capacity // shards), admission.split(shards).init()
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), one)
 
-    sharding = NamedSharding(layout.mesh, _of_shards(layout))
-    made: tuple[KeyIndex, PyTree] = jax.jit(make, out_shardings=sharding)()
+    made: tuple[KeyIndex, PyTree] = jax.jit(make, out_shardings=shard_sharding(layout))()
     return made
 
 
@@ -141,6 +140,11 @@ def _on_shards(
     run = layout.run(on_device, in_specs, out_specs)
     made: tuple[Any, Rows] = run(carry, keys, where, jnp.asarray(step, jnp.int32))
     return made
+
+
+def shard_sharding(layout: MeshLayout) -> NamedSharding:
+    """Where the arrays of an index are, and of an admission's state."""
+    return NamedSharding(layout.mesh, _of_shards(layout))
 
 
 def _of_shards(layout: MeshLayout) -> PartitionSpec:

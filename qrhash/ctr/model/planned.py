@@ -7,7 +7,8 @@ from typing import Any
 from qrhash import EmbedConfig, FullTable, HashTrick, MixedRadix
 from qrhash.ctr.column_settings import ColumnOptions
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs, num_bytes
+from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs
+from qrhash.ctr.model.room import num_bytes
 from qrhash.ctr.settings import Settings
 from qrhash.planning import Column, Plan, plan
 
@@ -57,8 +58,10 @@ def planned(
     defaults = {name: getattr(ColumnOptions, name) for name in SAID}
     as_planned = replace(settings, data=settings.data or "to come", columns=sections, **defaults)
     sizes = {name: column.num_embeddings for name, column in columns.items()}
-    shapes = {name: each.table_shapes for name, each in embed_configs(as_planned, sizes).items()}
-    assert shapes == {name: config.table_shapes for name, config in found.configs.items()}
+    built: Mapping[str, Any] = embed_configs(as_planned, sizes)
+    assert {name: each.table_shapes for name, each in built.items()} == {
+        name: config.table_shapes for name, config in found.configs.items()
+    }
     return found, sections
 
 

@@ -27,9 +27,6 @@ from qrhash.ctr.run.rows import shown, splits
 from qrhash.ctr.settings import Settings
 from qrhash.planning import Column, Plan
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
 # Of a column whose ids differ by no more than chance; it weighs a hundredth of others then.
 _MOST_PRIOR = 1000.0
 
@@ -56,8 +53,7 @@ def run(
       UserError: the data or the options cannot be used; the budget is too small; a file that would
         be written is there already.
     """
-    assert options.num_bytes is not None
-    budget = bytes_of(options.num_bytes)
+    budget = options.budget
     output, picture = (path and Path(path) for path in (options.output, options.picture))
     for path in (output, picture):
         if path and path.exists() and not options.overwrite:
@@ -85,22 +81,6 @@ def run(
         draw_plan(plan, picture)
         display.line(f"the picture is in {picture}")
     return plan_table(plan), Text(summary(plan))
-
-
-def bytes_of(text: str) -> int:
-    """A number of bytes, of a text such as 64MB, 1.5 GiB or 5000000.
-
-    Raises:
-      UserError: it does not read so.
-
-    >>> bytes_of("64MB"), bytes_of("1.5 GiB")
-    (64000000, 1610612736)
-    """
-    match = re.fullmatch(r"([\d_]*\.?\d+) *([KMGT]?)(I?)B?", text.strip(), flags=re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise UserError(f"num_bytes must be a size such as 64MB, 1.5GiB or 5000000, got {text!r}.")
-    units = _BINARY if match[3] else _UNITS
-    return int(float(match[1].replace("_", "")) * units[match[2].upper()])
 
 
 def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int]:
