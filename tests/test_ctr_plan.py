@@ -183,6 +183,17 @@ def test_what_the_settings_say_of_columns_stays(tmp_path):
     assert sections["C3"] == {"partition": "drop"}
 
 
+def test_a_column_beside_tables_that_grow_is_planned():
+    settings = Settings(dynamic="1000", columns={"C1": {"dynamic": "none"}})
+    plan, sections = planned(
+        settings, _columns({"C1": 500}), 20_000, devices=1, optimizer="adagrad", num_examples=None
+    )
+    again = Settings(**tomllib.loads(planning_run.config_text(settings, sections, plan)))
+    built = embed_configs(again, {"C1": 500, "C2": None})
+    assert built["C1"] == plan.configs["C1"]
+    assert built["C2"].capacity == 1000
+
+
 # --- from data ------------------------------------------------------------------------------------
 
 
