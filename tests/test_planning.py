@@ -282,6 +282,7 @@ def test_short_columns_stay_full():
         ({"a": planning.Column(2, None, 0)}, {}, "length must be a positive number, got 0"),
         ({"a": 5}, {"num_bytes": 0}, "num_bytes must be a positive integer, got 0"),
         ({"a": 5}, {"features": 0}, "features must be a positive integer, got 0"),
+        ({"a": 5}, {"threshold": -1}, "threshold must be an integer of at least 0, got -1"),
         ({"a": 5}, {"devices": 0}, "devices must be a positive integer, got 0"),
         ({"a": 5}, {"optimizer": "lion"}, "optimizer must be one of sgd, .*, got 'lion'"),
         ({"a": 5}, {"num_examples": 0}, "num_examples must be a positive number, got 0"),

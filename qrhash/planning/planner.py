@@ -174,6 +174,7 @@ def plan(
     FullTable(num_embeddings=7)
     """
     budget = as_size("num_bytes", num_bytes)
+    threshold = as_size("threshold", threshold, minimum=0)
     memory = Memory(
         optimizer=optimizer,
         devices=as_size("devices", devices),
