@@ -58,7 +58,7 @@ ROOMS = {
     "stacks": {"jax", "numpy"},
     "plans": {"jax"},
     "collection": {"jax"},
-    "planning": {"jax", "numpy"},
+    "planning": {"numpy"},
     "jaxprs": {"jax"},
     "program": {"jax"},
     "autodiff": {"jax", "numpy"},

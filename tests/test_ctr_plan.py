@@ -9,6 +9,8 @@ import tomllib
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -59,6 +61,36 @@ def test_the_trainer_builds_what_was_planned(budget, devices):
     again = Settings(**tomllib.loads(text))
     assert embed_configs(again, SIZES) == plan.configs
     assert again.mesh == (None if devices == 1 else "data=8")
+    assert plan.bytes_per_device <= budget
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.integers(1, 50_000), min_size=1, max_size=4),
+    st.sampled_from([1, 2, 7, 16]),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([1, 100, 16384]),
+    st.floats(0.02, 1.1),
+)
+def test_whatever_is_planned_is_built(sizes, features, devices, large_table_rows, share):
+    sizes = {f"C{number}": size for number, size in enumerate(sizes, 1)}
+    options = Settings(features=features, large_table_rows=large_table_rows, threshold=10)
+    budget = max(1, int(share * sum(sizes.values()) * features * 8))
+    try:
+        plan, sections = planned(
+            options,
+            _columns(sizes),
+            budget,
+            devices=devices,
+            optimizer="adagrad",
+            num_examples=None,
+        )
+    except UserError as error:
+        if "num_bytes must be at least" in str(error):
+            return
+        raise
+    again = Settings(**tomllib.loads(planning_run.config_text(options, sections, plan)))
+    assert embed_configs(again, sizes) == plan.configs
     assert plan.bytes_per_device <= budget
 
 
@@ -149,6 +181,17 @@ def test_what_the_settings_say_of_columns_stays(tmp_path):
     assert sections["C2"].keys() >= {"init_stddev", "partition"}
     assert "radices" not in sections["C2"]
     assert sections["C3"] == {"partition": "drop"}
+
+
+def test_a_column_beside_tables_that_grow_is_planned():
+    settings = Settings(dynamic="1000", columns={"C1": {"dynamic": "none"}})
+    plan, sections = planned(
+        settings, _columns({"C1": 500}), 20_000, devices=1, optimizer="adagrad", num_examples=None
+    )
+    again = Settings(**tomllib.loads(planning_run.config_text(settings, sections, plan)))
+    built = embed_configs(again, {"C1": 500, "C2": None})
+    assert built["C1"] == plan.configs["C1"]
+    assert built["C2"].capacity == 1000
 
 
 # --- from data ------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def test_bytes_are_those_of_the_arrays():
         {"user": 50_000, "item": 3_000},
         300_000,
         features=16,
-        devices=3,
+        devices=7,
         optimizer="rowwise_adagrad",
         large_table_rows=1000,
     )
@@ -233,7 +233,8 @@ def test_bytes_are_those_of_the_arrays():
         dense = each.config.num_params - in_tables
         assert each.table_bytes == 4 * each.config.num_params, name
         assert each.state_bytes == 4 * rows + 8 * dense, name
-    total += sum(-(-rows // 3) * (4 * width + 4) for width, rows in large.items())
+    assert any(rows % 7 for rows in large.values())
+    total += sum(-(-rows // 7) * (4 * width + 4) for width, rows in large.items())
     assert planned.bytes_per_device == total + 12 * projections
 
 
@@ -281,6 +282,7 @@ def test_short_columns_stay_full():
         ({"a": planning.Column(2, None, 0)}, {}, "length must be a positive number, got 0"),
         ({"a": 5}, {"num_bytes": 0}, "num_bytes must be a positive integer, got 0"),
         ({"a": 5}, {"features": 0}, "features must be a positive integer, got 0"),
+        ({"a": 5}, {"threshold": -1}, "threshold must be an integer of at least 0, got -1"),
         ({"a": 5}, {"devices": 0}, "devices must be a positive integer, got 0"),
         ({"a": 5}, {"optimizer": "lion"}, "optimizer must be one of sgd, .*, got 'lion'"),
         ({"a": 5}, {"num_examples": 0}, "num_examples must be a positive number, got 0"),

@@ -159,8 +159,9 @@ def shared(facts: Facts, family: str, operation: str, num_tables: int) -> Candid
     small_rows, small_width = shape.small_rows(rows), shape.small_width(budgets)
     memory = facts.memory
     costs = memory.on_a_device(rows, width) + memory.of_dense(shape.num_dense(width))
-    # Smaller tables are balanced: all of them are large, or none is.
-    costs += memory.on_a_device(small_rows, small_width)
+    # The smaller tables are about alike.
+    others = max(1, num_tables - 1)
+    costs += others * memory.on_a_device(small_rows / others, small_width)
     losses = facts.lost(rows, width, FACTORS[family, operation, num_tables])
     return Candidates(costs, losses, lambda number: shape.config(int(budgets[number])))
 

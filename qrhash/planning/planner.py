@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from qrhash.arithmetic import as_size
@@ -175,13 +174,14 @@ def plan(
     FullTable(num_embeddings=7)
     """
     budget = as_size("num_bytes", num_bytes)
+    threshold = as_size("threshold", threshold, minimum=0)
     memory = Memory(
         optimizer=optimizer,
         devices=as_size("devices", devices),
         large_table_rows=as_size(
             "large_table_rows", options.get("large_table_rows", EmbedConfig.large_table_rows)
         ),
-        itemsize=as_float_dtype("param_dtype", options.get("param_dtype", jnp.float32)).itemsize,
+        itemsize=as_float_dtype("param_dtype", options.get("param_dtype", np.float32)).itemsize,
     )
     checked = _checked(columns)
     examples = _examples(checked, num_examples)

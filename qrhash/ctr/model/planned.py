@@ -15,6 +15,9 @@ from qrhash.planning import Column, Plan, plan
 # What a plan says for every column, in place of the run's own words.
 SAID = ("partition", "operation", "compression", "collisions", "num_tables")
 
+# What a column's section says of other things than sizes: also that it has no rows that grow.
+_KEPT = SHARED | {"dynamic"}
+
 
 def planned(
     settings: Settings, columns: Mapping[str, Column], budget: int, **arguments: Any
@@ -53,7 +56,7 @@ def planned(
         raise UserError(str(error)) from error
     sections = {name: dict(section) for name, section in settings.columns.items()}
     for name, each in found.columns:
-        kept = {key: v for key, v in sections.get(name, {}).items() if key in SHARED}
+        kept = {key: v for key, v in sections.get(name, {}).items() if key in _KEPT}
         sections[name] = kept | section_of(each.config)
     defaults = {name: getattr(ColumnOptions, name) for name in SAID}
     as_planned = replace(settings, data=settings.data or "to come", columns=sections, **defaults)

@@ -54,9 +54,7 @@ def described(column: ColumnPlan) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """A plan as a table: a row for each column, with its bytes on a device."""
-    table = Table(
-        title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0)
-    )
+    table = Table(title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for header in ("column", "ids", "embedding", "", "bytes", "of full", "lost"):
         is_text = header in ("column", "embedding", "")
         table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
@@ -107,7 +105,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     most = max((each.loss for _, each in drawn), default=0.0)
     losses.set(xlabel="expected to be lost of what a full table would know")
     losses.set_xlim(0, max(0.01, most) * 1.5)
-    losses.xaxis.set_major_formatter(PercentFormatter(1, decimals=1 if most < 0.05 else 0))
+    losses.xaxis.set_major_formatter(PercentFormatter(1))
     for axes in (sizes, losses):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
