@@ -125,16 +125,35 @@ class Training:
         return {key: tuple(part[row].tobytes() for part in parts) for key, row in self.keys.items()}
 
 
-def rows_of(state):
+def rows_of(index, without_row=()):
     """Key -> row, by the keys of the rows; and the same must be found by the slots."""
-    index = state.index
+    index = getattr(index, "index", index)
     live = np.flatnonzero(np.asarray(index.last_steps) >= 0)
     keys = index.keys.to_numpy()[live]
     found = dynamic.index.lookup_rows(index, qrhash.Keys.of(keys)).rows
     assert np.asarray(found).tolist() == live.tolist()
     free = np.asarray(index.free)[: int(index.num_free)]
-    assert sorted([*free.tolist(), *live.tolist()]) == list(range(index.capacity))
+    assert sorted([*free.tolist(), *live.tolist(), *without_row]) == list(range(index.capacity))
     return dict(zip(keys.tolist(), live.tolist(), strict=True))
+
+
+def known(state):
+    """Key -> row of the table, count and last step, of any number of shards, each by itself."""
+    places = np.asarray(state.index.counts)
+    home = np.arange(places.size) if state.home is None else np.asarray(state.home)
+    shards = home.reshape(-1, places.shape[-1])
+    of_key, free = {}, []
+    for number, rows in enumerate(shards):
+        one = state.index if state.home is None else jax.tree.map(lambda x: x[number], state.index)  # noqa: B023
+        of_shard = rows_of(one, np.flatnonzero(rows < 0).tolist())
+        counts, steps = np.asarray(one.counts), np.asarray(one.last_steps)
+        for key, place in of_shard.items():
+            assert key not in of_key
+            of_key[key] = int(rows[place]), int(counts[place]), int(steps[place])
+        free += rows[np.asarray(one.free)[: int(one.num_free)]].tolist()
+    given = sorted([*free, *(row for row, _, _ in of_key.values())])
+    assert given == list(range(np.count_nonzero(home >= 0)))
+    return of_key
 
 
 def vectors_of(params, state, keys, config):
