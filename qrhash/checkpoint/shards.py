@@ -62,7 +62,9 @@ def admissions_of(config: Any) -> list[Admission]:
     return [each.admission for each in configs if isinstance(each, DynamicConfig)]
 
 
-def moved_states(tree: PyTree, saved: Mapping[str, Any], admissions: Sequence[Admission]) -> list[Moved]:
+def moved_states(
+    tree: PyTree, saved: Mapping[str, Any], admissions: Sequence[Admission]
+) -> list[Moved]:
     """The states of a tree that a file holds on another number of shards.
 
     Args:

@@ -160,16 +160,23 @@ def _homes(taken: Sequence[np.ndarray], places: int, capacity: int) -> np.ndarra
     Without keys these are the rows of `qrhash.layout`.
     """
     home = np.full((len(taken), places), -1, np.int32)
+    is_taken = np.zeros(capacity, bool)
     for of_shard, rows in zip(home, taken, strict=True):
         of_shard[: len(rows)] = rows
-    is_free = home.T < 0
-    others = np.setdiff1d(np.arange(capacity), home)
+        is_taken[rows] = True
+    is_free, others = home.T < 0, np.flatnonzero(~is_taken)
     home.T[is_free] = np.pad(others, (0, is_free.sum() - len(others)), constant_values=-1)
     return home
 
 
 def _index_of(entries: _Entries, places: np.ndarray, has_row: np.ndarray) -> KeyIndex:
-    """The index of one shard, of NumPy arrays: keys at some places; the others are free, if they have a row."""
+    """The index of one shard, of NumPy arrays.
+
+    Args:
+      entries: its keys [n].
+      places: where they are [n].
+      has_row: which places have a row of the table, bool [R].
+    """
 
     def spread(values: Any, fill: int) -> np.ndarray:
         spread = np.full(has_row.shape, fill, values.dtype)
