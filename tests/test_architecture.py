@@ -79,13 +79,13 @@ INSIDE = {
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
-        *("sharded", "config", "embedding", "growth", "deltas", "delta_files"),
+        *("sharded", "config", "embedding", "growth", "resharding", "deltas", "delta_files"),
         *("cached", "store", "residents", "records", "numbering", "tiers"),
     ],
     "linen": ["variables", "modules", "dynamic"],
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
     "deeprec": ["options", "variable", "interface", "embedding_variable"],
-    "checkpoint": ["writing", "metadata", "leaves", "checkpoints"],
+    "checkpoint": ["writing", "metadata", "leaves", "shards", "checkpoints"],
     "commands": ["interrupts", "parameters", "running", "training", "choosing"],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }

@@ -162,6 +162,13 @@ def restore_args(leaves: Mapping[str, Any]) -> ocp.args.Composite | None:
     return ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(item=items, restore_args=args)})
 
 
+def put(leaf: Any, array: np.ndarray) -> Any:
+    """An array of the host, as what stands in the tree."""
+    if not _is_on_host(leaf):
+        array = jax.device_put(array, _target(leaf).sharding)
+    return from_file(leaf, array)
+
+
 def from_file(leaf: Any, array: Any) -> Any:
     """What was read, as what stands in the tree."""
     if is_table(leaf):

@@ -146,11 +146,7 @@ def _config(
         )
 
     try:
-        capacity = _capacity(wanted, parts, of_rows)
-        if layout is None:
-            return of_rows(capacity)
-        shards = layout.num_shards
-        config = of_rows(max(1, capacity // shards) * shards)
+        config = of_rows(_capacity(wanted, parts, of_rows))
         refused = config.refused and replace(config.refused, layout=layout)
         return replace(config, layout=layout, refused=refused)
     except ValueError as error:
