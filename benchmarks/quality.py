@@ -243,7 +243,10 @@ def by_frequency(column: np.ndarray, split: int) -> np.ndarray:
 
 
 def config_of(size: int, options: dict[str, Any]) -> qrhash.EmbedConfig:
-    """The embedding of a feature."""
+    """The embedding of a feature; or the one given for its size, in "configs"."""
+    if "configs" in options:
+        given: qrhash.EmbedConfig = options["configs"][size]
+        return given
     options = dict(options)
     compression, operation = options.pop("compression", 1.0), options.pop("operation", "mult")
     if operation == "hash trick":

@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from qrhash import batches, collection, dynamic, initializers
+from qrhash import batches, collection, dynamic, initializers, planning
 from qrhash.autodiff import value_and_grad
 from qrhash.bags import Bag
 from qrhash.code_partition import CodePartition
@@ -81,6 +81,7 @@ __all__ = [
     "init_projection",
     "initializers",
     "lookup",
+    "planning",
     "reset_rows",
     "row_grads",
     "rowwise_adagrad",

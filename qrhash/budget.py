@@ -1,6 +1,6 @@
 """Budgets: the partition and the widths that so many bytes allow, for any operation.
 
-What `EmbedConfig.fit` does, and says.
+What `EmbedConfig.fit` does, and says; and the families by name, whose partitions it tries.
 """
 
 import dataclasses
@@ -11,14 +11,58 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qrhash.arithmetic import as_size, ceil_div
-from qrhash.families import FullTable
+from qrhash.arithmetic import as_size, ceil_div, ceil_root
+from qrhash.families import (
+    ChineseRemainder,
+    FullTable,
+    HashTrick,
+    MixedRadix,
+    QuotientRemainder,
+)
 from qrhash.fields import as_float_dtype, default_widths, require_choice
 from qrhash.operations import OPERATIONS
 from qrhash.partitions import Partition
 
 # Of a budget: what a full table of narrow rows must use to be taken in place of shared rows.
-_WORTH_ITS_BYTES = 0.98
+WORTH_ITS_BYTES = 0.98
+
+FAMILIES = ("quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick")
+
+
+def partition_of(family: str, num_embeddings: int, num_rows: int, num_tables: int = 2) -> Partition:
+    """The partition of a family with so many rows in its largest table.
+
+    Ids are indexed there by id mod rows: of ids numbered by falling frequency, the frequent ones
+    share no row. Where balanced tables are longer than that, it is the balanced partition.
+
+    Args:
+      family: one of `FAMILIES`.
+      num_embeddings: number of ids.
+      num_rows: rows of the largest table.
+      num_tables: of "mixed-radix" and "chinese-remainder".
+
+    Raises:
+      ValueError: an unknown family.
+
+    >>> partition_of("quotient-remainder", 1_000_000, 250_000).num_rows
+    (4, 250000)
+    """
+    require_choice("family", family, FAMILIES)
+    if family == "hash-trick":
+        return HashTrick(num_embeddings, num_rows)
+    k = 2 if family == "quotient-remainder" else num_tables
+    # Fewer rows than this, and the other tables would be the longer ones.
+    is_balanced = num_rows <= ceil_root(num_embeddings, k)
+    if family == "quotient-remainder":
+        return QuotientRemainder(num_embeddings, None if is_balanced else num_rows)  # type: ignore[arg-type]
+    kind = MixedRadix if family == "mixed-radix" else ChineseRemainder
+    if is_balanced:
+        return kind.balanced(num_embeddings, k)
+    others = ceil_div(num_embeddings, num_rows)
+    small = (others,) if k == 2 else kind.balanced(others, k - 1).num_rows
+    while family == "chinese-remainder" and any(math.gcd(num_rows, each) > 1 for each in small):
+        num_rows += 1
+    return kind(num_embeddings, (num_rows, *small))
 
 
 def fit(
@@ -99,7 +143,7 @@ def _narrow(config: Any, budget: int) -> Any | None:
         return None
     partition = FullTable(num_embeddings)
     narrow = dataclasses.replace(config, partition=partition, widths=(width,))
-    return narrow if narrow.num_params >= _WORTH_ITS_BYTES * budget else None
+    return narrow if narrow.num_params >= WORTH_ITS_BYTES * budget else None
 
 
 def _largest(of_rows: Callable[[int], Any], most: int, budget: int) -> Any:

@@ -18,6 +18,7 @@ from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.dynamic import AdmitAll, AdmitByChance, ExactCount, SketchCount, StepsSinceUse
 from support import dynamic_training
 from support.dynamic_training import Training, adam, config_of
+from support.meshes import layout_2x4, make_layout
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
@@ -212,6 +213,8 @@ def test_several_tables_and_ordinary_ones_in_one_checkpoint(tmp_path):
 def test_keys_rows_and_state_agree_after_kills(tmp_path):
     rng, config = random.Random(0), dynamic_training.killed_config()
     reference, like = Training(config), Training(config).tree
+    layouts = (layout_2x4(), make_layout((8,), ("data",), row_axes="data"))
+    on_meshes = [Training(dynamic_training.killed_config(layout=each)) for each in layouts]
     directory, cache = tmp_path / "checkpoints", tmp_path / "cache"
     with Checkpoints(directory, config) as checkpoints:
         checkpoints.save(0, like, {"step": 0})
@@ -239,6 +242,11 @@ def test_keys_rows_and_state_agree_after_kills(tmp_path):
             while reference.number < restored.step:
                 dynamic_training.killed_step(reference)
             _assert_same(restored.state, reference.tree)
+            wanted = reference.of_keys()
+            for training in on_meshes:
+                with Checkpoints(directory, config) as checkpoints:
+                    training.tree = checkpoints.restore(training.tree).state
+                assert training.of_keys() == wanted
         process.stdin.close()
         assert process.wait(timeout=30) == 0
     assert reference.number > 0

@@ -137,6 +137,16 @@ def test_evictions_of_all_shards(eviction, rng):
         assert lost == gone
 
 
-def test_rows_that_do_not_divide_by_the_shards_are_refused():
-    with pytest.raises(ValueError, match="capacity must divide by the 4 shards of the mesh"):
-        dynamic.init_state(_config(LAYOUTS["2x4"](), AdmitAll(), capacity=90))
+def test_rows_need_not_divide_by_the_shards():
+    """Two shards of four have a place less, and no key gets a row that is not there."""
+    config = _config(LAYOUTS["2x4"](), AdmitAll(), capacity=6, eviction=StepsSinceUse(1))
+    state, params = dynamic.init_state(config), dynamic.init(jax.random.key(0), config)
+    assert int(state.index.num_keys) == 0
+    for step in (0, 5):
+        state, found = dynamic.assign(state, np.arange(64) + step, config, step)
+        rows = np.asarray(found.rows.rows)
+        assert sorted(rows[rows < 6].tolist()) == list(range(6))
+        assert int(found.rows.no_room) == 58
+        assert int(state.index.num_keys) == 6
+        state, gone = dynamic.evict(state, params, config, step + 2)
+        assert (int(gone), int(state.index.num_keys)) == (6, 0)

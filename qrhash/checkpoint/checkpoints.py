@@ -22,6 +22,7 @@ from qrhash.checkpoint.leaves import (
     with_arrays,
 )
 from qrhash.checkpoint.metadata import MismatchError, check_extra, compare, describe
+from qrhash.checkpoint.shards import Moved, admissions_of, moved_states
 from qrhash.checkpoint.writing import finish, first_line, unfinished, writing
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
@@ -76,6 +77,7 @@ class Checkpoints:
     ) -> None:
         self.directory = Path(directory).absolute()
         self._features = describe(config)
+        self._admissions = admissions_of(config)
         # Stacks hold the tables of features in this order; a feature that shares has none.
         self._order = [name for name, one in self._features.items() if not isinstance(one, str)]
         if max_to_keep is not None:
@@ -170,7 +172,6 @@ class Checkpoints:
         self._check_open()
         self.wait()
         leaves = leaves_of(like)
-        only_state = restore_args(leaves)
         steps = [step] if step is not None else self.steps[::-1]
         if not steps or (step is not None and step not in self.steps):
             wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -180,8 +181,12 @@ class Checkpoints:
         for each in steps:
             path = self.directory / str(each)
             try:
-                extra = self._read_metadata(each, leaves)
-                arrays = empty(leaves)
+                metadata = self._read_metadata(each)
+                moved = moved_states(like, metadata["arrays"], self._admissions)
+                in_file = _as_in_file(leaves, moved)
+                self._check_arrays(path, metadata["arrays"], in_file)
+                arrays = empty(in_file)
+                only_state = restore_args(in_file)
                 if only_state is not None:
                     arrays |= self._manager.restore(each, args=only_state)[STATE]
             except (MismatchError, *_NOT_DAMAGE):
@@ -193,10 +198,12 @@ class Checkpoints:
                     advice = "move it away, then the one before it is read."
                     raise OSError(f"{damaged[0]}; {advice}") from error
             else:
-                read = {name: from_file(leaf, arrays[name]) for name, leaf in leaves.items()}
+                read = {name: from_file(leaf, arrays[name]) for name, leaf in in_file.items()}
+                for table in moved:
+                    read |= table.dealt(path, read)
                 state = with_arrays(like, read)
                 self._set_aside(steps[: len(damaged)])
-                return Restored(each, state, extra, tuple(damaged))
+                return Restored(each, state, metadata["extra"], tuple(damaged))
         raise OSError(" ".join(damaged))
 
     def _set_aside(self, steps: Sequence[int]) -> None:
@@ -208,10 +215,10 @@ class Checkpoints:
         if steps:
             self._manager.reload()
 
-    def _read_metadata(self, step: int, leaves: Mapping[str, Any]) -> Any:
-        """What was saved beside the arrays, once it is sure that they are of this model."""
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        """What was saved beside the arrays, once it is sure that it is of these features."""
         only_metadata = ocp.args.Composite(**{_METADATA: ocp.args.JsonRestore()})
-        metadata = self._manager.restore(step, args=only_metadata)[_METADATA]
+        metadata: dict[str, Any] = self._manager.restore(step, args=only_metadata)[_METADATA]
         where = self.directory / str(step)
         compare(where, "feature", metadata["features"], self._features)
         if metadata["order"] != self._order:
@@ -219,7 +226,10 @@ class Checkpoints:
                 f"{where} is of another model: the order of its features is {metadata['order']} in "
                 f"the checkpoint, {self._order} in the model."
             )
-        saved = metadata["arrays"]
+        return metadata
+
+    def _check_arrays(self, where: Path, saved: Mapping[str, Any], leaves: Any) -> None:
+        """Raises a MismatchError unless a file holds these arrays."""
         signatures = {
             # A number of Python is of no dtype: here is which one held the number saved.
             name: saved[name]
@@ -228,7 +238,6 @@ class Checkpoints:
             for name, leaf in leaves.items()
         }
         compare(where, "array", saved, signatures)
-        return metadata["extra"]
 
     def wait(self) -> None:
         """Returns when everything is written.
@@ -255,3 +264,12 @@ class Checkpoints:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ValueError(f"The Checkpoints of {self.directory} are closed: make new ones.")
+
+
+def _as_in_file(leaves: Mapping[str, Any], moved: Sequence[Moved]) -> dict[str, Any]:
+    """The leaves of a tree, and what the file holds in place of some of them."""
+    replaced = {name for table in moved for name in table.names_in_tree}
+    in_file = {name: leaf for name, leaf in leaves.items() if name not in replaced}
+    for table in moved:
+        in_file |= table.in_file
+    return in_file

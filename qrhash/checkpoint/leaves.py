@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qrhash.checkpoint.writing import first_line
-from qrhash.nnx.variables import array_of, as_table
+from qrhash.nnx.variables import KeyState, array_of, as_table
 from qrhash.protocol import is_table
 
 STATE = "state"  # name of the item that holds the arrays
@@ -28,7 +28,9 @@ _DTYPES = re.compile(
 
 
 def _is_table(node: Any) -> bool:
-    return is_table(node) or isinstance(node, nnx.Variable)
+    """Whether it is a table, or a variable that may hold one: others are trees of arrays."""
+    is_array = isinstance(node, nnx.Variable) and not isinstance(node, KeyState)
+    return is_array or is_table(node)
 
 
 def leaves_of(state: Any) -> dict[str, Any]:
@@ -158,6 +160,13 @@ def restore_args(leaves: Mapping[str, Any]) -> ocp.args.Composite | None:
     if not items:
         return None
     return ocp.args.Composite(**{STATE: ocp.args.PyTreeRestore(item=items, restore_args=args)})
+
+
+def put(leaf: Any, array: np.ndarray) -> Any:
+    """An array of the host, as what stands in the tree."""
+    if not _is_on_host(leaf):
+        array = jax.device_put(array, _target(leaf).sharding)
+    return from_file(leaf, array)
 
 
 def from_file(leaf: Any, array: Any) -> Any:

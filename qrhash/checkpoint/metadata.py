@@ -19,8 +19,8 @@ _JUDGED_BY = ("threshold", "probability", "seed", "halve_every")
 # What to do about another one, where something can be done.
 _ADVICE = {
     "capacity": "restore it with the capacity of the checkpoint, then call qrhash.dynamic.grow.",
-    "admission": "restore it with that of the checkpoint, then take State(state.index, "
-    "config.admission.init()): keys keep their rows, candidates are counted anew.",
+    "admission": "restore it with that of the checkpoint, then take dataclasses.replace(state, "
+    "admission=init_state(config).admission): keys keep their rows, candidates are counted anew.",
 }
 
 

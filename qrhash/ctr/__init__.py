@@ -8,9 +8,12 @@ The rooms, in reading order (a module imports the ones above it only):
   data/block       rows on the host
   data/processes   what several processes do together
   options          what an option is: its type, help and bounds
+  dynamic_settings  the options of tables that grow
   column_settings  the options that may differ from column to column
   tower_settings   the options of retrieval with two towers
   settings         every option of a run
+  plan_settings    the options of a plan
+  compare_settings  the options of a comparison
   config_file      defaults, configuration file and command line -> settings
   data/cells       arrow columns of text or numbers -> arrays, and the cells that cannot be read
   data/lists       arrow columns of lists, or of text that is cut into them -> keys and offsets
@@ -26,10 +29,14 @@ The rooms, in reading order (a module imports the ones above it only):
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known
   data/vocabulary  64-bit category keys -> ids
+  data/sizes       vocabulary sizes from a small file
   data/shares      what each of several processes reads
   data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
+  model/room       settings and the room there is -> tables that grow
   model/columns    settings and vocabulary sizes -> one EmbedConfig for each column
+  model/growing    the columns that share a table that grows
+  model/planned    a plan for the columns -> settings that build its embeddings
   model/models     DLRM, DCN-v2
   model/towers     two towers: vectors of queries and of items
   model/softmax    the in-batch softmax, and how often an item comes into a batch
@@ -38,6 +45,7 @@ The rooms, in reading order (a module imports the ones above it only):
   model/ranks      recall and mean reciprocal rank
   run/display      progress bars and plain lines
   run/devices      one device, a mesh of several, or several processes
+  run/growth       what becomes of the keys of tables that grow
   run/learner      parameters, optimizers and the compiled step
   run/best         the best model of a run, and when to look no further
   run/progress     where a training stands
@@ -49,4 +57,8 @@ The rooms, in reading order (a module imports the ones above it only):
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
   run/predict      the scores that a trained model gives to new rows
+  run/plan_report  a plan as a table and as a picture
+  run/plan         from data to a plan, and to the file that a run begins with
+  run/compare      the same training with other embeddings, sizes and seeds
+  run/compare_report  a comparison as a table, a picture and figures
 """

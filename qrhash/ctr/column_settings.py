@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
+from qrhash.ctr.dynamic_settings import DynamicColumnOptions
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, check_values
 
@@ -17,6 +18,7 @@ MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 # How much a column is compressed, by bytes or by rows: one of these says it.
 AMOUNTS = ("compression", "collisions")
 DEFAULT_COLLISIONS = 4
+DEFAULT_KEY_BITS = 32
 
 # What a column without ids has no use for.
 OF_IDS = ("min_count", "partition", "compression", "collisions", "radices", "moduli")
@@ -25,13 +27,13 @@ OF_IDS = ("min_count", "partition", "compression", "collisions", "radices", "mod
 OF_LISTS = ("combiner", "length", "separator")
 
 # From keys to what a model takes: a section that says one has not the run's other.
-WAYS = ("ids", "hash_size")
+WAYS = ("ids", "hash_size", "dynamic")
 
 _data, _embeddings = (partial(Option, panel) for panel in PANELS[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnOptions:
+class ColumnOptions(DynamicColumnOptions):
     """What may differ from column to column."""
 
     partition: Annotated[
@@ -61,7 +63,9 @@ class ColumnOptions:
     num_tables: Annotated[
         int,
         _embeddings(
-            "Tables per column for mixed-radix, chinese-remainder and --ids keys.", least=2
+            "Tables per column for mixed-radix, chinese-remainder, --ids keys and the compressed "
+            "vectors of --dynamic.",
+            least=2,
         ),
     ] = 2
     operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
@@ -84,14 +88,15 @@ class ColumnOptions:
         ),
     ] = "vocabulary"
     key_bits: Annotated[
-        int,
+        int | None,
         _embeddings(
             "--ids keys: how many of a key's scrambled bits name its rows, in --num-tables tables. "
-            "With all 64 no two keys share all their rows.",
+            "With all 64 no two keys share all their rows. Default: 32; of the compressed vectors "
+            "of --dynamic, tables with a quarter of its rows.",
             least=1,
             most=64,
         ),
-    ] = 32
+    ] = None
     hash_size: Annotated[
         int | None,
         _embeddings(
@@ -104,7 +109,7 @@ class ColumnOptions:
     @property
     def takes_keys(self) -> bool:
         """Whether there is no vocabulary, and are no ids."""
-        return self.ids == "keys" and self.hash_size is None
+        return (self.ids == "keys" or self.is_dynamic) and self.hash_size is None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import build, options_of
+from qrhash.ctr.options import as_meant, build, options_of
 from qrhash.ctr.settings import Settings
 
 # What a run that is resumed does not take over: it may be on another machine by now.
@@ -58,16 +58,16 @@ def load(
         return build(Settings, wanted, str(config))
     before = build(Settings, begun, "the run to be resumed")
     # Before they are put together, so that no rule between options speaks of ones never given.
+    kinds = get_type_hints(Settings)
     for name, value in wanted.items():
         if name in _FIXED:
-            _check_same(name, getattr(before, name), value)
+            _check_same(name, getattr(before, name), as_meant(value, kinds[name]))
     kept = {name: getattr(before, name) for name in begun if name not in _ANEW}
     return build(Settings, kept | wanted, str(config))
 
 
 def _check_same(name: str, before: Any, wanted: Any) -> None:
     """Raises a UserError if an option is not what a run began with."""
-    wanted = tuple(wanted) if isinstance(wanted, list) else wanted
     if wanted == before:
         return
     was = "not given" if before is None else repr(before)

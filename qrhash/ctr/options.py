@@ -5,8 +5,10 @@ its type, help and bounds: the command line and the configuration file are both 
 """
 
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import (
     Annotated,
     Any,
@@ -42,14 +44,44 @@ def options_of(kind: type) -> Iterator[tuple[str, Any, Option]]:
             yield name, *get_args(annotation)
 
 
+def offered(kind: type) -> list[tuple[str, Any, Any, Option]]:
+    """(name, type, default, option) of every option, as a command line offers it."""
+    defaults = {each.name: each.default for each in fields(kind)}
+    return [(name, of, defaults[name], option) for name, of, option in options_of(kind)]
+
+
 def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     """Options of these values; raises a UserError for one that is unknown."""
     known = get_type_hints(kind)
     unknown = [name for name in values if name not in known]
     if unknown:
         raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
-    as_tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return kind(**as_tuples)
+    return kind(**{name: as_meant(value, known[name]) for name, value in values.items()})
+
+
+def as_meant(value: Any, kind: Any) -> Any:
+    """A value of a configuration file, as an option of this type has it.
+
+    A list is a tuple, and an integer is text where text is wanted: the option may be numbers such
+    as "10,100", of which there is one.
+    """
+    if isinstance(value, list):
+        return tuple(value)
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return str(value) if type(value) is int and str in kinds and int not in kinds else value
+
+
+def bytes_of(text: str) -> int | None:
+    """A number of bytes, of a text such as 64MB, 1.5 GiB or 5000000; None for any other.
+
+    >>> bytes_of("64MB"), bytes_of("1.5 GiB"), bytes_of("much")
+    (64000000, 1610612736, None)
+    """
+    match = re.fullmatch(r"([\d_]*\.?\d+) *([KMGT]?)(I?)B?", text.strip(), flags=re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        return None
+    base = 1024 if match[3] else 1000
+    return int(float(match[1].replace("_", "")) * base ** " KMGT".index(match[2].upper() or " "))
 
 
 def check_values(settings: Any) -> None:

@@ -22,8 +22,9 @@ from qrhash.ctr.column_settings import (
     check_separator,
 )
 from qrhash.ctr.data.criteo import CATEGORIES
+from qrhash.ctr.dynamic_settings import DynamicOptions, check_dynamic
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import PANELS, Option, build, check_values, options_of
+from qrhash.ctr.options import PANELS, Option, build, check_values, offered
 from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
@@ -38,7 +39,7 @@ _data, _embeddings, _model, _training, _devices, _output = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ColumnOptions, TowerOptions):
+class Settings(ColumnOptions, TowerOptions, DynamicOptions):
     """The options of a run.
 
     Attributes:
@@ -281,11 +282,12 @@ class Settings(ColumnOptions, TowerOptions):
                     f"columns.{name}: compression sets the rows of a compressed column, and has no "
                     f"meaning beside partition {column.partition!r} or radices or moduli."
                 )
+        check_dynamic(self, {name: self.column(name) for name in self.columns})
         check_amount(self)
         check_separator("list_separator", self.list_separator)
         of_columns = [self, *map(self.column, self.columns)]
         families = {options.partition for options in of_columns}
-        has_keys = any(options.ids == "keys" for options in of_columns)
+        has_keys = any(options.takes_keys for options in of_columns)
         if self.num_tables != Settings.num_tables and not (
             has_keys or families.intersection(MULTI_TABLE)
         ):
@@ -345,9 +347,7 @@ class Settings(ColumnOptions, TowerOptions):
 
 def options() -> list[tuple[str, Any, Any, Option]]:
     """(name, type, default, option) of all that the command line offers, panel by panel."""
-    defaults = {each.name: each.default for each in fields(Settings)}
-    offered = [(name, kind, defaults[name], option) for name, kind, option in options_of(Settings)]
-    return sorted(offered, key=lambda each: PANELS.index(each[-1].panel))
+    return sorted(offered(Settings), key=lambda each: PANELS.index(each[-1].panel))
 
 
 def widths(name: str, text: str) -> tuple[int, ...]:

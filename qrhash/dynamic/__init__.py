@@ -47,6 +47,7 @@ from qrhash.dynamic.eviction import Eviction, LeastUsed, SmallNorm, StepsSinceUs
 from qrhash.dynamic.growth import grow
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission, AdmitAll
+from qrhash.dynamic.resharding import reshard
 from qrhash.dynamic.store import FileStore, MemoryStore, Store
 from qrhash.dynamic.tiers import Fetched, Tiered
 
@@ -88,6 +89,7 @@ __all__ = [
     "lookup",
     "nothing_published",
     "nothing_served",
+    "reshard",
     "save_delta",
     "start_rows",
 ]

@@ -147,7 +147,7 @@ def delta_since(
     """
     check_dynamic_config(config)
     version, since = as_size("version", version), int(published.version)
-    last_steps = _by_rows(state.index.last_steps)
+    last_steps = _by_rows(state.index.last_steps, state, config)
     is_live = last_steps >= 0
     latest = int(last_steps.max(initial=_NOTHING))
     if version <= max(since, latest):
@@ -155,7 +155,7 @@ def delta_since(
             f"version must be above that of the last delta, {since}, and above the last step "
             f"trained, {latest}, got {version}."
         )
-    keys = Keys(_by_rows(state.index.keys.hi), _by_rows(state.index.keys.lo)).to_numpy()
+    keys = _by_rows(state.index.keys.to_numpy(), state, config)
     (is_by_rows,) = config.own.large_tables
     changed = is_live & (last_steps >= since) if is_by_rows else is_live
     rows = np.flatnonzero(changed)
@@ -164,7 +164,7 @@ def delta_since(
         to_version=np.int64(version),
         keys=keys[rows],
         vectors=_rows_of(parameters.table, rows),
-        counts=_by_rows(state.index.counts)[rows],
+        counts=_by_rows(state.index.counts, state, config)[rows],
         last_steps=last_steps[rows],
         removed=_removed(published, keys, is_live),
         refused=tuple(np.array(whole_table(table)) for table in parameters.refused),
@@ -174,9 +174,14 @@ def delta_since(
     return delta, Published(np.int64(version), keys, is_live)
 
 
-def _by_rows(array: Any) -> np.ndarray:
-    """An array of the index by row number: on a mesh row r is at place r // S of shard r % S."""
-    return np.array(array).T.reshape(-1)
+def _by_rows(array: Any, state: State, config: DynamicConfig) -> np.ndarray:
+    """An array of the index by row number."""
+    if state.home is None:
+        return np.array(array)
+    # One row more, the last, of the places that have none.
+    by_rows = np.empty(config.capacity + 1, array.dtype)
+    by_rows[np.asarray(state.home)] = array
+    return by_rows[:-1]
 
 
 def _rows_of(table: Any, rows: np.ndarray) -> np.ndarray:

@@ -54,19 +54,22 @@ class Parameters(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("index", "admission"), meta_fields=()
+    jax.tree_util.register_dataclass, data_fields=("index", "admission", "home"), meta_fields=()
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class State:
     """Which key has which row: integers, that no gradient reaches.
 
     Attributes:
-      index: a `KeyIndex`.
+      index: a `KeyIndex`; on a mesh one for each shard, of its own places.
       admission: what the admission keeps.
+      home: on a mesh the row of the table that goes with each place, int32 [S, R]; -1 for a place
+        without one. None: places are rows.
     """
 
     index: key_index.KeyIndex
     admission: PyTree
+    home: Any = None
 
 
 @functools.partial(
@@ -140,14 +143,16 @@ def assign(
     """
     check_dynamic_config(config)
     keys, meant = _as_keys(keys, where)
-    given = {"where": meant, "admission": config.admission, "state": state.admission}
+    given: dict[str, Any] = {"admission": config.admission, "state": state.admission}
     if config.layout is None:
+        given["where"] = meant
         index, rows, admission = key_index.assign(state.index, _of(keys), step, **given)
     else:
         flat, given["where"], shape = key_index.flat_keys(_of(keys), meant)
+        given |= {"home": state.home, "capacity": config.capacity}
         index, rows, admission = sharded.assign(config.layout, state.index, flat, step, **given)
         rows = rows.in_shape(shape)
-    return State(index, admission), Found(keys, rows, meant)
+    return dataclasses.replace(state, index=index, admission=admission), Found(keys, rows, meant)
 
 
 def find(state: State, keys: Any, config: DynamicConfig, *, where: Array | None = None) -> Found:
@@ -164,7 +169,8 @@ def find(state: State, keys: Any, config: DynamicConfig, *, where: Array | None 
     if config.layout is None:
         return Found(keys, key_index.lookup_rows(state.index, _of(keys), where=meant), meant)
     flat, wanted, shape = key_index.flat_keys(_of(keys), meant)
-    rows = sharded.lookup_rows(config.layout, state.index, flat, where=wanted)
+    given = {"where": wanted, "home": state.home, "capacity": config.capacity}
+    rows = sharded.lookup_rows(config.layout, state.index, flat, **given)
     return Found(keys, rows.in_shape(shape), meant)
 
 
@@ -332,9 +338,10 @@ def evict(
     if config.eviction is None:
         raise ValueError("evict needs config.eviction, such as StepsSinceUse(1000), got None.")
     (table,) = jax.tree.leaves(parameters.table)
-    gone = config.eviction.gone(state.index, table, step)
     if config.layout is None:
-        index = evict_rows(state.index, gone)
+        index = evict_rows(state.index, config.eviction.gone(state.index, table, step))
     else:
+        by_place = functools.partial(sharded.by_place, config.layout, state.home)
+        gone = config.eviction.gone(state.index, table, step, by_place)
         index = sharded.evict(config.layout, state.index, gone)
     return dataclasses.replace(state, index=index), state.index.num_keys - index.num_keys

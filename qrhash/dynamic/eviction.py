@@ -6,6 +6,8 @@ saved. What is evicted is forgotten: a key that comes back starts anew.
 
 import abc
 import dataclasses
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +18,32 @@ from qrhash.dynamic.upkeep import lowest
 from qrhash.fields import require_choice
 from qrhash.types import Scalar
 
+# What each row of the table has -> what each row of the index has.
+ByPlace: TypeAlias = Callable[[jax.Array], jax.Array]
+
+
+def _as_is(each: jax.Array) -> jax.Array:
+    return each
+
 
 class Eviction(abc.ABC):
     """Decides which keys lose their rows; frozen and hashable, as configs are."""
 
     @abc.abstractmethod
-    def gone(self, index: KeyIndex, table: jax.Array, step: Scalar) -> jax.Array:
-        """Which rows are to be taken back, bool [capacity]; of a table [capacity, width].
+    def gone(
+        self, index: KeyIndex, table: jax.Array, step: Scalar, by_place: ByPlace = _as_is
+    ) -> jax.Array:
+        """Which rows of the index are to be taken back.
 
-        On a mesh [S, R], and [S, R, width].
+        Args:
+          index: the `KeyIndex`, of arrays [capacity]; on a mesh [S, R].
+          table: [capacity, width]; on a mesh, if it is split, [S, R, width].
+          step: the number of the step.
+          by_place: brings what each row of the table has, [capacity] or [S, R], into the order of
+            the index: on a mesh the two have an order of their own.
+
+        Returns:
+          bool [capacity]; on a mesh [S, R].
         """
 
 
@@ -44,9 +63,11 @@ class StepsSinceUse(Eviction):
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", as_size("steps", self.steps))
 
-    def gone(self, index: KeyIndex, table: jax.Array, step: Scalar) -> jax.Array:
+    def gone(
+        self, index: KeyIndex, table: jax.Array, step: Scalar, by_place: ByPlace = _as_is
+    ) -> jax.Array:
         """By the last step of each row."""
-        del table
+        del table, by_place
         return jnp.asarray(step, jnp.int32) - index.last_steps > self.steps
 
 
@@ -70,11 +91,13 @@ class SmallNorm(Eviction):
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             raise ValueError(f"threshold must be a number above 0, got {value!r}.")
 
-    def gone(self, index: KeyIndex, table: jax.Array, step: Scalar) -> jax.Array:
+    def gone(
+        self, index: KeyIndex, table: jax.Array, step: Scalar, by_place: ByPlace = _as_is
+    ) -> jax.Array:
         """By the rows of the table."""
         del index, step
         squares = jnp.square(table.astype(jnp.float32))
-        return jnp.sum(squares, axis=-1) / 2 < self.threshold
+        return by_place(jnp.sum(squares, axis=-1) / 2 < self.threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +120,11 @@ class LeastUsed(Eviction):
         object.__setattr__(self, "num_keys", as_size("num_keys", self.num_keys, minimum=0))
         require_choice("by", self.by, ("count", "step"))
 
-    def gone(self, index: KeyIndex, table: jax.Array, step: Scalar) -> jax.Array:
+    def gone(
+        self, index: KeyIndex, table: jax.Array, step: Scalar, by_place: ByPlace = _as_is
+    ) -> jax.Array:
         """By count or last step, exactly as many as are too many."""
-        del table, step
+        del table, step, by_place
         excess, live = jnp.maximum(index.num_keys - self.num_keys, 0), index.is_live
         if self.by == "step":
             return lowest(index.last_steps, live, excess)

@@ -62,7 +62,7 @@ class KeyIndex:
 
     @property
     def capacity(self) -> int:
-        """How many rows there are; on a mesh, of all shards."""
+        """How many rows there are; on a mesh, how many places, of all shards."""
         return self.counts.size
 
     @property
@@ -73,7 +73,9 @@ class KeyIndex:
     @property
     def num_keys(self) -> Any:
         """How many keys have a row, int32 []."""
-        return self.capacity - jnp.sum(self.num_free)
+        if self.num_free.ndim:  # On a mesh some places may have no row.
+            return jnp.sum(self.is_live, dtype=jnp.int32)
+        return self.capacity - self.num_free
 
     @property
     def is_live(self) -> Any:

@@ -1,12 +1,15 @@
 """The index on a mesh: every shard of the table has an index of its own keys.
 
-A hash of the key says which shard owns it. Its row is one of that shard's rows, so that row numbers
-are those of an ordinary table split over the mesh, and look-ups, gradients and optimizers know
-nothing of keys. In a step the keys of the batch travel to all devices, 8 bytes each, every shard
-works on those that it owns, and the row numbers are summed over the shards: exchange "reduce" of
+A hash of the key says which shard owns it: on that shard the key has a place, and `home` says which
+row of the table goes with the place. At first these are the shard's own rows; on another number of
+shards a key has another place, and the row that it had (`qrhash.dynamic.reshard`). Row numbers are
+those of an ordinary table split over the mesh, and look-ups, gradients and optimizers know nothing
+of keys. In a step the keys of the batch travel to all devices, 8 bytes each, every shard works on
+those that it owns, and the row numbers are summed over the shards: exchange "reduce" of
 `qrhash.exchange`, with keys in place of rows.
 
-All arrays of an index have an axis of shards in front.
+All arrays of an index have an axis of shards in front. Every shard has ceil(capacity / S) places;
+where the rows do not divide by the shards, the last place of some has no row, and no key gets it.
 """
 
 import functools
@@ -17,42 +20,53 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qrhash.arithmetic import ceil_div
 from qrhash.dynamic import index as key_index
 from qrhash.dynamic import upkeep
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission
+from qrhash.dynamic.slots import read
 from qrhash.keys import Keys, scramble
-from qrhash.layout import MeshLayout, index_of
+from qrhash.layout import MeshLayout, index_of, owner_and_place
 from qrhash.types import PyTree, Scalar
 
 # Seed of the hash that says which shard owns a key.
 _SEED = 0x5A4D
 
 
-def create(layout: MeshLayout, capacity: int, admission: Admission) -> tuple[KeyIndex, PyTree]:
-    """An index without keys for each shard, and the admission's state beside it.
-
-    Raises:
-      ValueError: the rows do not divide by the shards.
-    """
+def create(
+    layout: MeshLayout, capacity: int, admission: Admission
+) -> tuple[KeyIndex, PyTree, jax.Array]:
+    """An index without keys for each shard, the admission's state beside it, and `home` [S, R]."""
     shards = layout.num_shards
-    if capacity % shards:
-        raise ValueError(
-            f"capacity must divide by the {shards} shards of the mesh, got {capacity}: "
-            f"{-(-capacity // shards) * shards} does."
-        )
+    rows = ceil_div(capacity, shards)
 
     def make() -> Any:
-        one = key_index.create(capacity // shards), admission.split(shards).init()
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), one)
+        one = key_index.create(rows), admission.split(shards).init()
+        index, state = jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *x.shape)), one)
+        owners, places = jnp.arange(shards, dtype=jnp.int32), jnp.arange(rows, dtype=jnp.int32)
+        home = index_of(owners[:, None], places[None], shards)
+        home = jnp.where(home < capacity, home, -1)
+        lacks_row = home[:, -1] < 0
+        index = index.replace(
+            free=jnp.where(lacks_row[:, None], jnp.roll(index.free, -1, axis=1), index.free),
+            num_free=index.num_free - lacks_row.astype(jnp.int32),
+        )
+        return index, state, home
 
-    sharding = NamedSharding(layout.mesh, _of_shards(layout))
-    made: tuple[KeyIndex, PyTree] = jax.jit(make, out_shardings=sharding)()
+    made: tuple[KeyIndex, PyTree, jax.Array]
+    made = jax.jit(make, out_shardings=shard_sharding(layout))()
     return made
 
 
+def owner_of(keys: Keys, num_shards: int) -> Any:
+    """The shards [m], int32, of keys [m]; of NumPy for keys of the host."""
+    hashes = scramble(keys, _SEED).hi
+    return (hashes % hashes.dtype.type(num_shards)).astype("int32")
+
+
 # Jitted for their caches: outside of `jax.jit`, they would compile anew at every call.
-@functools.partial(jax.jit, static_argnames=("layout", "admission"))
+@functools.partial(jax.jit, static_argnames=("layout", "admission", "capacity"))
 def assign(
     layout: MeshLayout,
     index: KeyIndex,
@@ -62,8 +76,10 @@ def assign(
     where: jax.Array,
     admission: Admission,
     state: PyTree,
+    home: jax.Array,
+    capacity: int,
 ) -> tuple[KeyIndex, Rows, PyTree]:
-    """As `qrhash.dynamic.index.assign`, of flat keys [m] and where [m]."""
+    """As `qrhash.dynamic.index.assign`, of flat keys [m] and where [m]; rows are the table's."""
 
     def on_shard(carry: Any, keys: Keys, mine: jax.Array, step: jax.Array) -> Any:
         index, state = carry
@@ -73,19 +89,28 @@ def assign(
         )
         return (index, state), given
 
-    carry, given = _on_shards(layout, on_shard, (index, state), index.capacity, keys, where, step)
+    carry = (index, state)
+    carry, given = _on_shards(layout, on_shard, carry, home, capacity, keys, where, step)
     return carry[0], given, carry[1]
 
 
-@functools.partial(jax.jit, static_argnames="layout")
-def lookup_rows(layout: MeshLayout, index: KeyIndex, keys: Keys, *, where: jax.Array) -> Rows:
-    """As `qrhash.dynamic.index.lookup_rows`, of flat keys [m] and where [m]."""
+@functools.partial(jax.jit, static_argnames=("layout", "capacity"))
+def lookup_rows(
+    layout: MeshLayout,
+    index: KeyIndex,
+    keys: Keys,
+    *,
+    where: jax.Array,
+    home: jax.Array,
+    capacity: int,
+) -> Rows:
+    """As `qrhash.dynamic.index.lookup_rows`, of flat keys [m] and where [m]; see `assign`."""
 
     def on_shard(index: Any, keys: Keys, mine: jax.Array, step: jax.Array) -> Any:
         del step
         return index, key_index.lookup_rows(index, keys, where=mine)
 
-    return _on_shards(layout, on_shard, index, index.capacity, keys, where, 0)[1]
+    return _on_shards(layout, on_shard, index, home, capacity, keys, where, 0)[1]
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -100,10 +125,34 @@ def evict(layout: MeshLayout, index: KeyIndex, gone: jax.Array) -> KeyIndex:
     return evicted
 
 
+@functools.partial(jax.jit, static_argnames="layout")
+def by_place(layout: MeshLayout, home: jax.Array, each: jax.Array) -> jax.Array:
+    """What each row of the table has, by the places [S, R] of the index.
+
+    Args:
+      layout: the `MeshLayout`.
+      home: rows of the places [S, R].
+      each: [S, R] of a table split over the mesh; or [capacity], of one that is on every device.
+    """
+
+    def on_device(home: jax.Array, each: jax.Array) -> jax.Array:
+        if each.ndim == 1:
+            return each.at[home].get(mode="clip")
+        if layout.row_axes:
+            each = jax.lax.all_gather(each, layout.row_axes, tiled=True)
+        return each.at[owner_and_place(home, layout.num_shards)].get(mode="clip")
+
+    spec = _of_shards(layout)
+    of_each = PartitionSpec() if each.ndim == 1 else spec
+    moved: jax.Array = layout.run(on_device, (spec, of_each), spec)(home, each)
+    return moved
+
+
 def _on_shards(
     layout: MeshLayout,
     fun: Callable[[Any, Keys, jax.Array, jax.Array], tuple[Any, Rows]],
     carry: PyTree,
+    home: jax.Array,
     capacity: int,
     keys: Keys,
     where: jax.Array,
@@ -113,17 +162,19 @@ def _on_shards(
     layout = layout.for_batch([where], 0)
     shards = layout.num_shards
 
-    def on_device(carry: Any, keys: Keys, where: jax.Array, step: jax.Array) -> Any:
-        number, alone = layout.shard().number, _alone(carry)
+    def on_device(
+        carry: Any, home: jax.Array, keys: Keys, where: jax.Array, step: jax.Array
+    ) -> Any:
+        number, alone, (home,) = layout.shard().number, _alone(carry), home
         # 1. Every device learns all keys of the batch: replicas of a shard must agree.
         every, wanted = _whole(layout, (keys, where))
-        owner = (scramble(every, _SEED).hi % jnp.uint32(shards)).astype(jnp.int32)
-        mine = wanted & (owner == number)
+        mine = wanted & (owner_of(every, shards) == number)
         # 2. It looks for, or gives rows to, those that it owns.
         alone, given = fun(alone, every, mine, step)
-        has_row = mine & (given.rows < capacity // shards)
+        last = home.shape[0] - 1
+        has_row = mine & (given.rows <= last)
         # 3. The sum over the shards is the row number; each device keeps those of its own batch.
-        less = jnp.where(has_row, index_of(number, given.rows, shards) - capacity, 0)
+        less = jnp.where(has_row, read(home, jnp.minimum(given.rows, last)) - capacity, 0)
         counts = given._replace(rows=less, is_new=given.is_new.astype(jnp.int32))
         if layout.row_axes:
             counts = jax.lax.psum(counts, layout.row_axes)
@@ -136,11 +187,16 @@ def _on_shards(
         return _stacked(alone), part
 
     batch, whole, spec = layout.batch_spec(1), PartitionSpec(), _of_shards(layout)
-    in_specs = (spec, batch, batch, whole)
+    in_specs = (spec, spec, batch, batch, whole)
     out_specs = (spec, Rows(batch, batch, whole, whole))
     run = layout.run(on_device, in_specs, out_specs)
-    made: tuple[Any, Rows] = run(carry, keys, where, jnp.asarray(step, jnp.int32))
+    made: tuple[Any, Rows] = run(carry, home, keys, where, jnp.asarray(step, jnp.int32))
     return made
+
+
+def shard_sharding(layout: MeshLayout) -> NamedSharding:
+    """Where the arrays of an index are, and of an admission's state."""
+    return NamedSharding(layout.mesh, _of_shards(layout))
 
 
 def _of_shards(layout: MeshLayout) -> PartitionSpec:

@@ -13,11 +13,11 @@ A `DynamicEmbed` gives rows to keys before these two lines:
     optimizer.reset_rows(model, model.embed, found)
 """
 
-from qrhash.nnx.dynamic import DynamicEmbed, KeyState
+from qrhash.nnx.dynamic import DynamicEmbed
 from qrhash.nnx.gradients import grad, value_and_grad
 from qrhash.nnx.modules import EmbedCollection, MultiHashEmbed
 from qrhash.nnx.optimizer import Optimizer
-from qrhash.nnx.variables import Table, as_table, shardings
+from qrhash.nnx.variables import KeyState, Table, as_table, shardings
 
 __all__ = [
     "DynamicEmbed",

@@ -12,13 +12,9 @@ from flax import nnx
 from qrhash import dynamic
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.embedding import Found, Parameters, State
-from qrhash.nnx.variables import annotated, array_of, as_table, table_variable
+from qrhash.nnx.variables import KeyState, annotated, array_of, as_table, table_variable
 from qrhash.operations import Projection
 from qrhash.types import Array, Scalar
-
-
-class KeyState(nnx.Variable):
-    """The `qrhash.dynamic.State` of a module: no `nnx.Param`, so no gradient is taken of it."""
 
 
 class DynamicEmbed(nnx.Module):

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from qrhash.dynamic.sharded import shard_sharding
 from qrhash.layout import MeshLayout, mesh_axes
 from qrhash.sharded import ShardedTable
 from qrhash.types import Array
@@ -22,6 +23,10 @@ class Table(nnx.Param):
         table = as_table(self)
         if isinstance(table, ShardedTable):
             self.set_value(table.in_place().array)
+
+
+class KeyState(nnx.Variable):
+    """The `qrhash.dynamic.State` of a module: no `nnx.Param`, so no gradient is taken of it."""
 
 
 def is_variable(node: Any) -> bool:
@@ -50,10 +55,14 @@ def as_table(variable: nnx.Variable) -> Any:
 def shardings(state: Any, layout: MeshLayout) -> Any:
     """A state with, in place of its values, where they belong: `out_shardings` of `jax.jit`.
 
-    Tables are split by rows as they say, all else is on every device of the mesh.
+    Tables are split by rows as they say, and so is which key has which row; all else is on every
+    device of the mesh.
     """
 
     def of(variable: nnx.Variable) -> nnx.Variable:
+        if isinstance(variable, KeyState):
+            state = variable.get_value()
+            return variable.replace(jax.tree.map(lambda _: shard_sharding(layout), state))
         return variable.replace(array_of(layout.shardings(as_table(variable))))
 
     return jax.tree.map(of, state, is_leaf=is_variable)

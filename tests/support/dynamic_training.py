@@ -3,6 +3,7 @@
 Started as a script, it is a nursery of trainings to be killed, as `training_process` is.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -15,6 +16,7 @@ import optax
 import qrhash
 from qrhash import EmbedConfig, KeyDigits, dynamic
 from qrhash.checkpoint import Checkpoints
+from support.meshes import whole
 
 WIDTH, SIZE = 4, 16
 REFUSED = EmbedConfig(KeyDigits(6, num_tables=2), WIDTH, "add")
@@ -22,7 +24,8 @@ REFUSED = EmbedConfig(KeyDigits(6, num_tables=2), WIDTH, "add")
 
 def config_of(capacity=40, **options):
     """One whose table is trained by rows."""
-    options = {"large_table_rows": 1, "refused": REFUSED} | options
+    refused = dataclasses.replace(REFUSED, layout=options.get("layout"))
+    options = {"large_table_rows": 1, "refused": refused} | options
     return dynamic.DynamicConfig(capacity, WIDTH, **options)
 
 
@@ -117,23 +120,51 @@ class Training:
         return rows_of(self.state)
 
     def of_keys(self):
-        """Key -> its vector, count and last step, and each leaf of optimizer state of its row."""
-        index, capacity = self.state.index, self.config.capacity
-        parts = [self.params.table, index.counts, index.last_steps]
-        parts += [x for x in jax.tree.leaves(self.opt_state) if x.shape[:1] == (capacity,)]
-        parts = [np.asarray(part) for part in parts]
-        return {key: tuple(part[row].tobytes() for part in parts) for key, row in self.keys.items()}
+        """Key -> its row, count and last step, its vector, and all optimizer state of its row."""
+        leaves = [self.params.table, *jax.tree.leaves(whole(self.opt_state))]
+        arrays = [np.asarray(leaf) for leaf in map(whole, leaves)]
+        parts = [array for array in arrays if array.shape[:1] == (self.config.capacity,)]
+        return {
+            key: (row, *of_index, *(part[row].tobytes() for part in parts))
+            for key, (row, *of_index) in known(self.state).items()
+        }
 
 
 def rows_of(state):
     """Key -> row, by the keys of the rows; and the same must be found by the slots."""
-    index = state.index
-    live = np.flatnonzero(np.asarray(index.last_steps) >= 0)
-    keys = index.keys.to_numpy()[live]
-    found = dynamic.index.lookup_rows(index, qrhash.Keys.of(keys)).rows
-    assert np.asarray(found).tolist() == live.tolist()
+    return _places_of(state.index, [])
+
+
+def known(state):
+    """Key -> row of the table, count and last step; of any number of shards, each by itself."""
+    if state.home is None:
+        shards = [(state.index, np.arange(state.index.capacity))]
+    else:
+        each = range(len(state.home))
+        indexes = [jax.tree.map(lambda x, number=number: x[number], state.index) for number in each]
+        shards = list(zip(indexes, np.asarray(state.home), strict=True))
+    of_key, free = {}, []
+    for index, rows in shards:
+        counts, steps = np.asarray(index.counts), np.asarray(index.last_steps)
+        for key, place in _places_of(index, np.flatnonzero(rows < 0).tolist()).items():
+            assert key not in of_key
+            of_key[key] = int(rows[place]), int(counts[place]), int(steps[place])
+        free += rows[np.asarray(index.free)[: int(index.num_free)]].tolist()
+    num_rows = sum(int((rows >= 0).sum()) for _, rows in shards)
+    assert sorted([*free, *(row for row, _, _ in of_key.values())]) == list(range(num_rows))
+    return of_key
+
+
+def _places_of(index, without_row):
+    """Key -> its place in an index, of whose places some have no row."""
+    # All at once, also those that are not looked for: each other number of keys would be compiled.
+    is_live = np.asarray(index.last_steps) >= 0
+    live, keys = np.flatnonzero(is_live), index.keys.to_numpy()
+    found = dynamic.index.lookup_rows(index, qrhash.Keys.of(keys), where=is_live).rows
+    assert np.asarray(found)[live].tolist() == live.tolist()
+    keys = keys[live]
     free = np.asarray(index.free)[: int(index.num_free)]
-    assert sorted([*free.tolist(), *live.tolist()]) == list(range(index.capacity))
+    assert sorted([*free.tolist(), *live.tolist(), *without_row]) == list(range(index.capacity))
     return dict(zip(keys.tolist(), live.tolist(), strict=True))
 
 
@@ -145,8 +176,9 @@ def vectors_of(params, state, keys, config):
 # --- trainings that only save ---------------------------------------------------------------------
 
 
-def killed_config():
-    return config_of(60, admission=dynamic.ExactCount(2, 40), eviction=dynamic.StepsSinceUse(4))
+def killed_config(**options):
+    admission, eviction = dynamic.ExactCount(2, 40), dynamic.StepsSinceUse(4)
+    return config_of(120, admission=admission, eviction=eviction, **options)
 
 
 def killed_step(training):

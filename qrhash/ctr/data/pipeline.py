@@ -53,6 +53,7 @@ class Batch(NamedTuple):
       lists: the columns of lists.
       importance: [batch] float32, how much each row counts in the loss; None: all alike.
       items: [batch] int32, which item a row has, -1 for none that is known; None where nobody asks.
+      found: within a step, the rows of keys in tables that grow; None: those that they have.
     """
 
     labels: np.ndarray
@@ -63,6 +64,7 @@ class Batch(NamedTuple):
     lists: tuple[Padded, ...] = ()
     items: np.ndarray | None = None
     importance: np.ndarray | None = None
+    found: Any = None
 
 
 def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | None = None) -> Batch:

@@ -9,6 +9,7 @@ known of the data before and nothing be kept of them.
 """
 
 import json
+import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,41 @@ class KeyCounts:
         common = ids != UNSEEN_ID
         return Vocabulary(self._keys[common], ids[common], missing_id)
 
+    def counts(self, min_count: int) -> np.ndarray:
+        """How often the ids of `vocabulary` were met, [num_embeddings] int64 in falling order."""
+        self._merge()
+        counts = np.concatenate([[self._num_missing], self._counts])
+        common = counts[counts >= max(1, min_count)]
+        unseen = counts.sum() - common.sum()
+        return -np.sort(-np.append(common, unseen))
+
+    def variance_between(self, clicked: "KeyCounts") -> float:
+        """The variance of click rates between keys, divided by that of the clicks of one key.
+
+        By the moments of a random effect, as DerSimonian and Laird 1986 have it: that the rates
+        differ by more than chance makes them.
+
+        Args:
+          clicked: the same of the rows that are clicks.
+
+        Returns:
+          0 or more; nan, if no key was met twice, or all rows are clicks, or none.
+        """
+        self._merge()
+        clicked._merge()
+        clicks = np.zeros(len(self._keys))
+        clicks[np.searchsorted(self._keys, clicked._keys)] = clicked._counts
+        clicks = np.append(clicks, clicked._num_missing)
+        met = np.append(self._counts, self._num_missing).astype(float)
+        clicks, met = clicks[met > 0], met[met > 0]
+        rate = clicks.sum() / max(1.0, met.sum())
+        noise = rate * (1 - rate)
+        freedom = met.sum() - (met @ met) / max(1.0, met.sum())
+        if noise <= 0 or len(met) < 2 or met.max() < 2:
+            return math.nan
+        spread = float(((clicks - met * rate) ** 2 / met).sum())
+        return max(0.0, (spread / noise - (len(met) - 1)) / freedom)
+
     def _merge(self) -> None:
         parts = [(self._keys, self._counts), *self._pending]
         keys, counts = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -151,6 +187,44 @@ class KeyCounts:
         self._counts = np.zeros(len(self._keys), np.int64)
         np.add.at(self._counts, place, counts)
         self._pending, self._num_pending = [], 0
+
+
+class Counts:
+    """How often each key was met, column by column, of the columns that need a vocabulary.
+
+    Args:
+      settings: see `build_ids`.
+      categories: see `build_ids`.
+      lists: see `build_ids`.
+
+    Attributes:
+      of: column name -> `KeyCounts`.
+    """
+
+    def __init__(
+        self, settings: Settings, categories: Sequence[str], lists: Sequence[str] = ()
+    ) -> None:
+        self._categories, self._lists = categories, lists
+        self.of = {
+            name: KeyCounts()
+            for name in (*categories, *lists)
+            if not _without_vocabulary(settings.column(name))
+        }
+
+    def add(self, block: Block) -> None:
+        """Counts the keys of some rows."""
+        for name, counts in self.of.items():
+            if name in self._lists:
+                elements = block.lists[self._lists.index(name)].keys
+                counts.add(elements, np.zeros(len(elements), bool))
+            else:
+                place = self._categories.index(name)
+                counts.add(block.keys[:, place], block.missing[:, place])
+
+    def gather(self) -> None:
+        """Adds what the other processes have counted."""
+        for counts in self.of.values():
+            counts.gather()
 
 
 def build_ids(
@@ -172,22 +246,13 @@ def build_ids(
     Returns:
       {column name: ids}, in the order of the columns, those of lists last.
     """
+    counted = Counts(settings, categories, lists)
+    for block in blocks if counted.of else ():
+        counted.add(block)
+    counted.gather()
     columns = {name: settings.column(name) for name in (*categories, *lists)}
-    counted = {
-        name: KeyCounts() for name, column in columns.items() if not _without_vocabulary(column)
-    }
-    for block in blocks if counted else ():
-        for name, counts in counted.items():
-            if name in lists:
-                elements = block.lists[lists.index(name)].keys
-                counts.add(elements, np.zeros(len(elements), bool))
-            else:
-                place = categories.index(name)
-                counts.add(block.keys[:, place], block.missing[:, place])
-    for counts in counted.values():
-        counts.gather()
     return {
-        name: _without_vocabulary(column) or counted[name].vocabulary(column.min_count)
+        name: _without_vocabulary(column) or counted.of[name].vocabulary(column.min_count)
         for name, column in columns.items()
     }
 

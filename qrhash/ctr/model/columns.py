@@ -11,7 +11,8 @@ whatever the operation. Columns that are not compressed are paid first, and so a
 the others share the rest in proportion to their full tables.
 
 A column without a vocabulary has tables of digits of its keys, whatever was met: `key_bits` and
-`num_tables` give their sizes, and neither of the amounts above has a meaning there.
+`num_tables` give their sizes, and neither of the amounts above has a meaning there. Or it has rows
+that keys get as they come (`room`).
 
 Ids are numbered by falling frequency, and the largest table is indexed by id mod ceil(n / c):
 the ids that share a row are far apart, a frequent one with rare ones. Measured on Criteo, that
@@ -23,7 +24,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,27 +32,32 @@ from qrhash import (
     ChineseRemainder,
     EmbedConfig,
     FullTable,
-    HashTrick,
     KeyDigits,
     MeshLayout,
     MixedRadix,
     Partition,
-    QuotientRemainder,
 )
 from qrhash.arithmetic import ceil_div, ceil_root
-from qrhash.ctr.column_settings import DEFAULT_COLLISIONS, OF_LISTS, ColumnSettings
+from qrhash.budget import partition_of
+from qrhash.ctr.column_settings import (
+    DEFAULT_COLLISIONS,
+    DEFAULT_KEY_BITS,
+    OF_LISTS,
+    ColumnSettings,
+)
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.room import ColumnConfig, dynamic_configs, dynamic_tables, num_bytes, unsized
 from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.
-_SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
+SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
 
 FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
 
 
 def embed_configs(
     settings: Settings, sizes: Mapping[str, int | None], layout: MeshLayout | None = None
-) -> dict[str, EmbedConfig]:
+) -> dict[str, ColumnConfig]:
     """The embeddings of a model.
 
     Args:
@@ -60,7 +66,8 @@ def embed_configs(
       layout: how large tables are split over devices.
 
     Returns:
-      {column name: config}, without the columns that are dropped.
+      {column name: config}, without the columns that are dropped. See `tables_of` for those that
+      share a table.
 
     Raises:
       UserError: a column cannot have the embedding that its options ask for; or all together
@@ -69,13 +76,18 @@ def embed_configs(
     columns: dict[str, _Column] = {}
     configs: dict[str, EmbedConfig] = {}
     of_keys: dict[str, EmbedConfig] = {}
+    growing: list[str] = []
     for name, size in sizes.items():
         section, options = settings.columns.get(name, {}), settings.column(name)
         if size is None:
-            if options.partition != "drop":
+            if options.partition == "drop":
+                continue
+            if options.is_dynamic:
+                growing.append(name)
+            else:
                 of_keys[name] = _of_keys(name, settings.features, options)
             continue
-        is_named = not _SHARED.issuperset(section)
+        is_named = not SHARED.issuperset(section)
         if not is_named and size <= settings.threshold:
             options = replace(options, partition="full")
         if options.partition == "drop":
@@ -91,42 +103,36 @@ def embed_configs(
     if len(configs) < len(columns) or (settings.compression is not None and not is_baseline):
         configs |= _of_bytes_in_all(settings, columns, configs)
     configs |= of_keys
+    placed: dict[str, ColumnConfig] = {
+        name: replace(config, large_table_rows=settings.large_table_rows, layout=layout)
+        for name, config in configs.items()
+    }
+    placed |= dynamic_configs(settings, growing, layout)
     return {
-        name: replace(
-            configs[name],
-            combiner=settings.column(name).combiner,
-            large_table_rows=settings.large_table_rows,
-            layout=layout,
-        )
+        name: replace(placed[name], combiner=settings.column(name).combiner)
         for name in sizes
-        if name in configs
+        if name in placed
     }
 
 
 def _of_keys(name: str, features: int, options: ColumnSettings) -> EmbedConfig:
     """Tables that every key has its rows in."""
+    bits = options.key_bits or DEFAULT_KEY_BITS
     try:
-        digits = KeyDigits(options.key_bits, options.num_tables)
+        digits = KeyDigits(bits, options.num_tables)
         return EmbedConfig(
-            digits, features, options.operation, widths=options.widths, **_unsized(options)
+            digits, features, options.operation, widths=options.widths, **unsized(options)
         )
     except ValueError as error:
-        raise UserError(f"Column {name}, keys of {options.key_bits} bits: {error}") from error
+        raise UserError(f"Column {name}, keys of {bits} bits: {error}") from error
 
 
-def _unsized(options: ColumnSettings) -> dict[str, Any]:
-    """What of a config does not go by its size."""
-    return {
-        "dtype": "float32",
-        "param_dtype": options.param_dtype,
-        "use_bias": options.use_bias,
-        "init_stddev": options.init_stddev,
-    }
-
-
-def num_bytes(config: EmbedConfig) -> int:
-    """The memory of an embedding's tables and projection."""
-    return config.num_params * config.param_dtype.itemsize
+def tables_of(
+    configs: Mapping[str, ColumnConfig],
+) -> list[ColumnConfig]:
+    """The configs of columns: of those that share a table one."""
+    fixed = [config for config in configs.values() if isinstance(config, EmbedConfig)]
+    return [*fixed, *dynamic_tables(configs)]
 
 
 class _Column(NamedTuple):
@@ -173,7 +179,7 @@ class _Column(NamedTuple):
         """With the tables that so many bytes allow."""
         with self._named():
             single = self.options.partition == "hash-trick"
-            options = _unsized(self.options)
+            options = unsized(self.options)
             if self.options.widths is not None:
                 options["widths"] = self.options.widths
             return EmbedConfig.fit(
@@ -200,7 +206,7 @@ class _Column(NamedTuple):
             self.features,
             self.options.operation if combined else "mult",
             widths=self.options.widths if combined else None,
-            **_unsized(self.options),
+            **unsized(self.options),
         )
 
     def _partition(self) -> Partition:
@@ -231,25 +237,7 @@ class _Column(NamedTuple):
 
     def _of_rows(self, rows: int) -> Partition:
         """The family's partition with so many rows in the largest table."""
-        size, k, c = self.size, self._num_tables, ceil_div(self.size, rows)
-        # Fewer rows than this, and the other tables would be the longer ones.
-        balanced = rows <= ceil_root(size, k)
-        match self.options.partition:
-            case "hash-trick":
-                return HashTrick(size, rows)
-            case "quotient-remainder":
-                return QuotientRemainder(size) if balanced else QuotientRemainder(size, rows)
-            case "mixed-radix":
-                if balanced:
-                    return MixedRadix.balanced(size, k)
-                small = (c,) if k == 2 else MixedRadix.balanced(c, k - 1).radices
-                return MixedRadix(size, (rows, *small))
-        if balanced:
-            return ChineseRemainder.balanced(size, k)
-        small = (c,) if k == 2 else ChineseRemainder.balanced(c, k - 1).moduli
-        while any(math.gcd(rows, modulus) > 1 for modulus in small):
-            rows += 1
-        return ChineseRemainder(size, (rows, *small))
+        return partition_of(self.options.partition, self.size, rows, self._num_tables)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ class ClickLoss:
 
     def __call__(self, model: Any, batch: Batch, state: Any) -> tuple[jax.Array, jax.Array, Any]:
         """See `Objective`."""
-        logits = model(batch.numbers, batch.ids, batch.keys, batch.lists)
+        logits = model(batch.numbers, batch.ids, batch.keys, batch.lists, batch.found)
         return optax.sigmoid_binary_cross_entropy(logits, batch.labels), logits, state
 
 
@@ -62,7 +62,8 @@ class InBatchSoftmax:
 
     def judge(self, model: Any, batch: Batch, state: Any) -> tuple[jax.Array, jax.Array]:
         """A batch -> the vectors of its queries [batch, width], and its losses [batch]."""
-        queries, items = model.pair(batch.numbers, batch.ids, batch.keys, batch.lists)
+        inputs = (batch.numbers, batch.ids, batch.keys, batch.lists, batch.found)
+        queries, items = model.pair(*inputs)
         named = model.columns.named(batch.ids, batch.keys)
         if isinstance(state, Frequencies):
             log_q = state.log_q(named)

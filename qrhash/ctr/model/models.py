@@ -16,7 +16,10 @@ from flax import nnx
 
 from qrhash import Bag, EmbedConfig, Keys
 from qrhash.ctr.data.pipeline import Padded
+from qrhash.ctr.model.growing import Counts, GrowingColumns
+from qrhash.ctr.model.room import ColumnConfig, dynamic_tables
 from qrhash.ctr.settings import Settings, widths
+from qrhash.dynamic import DynamicConfig, Found
 from qrhash.nnx import EmbedCollection
 
 
@@ -34,44 +37,94 @@ class MLP(nnx.Module):
 
 
 class Embeddings(nnx.Module):
-    """One embedding for each column, all of them in few stacked tables.
+    """One embedding for each column, all of them in few stacked tables, or in tables that grow.
 
     Args:
-      configs: of the columns, by name.
+      configs: of the columns, by name; columns of equal `DynamicConfig`s share one table.
       lists: which of them are of lists: the vectors of their elements are pooled.
       rngs: random number generators.
     """
 
     def __init__(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         *,
         lists: Collection[str] = (),
         rngs: nnx.Rngs,
     ) -> None:
         self.names = tuple(configs)
-        takes_keys = {name: config.partition.takes_keys for name, config in configs.items()}
+        in_keys = {name: takes_keys(config) for name, config in configs.items()}
         self.of_lists = tuple(name for name in self.names if name in lists)
         single = [name for name in self.names if name not in lists]
-        self.of_ids = tuple(name for name in single if not takes_keys[name])
-        self.of_keys = tuple(name for name in single if takes_keys[name])
-        self.columns = EmbedCollection(configs, rngs=rngs)
+        self.of_ids = tuple(name for name in single if not in_keys[name])
+        self.of_keys = tuple(name for name in single if in_keys[name])
+        fixed = {name: each for name, each in configs.items() if isinstance(each, EmbedConfig)}
+        self.fixed = tuple(fixed)
+        if fixed:
+            self.columns = EmbedCollection(fixed, rngs=rngs)
+        self.growing = nnx.List(
+            GrowingColumns(
+                table, {name: configs[name].combiner for name in names}, lists=lists, rngs=rngs
+            )
+            for table, names in dynamic_tables(configs).items()
+        )
+
+    def assign(
+        self, ids: Any, keys: Keys | None, lists: Sequence[Padded], where: jax.Array, step: Any
+    ) -> list[tuple[Found, Counts]]:
+        """Gives rows to keys in a step of the training: for each of the tables that grow.
+
+        Args:
+          ids: [batch, columns], of which nothing is asked.
+          keys: [batch, columns].
+          lists: the columns of lists.
+          where: which rows are meant, bool [batch].
+          step: the number of the step.
+        """
+        del ids
+        of_keys, of_lists = self._keys(keys), self._lists(lists)
+        return [table.assign(of_keys, of_lists, where, step) for table in self.growing]
 
     def __call__(
-        self, ids: jax.Array, keys: Keys | None = None, lists: Sequence[Padded] = ()
+        self,
+        ids: jax.Array,
+        keys: Keys | None = None,
+        lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> list[jax.Array]:
-        """Ids and keys [batch, columns], and lists -> one [batch, features] for each column."""
-        inputs = self._columns("ids", ids, self.of_ids)
-        if self.of_keys:
-            inputs |= self._columns("keys", keys, self.of_keys)
+        """The vectors of rows.
+
+        Args:
+          ids: [batch, columns], of those that have ids.
+          keys: [batch, columns], of those that take keys.
+          lists: the columns of lists.
+          found: what `assign` gave of them; without it, keys have the rows that they have.
+
+        Returns:
+          For each column vectors [batch, features].
+        """
+        of_keys, of_lists = self._keys(keys), self._lists(lists)
+        single = self._columns("ids", ids, self.of_ids) | of_keys
+        bags = {name: Bag.from_padded(each.ids, mask=each.mask) for name, each in of_lists.items()}
+        inputs = single | bags
+        vectors: dict[str, jax.Array] = {}
+        if self.fixed:
+            vectors = self.columns({name: inputs[name] for name in self.fixed})
+        if found is None:
+            found = [table.find(of_keys, of_lists) for table in self.growing]
+        for table, of_table in zip(self.growing, found, strict=True):
+            vectors |= table(of_table, of_lists)
+        return [vectors[name] for name in self.names]
+
+    def _keys(self, keys: Keys | None) -> dict[str, Keys]:
+        return self._columns("keys", keys, self.of_keys) if self.of_keys else {}
+
+    def _lists(self, lists: Sequence[Padded]) -> dict[str, Padded]:
         if len(lists) != len(self.of_lists):
             raise ValueError(
                 f"lists must be those of the columns {', '.join(self.of_lists)}, got {len(lists)}."
             )
-        for name, padded in zip(self.of_lists, lists, strict=True):
-            inputs[name] = Bag.from_padded(padded.ids, mask=padded.mask)
-        vectors = self.columns(inputs)
-        return [vectors[name] for name in self.names]
+        return dict(zip(self.of_lists, lists, strict=True))
 
     def _columns(self, what: str, values: Any, names: tuple[str, ...]) -> dict[str, Any]:
         shape = None if values is None else values.shape
@@ -83,7 +136,27 @@ class Embeddings(nnx.Module):
         return {name: values[:, j] for j, name in enumerate(names)}
 
 
-class DLRM(nnx.Module):
+def takes_keys(config: ColumnConfig) -> bool:
+    """Whether an embedding takes keys, not ids."""
+    return isinstance(config, DynamicConfig) or config.partition.takes_keys
+
+
+class _Clicks(nnx.Module):
+    """What the models of clicks have in common."""
+
+    embeddings: Embeddings
+
+    @property
+    def growing(self) -> Sequence[GrowingColumns]:
+        """The tables that grow."""
+        return self.embeddings.growing
+
+    def assign(self, *inputs: Any) -> list[tuple[Found, Counts]]:
+        """See `Embeddings.assign`."""
+        return self.embeddings.assign(*inputs)
+
+
+class DLRM(_Clicks):
     """The deep learning recommendation model.
 
     Args:
@@ -99,7 +172,7 @@ class DLRM(nnx.Module):
 
     def __init__(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         *,
         num_numbers: int,
         features: int,
@@ -123,21 +196,25 @@ class DLRM(nnx.Module):
         ids: jax.Array,
         keys: Keys | None = None,
         lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> jax.Array:
-        """Numbers [batch, num_numbers], ids and keys [batch, columns], lists -> logits [batch]."""
-        found = self.embeddings(ids, keys, lists)
+        """Numbers [batch, num_numbers], ids and keys [batch, columns], lists -> logits [batch].
+
+        Of tables that grow `found` is what `assign` gave.
+        """
+        each = self.embeddings(ids, keys, lists, found)
         if numbers.shape[1]:
             direct = self.bottom(numbers)
-            found = [direct, *found]
+            each = [direct, *each]
         else:
-            direct = jnp.concatenate(found, axis=1)
-        vectors = jnp.stack(found, axis=1)
+            direct = jnp.concatenate(each, axis=1)
+        vectors = jnp.stack(each, axis=1)
         products = jnp.einsum("bif,bjf->bij", vectors, vectors)
         pairs = products[:, *jnp.triu_indices(vectors.shape[1], k=1)]
         return self.logit(self.top(jnp.concatenate([direct, pairs], axis=1)))[:, 0]
 
 
-class DCN(nnx.Module):
+class DCN(_Clicks):
     """The deep and cross network, version 2, with full matrices.
 
     Args:
@@ -151,7 +228,7 @@ class DCN(nnx.Module):
 
     def __init__(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         *,
         num_numbers: int,
         cross_layers: int,
@@ -172,9 +249,14 @@ class DCN(nnx.Module):
         ids: jax.Array,
         keys: Keys | None = None,
         lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> jax.Array:
-        """Numbers [batch, num_numbers], ids and keys [batch, columns], lists -> logits [batch]."""
-        x0 = jnp.concatenate([numbers, *self.embeddings(ids, keys, lists)], axis=1)
+        """Numbers [batch, num_numbers], ids and keys [batch, columns], lists -> logits [batch].
+
+        Of tables that grow `found` is what `assign` gave.
+        """
+        each = self.embeddings(ids, keys, lists, found)
+        x0 = jnp.concatenate([numbers, *each], axis=1)
         x = x0
         for layer in self.cross:
             x = x0 * layer(x) + x
@@ -183,7 +265,7 @@ class DCN(nnx.Module):
 
 def build_model(
     settings: Settings,
-    configs: Mapping[str, EmbedConfig],
+    configs: Mapping[str, ColumnConfig],
     num_numbers: int,
     lists: Collection[str] = (),
 ) -> DLRM | DCN:

@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qrhash import EmbedConfig, Keys
+from qrhash import Keys
 from qrhash.ctr.data.pipeline import Padded
-from qrhash.ctr.model.models import MLP, Embeddings
+from qrhash.ctr.model.growing import Counts, GrowingColumns
+from qrhash.ctr.model.models import MLP, Embeddings, takes_keys
+from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.settings import Settings, widths
+from qrhash.dynamic import Found
 from qrhash.keys import cross
 
 
@@ -80,7 +83,7 @@ class Tower(nnx.Module):
 
     def __init__(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         *,
         num_numbers: int,
         sizes: Sequence[int],
@@ -95,12 +98,29 @@ class Tower(nnx.Module):
         self.hidden = MLP(hidden, rngs=rngs)
         self.out = nnx.Linear(hidden[-1], sizes[-1], rngs=rngs)
 
+    @property
+    def growing(self) -> Sequence[GrowingColumns]:
+        """The tables that grow."""
+        return self.embeddings.growing if self.has_columns else ()
+
+    def assign(self, *inputs: Any) -> list[tuple[Found, Counts]]:
+        """See `Embeddings.assign`."""
+        return self.embeddings.assign(*inputs) if self.has_columns else []
+
     def __call__(
-        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+        keys: Keys,
+        lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> jax.Array:
-        """Numbers [batch, num_numbers], ids, keys [batch, columns], lists -> [batch, sizes[-1]]."""
-        found = self.embeddings(ids, keys, lists) if self.has_columns else []
-        return self.out(self.hidden(jnp.concatenate([numbers, *found], axis=1)))
+        """Numbers [batch, num_numbers], ids, keys [batch, columns], lists -> [batch, sizes[-1]].
+
+        Of tables that grow `found` is what `assign` gave.
+        """
+        each = self.embeddings(ids, keys, lists, found) if self.has_columns else []
+        return self.out(self.hidden(jnp.concatenate([numbers, *each], axis=1)))
 
 
 class TwoTower(nnx.Module):
@@ -119,7 +139,7 @@ class TwoTower(nnx.Module):
 
     def __init__(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         *,
         items: Sequence[str],
         num_numbers: int,
@@ -130,40 +150,71 @@ class TwoTower(nnx.Module):
     ) -> None:
         of_items = {name: config for name, config in configs.items() if name in items}
         of_queries = {name: config for name, config in configs.items() if name not in items}
-        takes_keys = {
-            name: config.partition.takes_keys
-            for name, config in configs.items()
-            if name not in lists
+        in_keys = {
+            name: takes_keys(config) for name, config in configs.items() if name not in lists
         }
-        self.columns = ItemColumns.of(takes_keys, items)
+        self.columns = ItemColumns.of(in_keys, items)
         self.temperature = temperature
         self.query_tower = Tower(
             of_queries, num_numbers=num_numbers, sizes=sizes, lists=lists, rngs=rngs
         )
         self.item_tower = Tower(of_items, num_numbers=0, sizes=sizes, rngs=rngs)
 
+    @property
+    def growing(self) -> Sequence[GrowingColumns]:
+        """The tables that grow: those of the queries, then those of the items."""
+        return [*self.query_tower.growing, *self.item_tower.growing]
+
+    def assign(
+        self, ids: Any, keys: Keys, lists: Sequence[Padded], where: jax.Array, step: Any
+    ) -> list[tuple[Found, Counts]]:
+        """See `Embeddings.assign`."""
+        of_queries = self.query_tower.assign(*self.columns.others(ids, keys), lists, where, step)
+        return of_queries + self.item_tower.assign(*self.columns.own(ids, keys), (), where, step)
+
     def queries(
-        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+        keys: Keys,
+        lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> jax.Array:
         """Numbers, ids, keys and lists of whole rows -> the vectors of their queries."""
         ids, keys = self.columns.others(ids, keys)
-        return self._scaled(self.query_tower(numbers, ids, keys, lists))
+        return self._scaled(self.query_tower(numbers, ids, keys, lists, found))
 
-    def items(self, ids: jax.Array, keys: Keys) -> jax.Array:
+    def items(self, ids: jax.Array, keys: Keys, found: Sequence[Found] | None = None) -> jax.Array:
         """Ids and keys [n, item columns] -> the vectors of items [n, width]."""
-        return self._scaled(self.item_tower(jnp.zeros((len(ids), 0)), ids, keys))
+        return self._scaled(self.item_tower(jnp.zeros((len(ids), 0)), ids, keys, (), found))
 
     def pair(
-        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+        keys: Keys,
+        lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Whole rows -> the vectors of their queries and of their items [batch, width]."""
-        return self.queries(numbers, ids, keys, lists), self.items(*self.columns.own(ids, keys))
+        of_queries = of_items = None
+        if found is not None:
+            of_first = len(self.query_tower.growing)
+            of_queries, of_items = found[:of_first], found[of_first:]
+        queries = self.queries(numbers, ids, keys, lists, of_queries)
+        return queries, self.items(*self.columns.own(ids, keys), of_items)
 
     def __call__(
-        self, numbers: jax.Array, ids: jax.Array, keys: Keys, lists: Sequence[Padded] = ()
+        self,
+        numbers: jax.Array,
+        ids: jax.Array,
+        keys: Keys,
+        lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
     ) -> jax.Array:
         """Whole rows -> the scores [batch] of each one's query and item."""
-        return jnp.sum(jnp.multiply(*self.pair(numbers, ids, keys, lists)), axis=1)
+        pairs = self.pair(numbers, ids, keys, lists, found)
+        return jnp.sum(jnp.multiply(*pairs), axis=1)
 
     def _scaled(self, vectors: jax.Array) -> jax.Array:
         """Of the length at which dot products are scores."""
@@ -175,7 +226,7 @@ class TwoTower(nnx.Module):
 
 def build_towers(
     settings: Settings,
-    configs: Mapping[str, EmbedConfig],
+    configs: Mapping[str, ColumnConfig],
     items: Sequence[str],
     num_numbers: int,
     lists: Collection[str] = (),

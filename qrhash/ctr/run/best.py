@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from qrhash import EmbedConfig
 from qrhash.checkpoint import Checkpoints
 from qrhash.ctr.model.metrics import Judged
+from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.run.learner import Learner
 
 
@@ -31,7 +31,10 @@ class Best:
     _KEPT = 2  # A run that goes on from before the last one needs the one before it.
 
     def __init__(
-        self, directory: Path | None, configs: Mapping[str, EmbedConfig], patience: int | None
+        self,
+        directory: Path | None,
+        configs: Mapping[str, ColumnConfig],
+        patience: int | None,
     ) -> None:
         self._directory, self._configs, self._patience = directory, configs, patience
         self._checkpoints: Checkpoints | None = None

@@ -70,6 +70,11 @@ class Display:
         else:
             self.line(f"{self._phase}: {rows:,} of {self._total:,} rows  {note}".rstrip())
 
+    def move(self, done: int) -> None:
+        """Moves the bar, where there is one."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=done)
+
     def done(self) -> None:
         """Ends the phase: its bar is full, however many of the rows were malformed."""
         if self._task is not None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qrhash import EmbedConfig, MeshLayout
+from qrhash import MeshLayout
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.data.schema import Schema
@@ -17,6 +17,7 @@ from qrhash.ctr.data.vocabulary import Ids, build_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Judged, constant_logit, scores
 from qrhash.ctr.model.models import build_model
+from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.progress import collect
 from qrhash.ctr.run.retrieval import Retrieval
@@ -59,7 +60,7 @@ class Goal(Protocol):
 
     def learner(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         ids: Mapping[str, Ids],
         *,
         num_steps: int,
@@ -118,7 +119,7 @@ class Clicks:
 
     def learner(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         ids: Mapping[str, Ids],
         *,
         num_steps: int,

@@ -1,8 +1,10 @@
 """Parameters, optimizers and the compiled step.
 
 The model is split once into its structure and two groups of parameters; a step is a pure
-function of them. Its cost goes by the batch: large tables are differentiated and updated by the
-rows touched, unless `settings.dense_updates`. Tables learn by Adagrad. With a mean loss the
+function of them, and of which key has which row. Its cost goes by the batch: large tables are
+differentiated and updated by the rows touched, unless `settings.dense_updates`. Where tables grow,
+the new keys of a batch get their rows first, and from time to time rows are taken back. Tables
+learn by Adagrad. With a mean loss the
 squared gradients of a row are near 1e-8, hence the tiny initial accumulator: the usual 0.1 would
 freeze the tables. All other parameters learn by Adam, at a rate that falls linearly to zero: the
 noise of the last batches then averages out.
@@ -14,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -22,9 +25,17 @@ from qrhash import MeshLayout, apply_updates, touched_rows, value_and_grad
 from qrhash.batches import process_rows, put_batch
 from qrhash.checkpoint import Checkpoints, Restored
 from qrhash.ctr.data.pipeline import Batch
+from qrhash.ctr.model.growing import Counts
 from qrhash.ctr.model.losses import ClickLoss, Objective
+from qrhash.ctr.run.growth import Growth, assign_rows, reset
 from qrhash.ctr.settings import Settings
-from qrhash.nnx import Table, as_table, shardings
+from qrhash.nnx import KeyState, Table, as_table, shardings
+
+# What of a model is trained by rows, what says which key has which row, and what is dense.
+_GROUPS = (Table, KeyState, ...)
+
+# Steps from one time the counts of keys come to the host to the next: they are of 32 bits.
+_COUNTED_EVERY = 100
 
 
 class Learner:
@@ -52,12 +63,13 @@ class Learner:
         num_steps: int,
         layout: MeshLayout | None = None,
     ) -> None:
-        graph, *shapes = nnx.split(nnx.eval_shape(build), Table, ...)
+        self._graph, *shapes = nnx.split(nnx.eval_shape(build), *_GROUPS)
         places = None if layout is None else tuple(shardings(each, layout) for each in shapes)
-        create = jax.jit(lambda: tuple(nnx.split(build(), Table, ...)[1:]), out_shardings=places)
-        tables, dense = create()
-        groups = {"tables": "tables", "dense": "dense"}
-        optimizer = touched_rows(
+
+        create = jax.jit(lambda: _groups_of(build()), out_shardings=places)
+        tables, self._keys, dense = create()
+        self._objective = objective or ClickLoss()
+        self._optimizer = optimizer = touched_rows(
             optax.partition(
                 {
                     "tables": optax.adagrad(
@@ -65,53 +77,87 @@ class Learner:
                     ),
                     "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
                 },
-                groups,
+                {"tables": "tables", "dense": "dense"},
             )
         )
         large: dict[str, Any] = {"tables": False, "dense": False}
         if not settings.dense_updates:
             large["tables"] = nnx.map_state(lambda _, table: table.replace(table.is_large), tables)
+        self._loss_and_gradients = value_and_grad(self._loss, large, has_aux=True)
         self.params: dict[str, Any] = {"tables": tables, "dense": dense}
         self.steps = 0
         self._state = optimizer.init(self.params)
-        self._graph, self._layout = graph, layout
+        self._layout = layout
         everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         self._everywhere = everywhere
-        objective = objective or ClickLoss()
-        self._kept = jax.jit(objective.init, out_shardings=everywhere)()
-
-        def loss(params: dict[str, Any], batch: Batch, kept: Any) -> tuple[jax.Array, Any]:
-            losses, outputs, kept = objective(self._model(params), batch, kept)
-            weights = batch.weights
-            if batch.importance is not None:
-                weights = weights * batch.importance
-            # Of a batch whose rows all count nothing, the loss is zero.
-            total = jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
-            return jnp.sum(losses * weights) / total, (outputs, kept)
-
-        loss_and_gradients = value_and_grad(loss, large, has_aux=True)
-
-        def step(params: Any, state: Any, kept: Any, batch: Batch) -> tuple[Any, ...]:
-            (_, (outputs, kept)), gradients = loss_and_gradients(params, batch, kept)
-            updates, state = optimizer.update(gradients, state, params)
-            return apply_updates(params, updates), state, kept, outputs
-
-        to = None
+        self._kept = jax.jit(self._objective.init, out_shardings=everywhere)()
+        self._growth = Growth(self._model(self.params).growing)
+        self._evict_every = settings.evict_every
+        self._counts = jax.device_put(self._growth.nothing(), everywhere)
+        to: Any = (None, None)
         if layout is not None:
-            of_state = jax.tree.map(lambda array: array.sharding, (self.params, self._state))
-            to = (*of_state, everywhere, everywhere)
-        self._step = jax.jit(step, donate_argnums=(0, 1, 2), out_shardings=to)
+            carried = (self.params, self._state, self._keys)
+            of_carried = jax.tree.map(lambda array: array.sharding, carried)
+            to = ((*of_carried, *[everywhere] * 3), (of_carried[2], everywhere))
+        self._step = jax.jit(self._stepped, donate_argnums=(0, 1, 2, 3, 4), out_shardings=to[0])
+        self._evict = jax.jit(self._evicted, donate_argnums=(1, 2), out_shardings=to[1])
         self._logits = self.compiled(
             lambda model, batch, _: model(batch.numbers, batch.ids, batch.keys, batch.lists)
         )
 
+    def _loss(self, params: Any, keys: Any, kept: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        """The loss of a batch; what the objective gives and keeps."""
+        losses, outputs, kept = self._objective(self._model(params, keys), batch, kept)
+        weights = batch.weights
+        if batch.importance is not None:
+            weights = weights * batch.importance
+        # Of a batch whose rows all count nothing, the loss is zero.
+        total = jnp.maximum(jnp.sum(weights), jnp.finfo(weights.dtype).tiny)
+        return jnp.sum(losses * weights) / total, (outputs, kept)
+
+    def _stepped(
+        self, params: Any, state: Any, keys: Any, kept: Any, counts: Any, batch: Any, number: Any
+    ) -> tuple[Any, ...]:
+        if keys:
+            model = self._model(params, keys)
+            batch, of_batch, new = assign_rows(model, batch, number)
+            tables, keys = _groups_of(model)[:2]
+            params = params | {"tables": tables}
+            state = reset(self._optimizer, state, params, new)
+            counts = jax.tree.map(jnp.add, counts, of_batch)
+        (_, (outputs, kept)), gradients = self._loss_and_gradients(params, keys, kept, batch)
+        updates, state = self._optimizer.update(gradients, state, params)
+        return apply_updates(params, updates), state, keys, kept, counts, outputs
+
+    def _evicted(self, params: Any, keys: Any, counts: Counts, number: Any) -> tuple[Any, Counts]:
+        model = self._model(params, keys)
+        evicted = jnp.stack([each.table.evict(number) for each in model.growing])
+        keys = _groups_of(model)[1]
+        return keys, counts._replace(evicted=counts.evicted + evicted)
+
     def step(self, batch: Batch) -> jax.Array:
         """Learns from a batch; returns what the objective gives, [batch]: logits, from before."""
-        self.params, self._state, self._kept, outputs = self._step(
-            self.params, self._state, self._kept, self._on_devices(batch)
-        )
+        carried = (self.params, self._state, self._keys, self._kept, self._counts)
+        *carried, outputs = self._step(*carried, self._on_devices(batch), np.int32(self.steps))
+        self.params, self._state, self._keys, self._kept, self._counts = carried
         self.steps += 1
+        if self._keys and self.steps % self._evict_every == 0:
+            number = np.int32(self.steps)
+            self._keys, self._counts = self._evict(self.params, self._keys, self._counts, number)
+        if self._keys and self.steps % _COUNTED_EVERY == 0:
+            self._count()
         return outputs
+
+    @property
+    def growth(self) -> Growth:
+        """What became of the keys of tables that grow, up to now."""
+        if self._keys:
+            self._count()
+        return self._growth
+
+    def _count(self) -> None:
+        self._growth.add(self._counts, self._keys)
+        self._counts = jax.device_put(self._growth.nothing(), self._everywhere)
 
     def logits(self, batch: Batch) -> jax.Array:
         """The logits [batch] of a batch."""
@@ -127,14 +173,15 @@ class Learner:
           The compiled function of such a tree; what it gives is whole on every device.
         """
 
-        def run(params: Any, kept: Any, inputs: Any) -> Any:
-            return function(self._model(params), inputs, kept)
+        def run(params: Any, keys: Any, kept: Any, inputs: Any) -> Any:
+            return function(self._model(params, keys), inputs, kept)
 
         jitted = jax.jit(run, out_shardings=self._everywhere)
-        return lambda inputs: jitted(self.params, self._kept, self._on_devices(inputs))
+        return lambda inputs: jitted(self.params, self._keys, self._kept, self._on_devices(inputs))
 
-    def _model(self, params: dict[str, Any]) -> Any:
-        return nnx.merge(self._graph, *params.values())
+    def _model(self, params: dict[str, Any], keys: Any = None) -> Any:
+        keys = self._keys if keys is None else keys
+        return nnx.merge(self._graph, params["tables"], keys, params["dense"])
 
     def save(self, checkpoints: Checkpoints, extra: Any) -> None:
         """Saves parameters, optimizer state and number of steps, and what is given beside them."""
@@ -148,15 +195,18 @@ class Learner:
         )
         jax.tree.map(lambda array: array.delete(), self._all)
         restored = checkpoints.restore(like)
-        (self.params, self._state, *kept), self.steps = restored.state, restored.step
-        self._kept = kept[0] if kept else None
+        self.params, self._state, *others = restored.state
+        if self._keys:
+            self._keys = others.pop()
+        self._kept = others.pop() if others else None
+        self.steps = restored.step
         return restored
 
     @property
     def _all(self) -> tuple[Any, ...]:
         """All that changes."""
         kept = () if self._kept is None else (self._kept,)
-        return (self.params, self._state, *kept)
+        return (self.params, self._state, *kept, *([self._keys] if self._keys else []))
 
     def _on_devices(self, batch: Any) -> Any:
         """A tree of arrays [rows, ...], split over the mesh if any: of a process its own rows."""
@@ -173,3 +223,8 @@ class Learner:
             self.params, is_leaf=lambda node: isinstance(node, nnx.Variable)
         )
         return sum(math.prod(as_table(variable).shape) for variable in variables)
+
+
+def _groups_of(model: Any) -> tuple[Any, ...]:
+    """Its tables, which key has which row, and all else."""
+    return tuple(nnx.split(model, *_GROUPS)[1:])

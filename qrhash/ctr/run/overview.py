@@ -3,15 +3,18 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
-from qrhash import EmbedConfig
 from qrhash.ctr.data.schema import Column, Schema
-from qrhash.ctr.model.columns import num_bytes
+from qrhash.ctr.model.columns import tables_of
+from qrhash.ctr.model.room import ColumnConfig, num_bytes
+from qrhash.dynamic import DynamicConfig
 
 HEADER = ("column", "type", "used as", "ids", "embedding")
 
 
 def overview(
-    schema: Schema, sizes: Mapping[str, int | None], configs: Mapping[str, EmbedConfig]
+    schema: Schema,
+    sizes: Mapping[str, int | None],
+    configs: Mapping[str, ColumnConfig],
 ) -> list[tuple[str, ...]]:
     """The rows of a table with the columns of `HEADER`: one for each column, or of a preset, whose
     columns are known, one for all that are alike.
@@ -38,13 +41,13 @@ def _together(
     how: str,
     columns: Sequence[Column],
     sizes: Mapping[str, int | None],
-    configs: Mapping[str, EmbedConfig],
+    configs: Mapping[str, ColumnConfig],
 ) -> tuple[str, str]:
     """From the fewest to the most ids of some columns, and what all of them take."""
     found = {sizes[column.name] for column in columns if column.name in sizes}
     known = sorted(size for size in found if size is not None)
     ends = " to ".join(f"{size:,}" for size in dict.fromkeys(known[:1] + known[-1:]))
-    used = [configs[column.name] for column in columns if column.name in configs]
+    used = tables_of({each.name: configs[each.name] for each in columns if each.name in configs})
     taken = f": {sum(map(num_bytes, used)):,} bytes" if used else ""
     return "keys" if None in found else ends, how + taken
 
@@ -68,7 +71,9 @@ def _next(name: str) -> str:
 
 
 def _row(
-    column: Column, sizes: Mapping[str, int | None], configs: Mapping[str, EmbedConfig]
+    column: Column,
+    sizes: Mapping[str, int | None],
+    configs: Mapping[str, ColumnConfig],
 ) -> Iterator[str]:
     yield column.name
     yield column.type
@@ -84,11 +89,15 @@ def _row(
     yield "dropped" if config is None else _embedding(config) + pooled
 
 
-def _embedding(config: EmbedConfig) -> str:
+def _embedding(config: ColumnConfig) -> str:
+    return f"{_kind(config, in_full=True)}: {num_bytes(config):,} bytes"
+
+
+def _kind(config: ColumnConfig, *, in_full: bool = False) -> str:
+    if isinstance(config, DynamicConfig):
+        rows = f"{config.capacity:,} x {config.features} " if in_full else ""
+        first = "zeros" if config.refused is None else _kind(config.refused, in_full=in_full)
+        return f"rows that grow {rows}after {first}"
     shapes = " + ".join(f"{rows:,} x {width}" for rows, width in config.table_shapes)
-    return f"{_kind(config, shapes)}: {num_bytes(config):,} bytes"
-
-
-def _kind(config: EmbedConfig, shapes: str = "") -> str:
-    family = f"{type(config.partition).__name__} {shapes}".rstrip()
+    family = f"{type(config.partition).__name__} {shapes if in_full else ''}".rstrip()
     return f"{family}, {config.operation}" if config.num_tables > 1 else family

@@ -1,12 +1,13 @@
 """What is kept of a run: its records, and what came of it in the end."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.model.metrics import Judged
+from qrhash.ctr.run.growth import Growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Summary:
       embedding_params: parameters of the embeddings: tables and projections.
       embedding_rows: rows of all their tables.
       embedding_bytes: their memory.
+      index_bytes: that of the index of keys, of tables that grow.
+      growth: what became of their keys; None without such tables.
       full_params: parameters of full tables for all columns; None, if one has no vocabulary.
       full_rows: rows of such tables.
       full_bytes: their memory in float32.
@@ -38,6 +41,8 @@ class Summary:
     embedding_params: int
     embedding_rows: int
     embedding_bytes: int
+    index_bytes: int = 0
+    growth: Growth | None = None
     full_params: int | None
     full_rows: int | None
     full_bytes: int | None
@@ -49,7 +54,10 @@ class Summary:
 
     def as_record(self) -> dict[str, Any]:
         """The last record of a run."""
-        values = asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        growth = values.pop("growth")
+        if growth is not None:
+            values |= {f"dynamic_{name}": value for name, value in growth.as_dict().items()}
         for name in ("test", "constant", "truth"):
             part = values.pop(name)
             if part is not None:

@@ -221,6 +221,7 @@ def final_table(summary: Summary) -> Table:
         if full is not None:
             times = f"{full / max(1, ours):.2f} x fewer than the {full:,} of full tables"
         table.add_row(title, f"{ours:,}", times)
+    _add_growth(table, summary)
     table.add_row("dense parameters", f"{summary.dense_params:,}", "")
     if summary.best_rows < summary.train_rows:
         table.add_row("best model, tested here", f"after {summary.best_rows:,} rows", "")
@@ -233,6 +234,21 @@ def final_table(summary: Summary) -> Table:
     if "unseen" in test:
         table.add_row("test rows of new items", f"{test['unseen']:.2%}", "misses, all of them")
     return table
+
+
+def _add_growth(table: Table, summary: Summary) -> None:
+    """What became of the keys of tables that grow."""
+    growth = summary.growth
+    if growth is None:
+        return
+    totals = growth.totals
+    share = totals["in_rows"] / max(1, totals["looked_up"])
+    taken = f"of {growth.capacity:,} rows for keys of their own"
+    table.add_row("keys with a row", f"{growth.num_keys:,}", taken)
+    gone = f"{totals['evicted']:,} evicted, {totals['no_room']:,} refused for want of room"
+    table.add_row("keys admitted", f"{totals['admitted']:,}", gone)
+    table.add_row("keys met in a row of their own", f"{share:.1%}", "of all that were trained on")
+    table.add_row("bytes of the index of keys", f"{summary.index_bytes:,}", "")
 
 
 def _drawn(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

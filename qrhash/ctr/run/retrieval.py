@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qrhash import EmbedConfig, MeshLayout
+from qrhash import MeshLayout
 from qrhash.arithmetic import ceil_div
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.catalogue import Catalogue, Positives
@@ -24,6 +24,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.losses import InBatchSoftmax
 from qrhash.ctr.model.metrics import Judged
 from qrhash.ctr.model.ranks import Retrieved, popularity_ranks, ranks, retrieved
+from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.model.towers import TwoTower, build_towers
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
@@ -90,7 +91,7 @@ class Retrieval:
 
     def learner(
         self,
-        configs: Mapping[str, EmbedConfig],
+        configs: Mapping[str, ColumnConfig],
         ids: Mapping[str, Ids],
         *,
         num_steps: int,

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from qrhash import EmbedConfig
 from qrhash.arithmetic import ceil_div
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.data.block import Source
@@ -22,8 +21,9 @@ from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, num_bytes
+from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, tables_of
 from qrhash.ctr.model.metrics import Judged, described, scores
+from qrhash.ctr.model.room import ColumnConfig, dynamic_tables, index_bytes, num_bytes, num_rows
 from qrhash.ctr.run.best import Best
 from qrhash.ctr.run.devices import make_layout
 from qrhash.ctr.run.display import Display
@@ -64,7 +64,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
     if goal.note:
         display.line(goal.note)
-    embedding_params = sum(config.num_params for config in configs.values())
+    tables = tables_of(configs)
+    embedding_params = sum(config.num_params for config in tables)
     used = {name: ids[name] for name in configs}
     data = Rows(source, train, split, used, settings.batch_size, goal, share)
     display.phase("building the model", train)
@@ -91,8 +92,10 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         bad_lines=len(bad_lines),
         **_full(sizes, settings.features),
         embedding_params=embedding_params,
-        embedding_rows=sum(sum(config.partition.num_rows) for config in configs.values()),
-        embedding_bytes=sum(map(num_bytes, configs.values())),
+        embedding_rows=sum(map(num_rows, tables)),
+        embedding_bytes=sum(map(num_bytes, tables)),
+        index_bytes=sum(map(index_bytes, dynamic_tables(configs))),
+        growth=learner.growth if learner.growth.capacity else None,
         dense_params=learner.num_params - embedding_params,
         rows_per_second=rows_per_second,
         test=test,
@@ -136,7 +139,7 @@ def _check_source(source: Source, begun: Mapping[str, int] | None) -> None:
 
 
 def _checkpoints(
-    settings: Settings, configs: Mapping[str, EmbedConfig], keeper: Keeper
+    settings: Settings, configs: Mapping[str, ColumnConfig], keeper: Keeper
 ) -> AbstractContextManager[Checkpoints | None]:
     directory = keeper.checkpoints
     if directory is None or (settings.checkpoint_every == 0 and not settings.resume):
@@ -188,7 +191,8 @@ def _train(
             for batch in stream:
                 progress.add(batch, learner.step(batch))
                 if display.is_due:
-                    display.update(progress.rows, progress.note())
+                    notes = (progress.note(), learner.growth.note)
+                    display.update(progress.rows, "  ".join(filter(None, notes)))
                 is_point = bool(points) and progress.rows >= points[0]
                 if is_point:
                     points = [point for point in points if point > progress.rows]
@@ -237,7 +241,11 @@ def _save(
     if checkpoints is None:
         return
     position = {"epoch": where.epoch, "position": where.stream.get_state()}
-    state = {"progress": progress.as_dict(), "best": best.as_dict()}
+    state = {
+        "progress": progress.as_dict(),
+        "best": best.as_dict(),
+        "growth": learner.growth.as_dict(),
+    }
     learner.save(checkpoints, position | state)
 
 
@@ -272,6 +280,8 @@ def _resume(
     progress.take_over(restored.extra["progress"])
     if "best" in restored.extra:  # An earlier version knew none.
         best.take_over(restored.extra["best"], restored.step)
+    if "growth" in restored.extra:
+        learner.growth.take_over(restored.extra["growth"])
     display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
     return restored.extra["epoch"], restored.extra["position"]
 

@@ -1,0 +1,183 @@
+"""Settings -> the tables that grow: one that columns share, or one of a column's own.
+
+A table's bytes are all it takes besides the optimizer's state: the keys' own rows, the compressed
+vectors of the others, the index of the keys, and the candidates that are counted until they have
+earned a row, of which there may be as many as rows.
+
+The compressed vectors come from tables with a quarter as many rows, all of them together, as there
+are rows of keys' own.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import jax
+
+from qrhash import EmbedConfig, KeyDigits, MeshLayout, MultiHash, Partition
+from qrhash.ctr.column_settings import ColumnSettings
+from qrhash.ctr.data.inference import split_names
+from qrhash.ctr.dynamic_settings import Room, room
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import Settings
+from qrhash.dynamic import AdmitAll, DynamicConfig, ExactCount, LeastUsed, StepsSinceUse, init_state
+
+ColumnConfig: TypeAlias = EmbedConfig | DynamicConfig
+
+# Of the rows, when nothing says how long a key may keep one: one in so many is kept free.
+_KEPT_FREE = 8
+
+# Rows of keys' own for each row of the tables of compressed vectors.
+_OWN_ROWS = 4
+
+
+def dynamic_configs(
+    settings: Settings, names: Sequence[str], layout: MeshLayout | None
+) -> dict[str, DynamicConfig]:
+    """The tables of the columns that grow.
+
+    Args:
+      settings: the options of the run.
+      names: the columns.
+      layout: how large tables are split over devices.
+
+    Returns:
+      {column name: config}. Columns of equal configs share one table. Of two towers each has one,
+      of half the room.
+
+    Raises:
+      UserError: there is room for no row.
+    """
+    shared = [name for name in names if "dynamic" not in settings.columns.get(name, {})]
+    items = split_names(settings.items)
+    towers = [
+        tower
+        for is_item in (False, True)
+        if (tower := [name for name in shared if (name in items) == is_item])
+    ]
+    configs: dict[str, DynamicConfig] = {}
+    for seed, tower in enumerate(towers):
+        options = settings.column(tower[0])
+        config = _config("dynamic", settings, options, layout, seed, parts=len(towers))
+        configs |= dict.fromkeys(tower, config)
+    for seed, name in enumerate(names, start=len(towers)):
+        if name not in shared:
+            options = settings.column(name)
+            configs[name] = _config(f"columns.{name}: dynamic", settings, options, layout, seed)
+    return configs
+
+
+def dynamic_tables(configs: Mapping[str, Any]) -> dict[DynamicConfig, list[str]]:
+    """The tables that grow among configs, and the columns that each of them is shared by."""
+    tables: dict[DynamicConfig, list[str]] = {}
+    for name, config in configs.items():
+        if isinstance(config, DynamicConfig):
+            # How the vectors of a list are pooled is a column's own affair.
+            tables.setdefault(replace(config, combiner="sum"), []).append(name)
+    return tables
+
+
+def unsized(options: ColumnSettings) -> dict[str, Any]:
+    """What of a config does not go by its size."""
+    return {
+        "dtype": "float32",
+        "param_dtype": options.param_dtype,
+        "use_bias": options.use_bias,
+        "init_stddev": options.init_stddev,
+    }
+
+
+def num_bytes(config: ColumnConfig) -> int:
+    """The memory of what is trained of an embedding: tables and projection."""
+    return config.num_params * config.param_dtype.itemsize
+
+
+def num_rows(config: ColumnConfig) -> int:
+    """How many rows its tables have."""
+    if isinstance(config, EmbedConfig):
+        return sum(config.partition.num_rows)
+    return config.capacity + (0 if config.refused is None else num_rows(config.refused))
+
+
+def index_bytes(config: DynamicConfig) -> int:
+    """The memory of a table's index, and of the candidates beside it."""
+    state = jax.eval_shape(lambda: init_state(config))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _config(
+    what: str,
+    settings: Settings,
+    options: ColumnSettings,
+    layout: MeshLayout | None,
+    seed: int,
+    parts: int = 1,
+) -> DynamicConfig:
+    """A table of what the options give room to, or of one of so many parts of it."""
+    assert options.dynamic is not None  # What dynamic means.
+    wanted = room(options.dynamic)
+
+    def of_rows(capacity: int) -> DynamicConfig:
+        refused = None
+        if options.newcomers == "compressed":
+            refused = EmbedConfig(
+                _partition_of_newcomers(options, capacity, seed),
+                settings.features,
+                options.operation,
+                widths=options.widths,
+                large_table_rows=settings.large_table_rows,
+                **unsized(options),
+            )
+        free = math.ceil(capacity / _KEPT_FREE)
+        by_age = options.evict_after
+        once = options.admit_after == 1
+        return DynamicConfig(
+            capacity,
+            settings.features,
+            admission=AdmitAll() if once else ExactCount(options.admit_after, capacity),
+            eviction=StepsSinceUse(by_age) if by_age else LeastUsed(capacity - free, by="step"),
+            refused=refused,
+            init_stddev=options.init_stddev if refused is None else None,
+            seed=seed,
+            dtype="float32",
+            param_dtype=options.param_dtype,
+            large_table_rows=settings.large_table_rows,
+        )
+
+    try:
+        config = of_rows(_capacity(wanted, parts, of_rows))
+        refused = config.refused and replace(config.refused, layout=layout)
+        return replace(config, layout=layout, refused=refused)
+    except ValueError as error:
+        raise UserError(f"{what}={options.dynamic!r}: {error}") from error
+
+
+def _partition_of_newcomers(options: ColumnSettings, capacity: int, seed: int) -> Partition:
+    if options.key_bits is not None:
+        return KeyDigits(options.key_bits, options.num_tables, seed)
+    rows = max(1, capacity // (_OWN_ROWS * options.num_tables))
+    return MultiHash((rows,) * options.num_tables, seed)
+
+
+def _capacity(wanted: Room, parts: int, of_rows: Any) -> int:
+    """How many rows there is room for in one of so many parts."""
+    if wanted.rows is not None:
+        return max(1, wanted.rows // parts)
+    assert wanted.num_bytes is not None
+    allowed = wanted.num_bytes // parts
+
+    def taken(capacity: int) -> int:
+        config: DynamicConfig = of_rows(capacity)
+        return num_bytes(config) + index_bytes(config)
+
+    if taken(1) > allowed:
+        raise ValueError(f"one row takes {taken(1):,} bytes, more than the {allowed:,} there are.")
+    least, most = 1, 2
+    while most < 2**30 and taken(most) <= allowed:
+        least, most = most, 2 * most
+    most = min(most, 2**30)
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if taken(middle) <= allowed else (least, middle)
+    return least

@@ -1,0 +1,123 @@
+"""How a plan is shown: in a sentence, as a table, as a picture."""
+
+import textwrap
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from qrhash import HashTrick, MixedRadix
+from qrhash.ctr.errors import UserError
+from qrhash.planning import ColumnPlan, Plan
+
+_MOST_DRAWN = 40  # columns in the picture
+
+
+def summary(plan: Plan) -> str:
+    """A plan in a sentence."""
+    devices = "one device" if plan.devices == 1 else f"each of {plan.devices} devices"
+    share = plan.table_bytes / plan.full_bytes
+    return (
+        f"{megabytes(plan.bytes_per_device)} of {megabytes(plan.num_bytes)} on {devices} with "
+        f"{plan.optimizer} state; tables of {megabytes(plan.table_bytes)} in all, {share:.2%} of "
+        f"full ones; {plan.loss:.2%} of what full tables would know is expected to be lost"
+    )
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people.
+
+    >>> megabytes(63_950_000), megabytes(1200)
+    ('64.0 MB', '1.2 kB')
+    """
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"
+
+
+def described(column: ColumnPlan) -> str:
+    """The embedding of a column in a word or two.
+
+    Args:
+      column: what was planned for it.
+    """
+    config, partition = column.config, column.config.partition
+    if isinstance(partition, HashTrick):
+        return "hash trick"
+    if isinstance(partition, MixedRadix):
+        return f"{config.operation} of {config.num_tables}"
+    is_combined = config.num_tables > 1 or config.operation == "project"
+    return config.operation if is_combined else "full"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan as a table: a row for each column, with its bytes on a device."""
+    table = Table(title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for header in ("column", "ids", "embedding", "", "bytes", "of full", "lost"):
+        is_text = header in ("column", "embedding", "")
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
+    for name, each in plan.columns:
+        table.add_row(
+            Text(name),
+            f"{each.config.num_embeddings:,}",
+            described(each),
+            each.why,
+            megabytes(each.bytes_per_device),
+            f"{each.share:.1%}",
+            f"{each.loss:.2%}" if each.loss else "",
+        )
+    return table
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Draws, as a PNG, what each column would take as a full table, takes, and loses."""
+    # Slow to import, and used here only.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+    ordered = sorted(plan.columns, key=lambda named: named[1].full_bytes, reverse=True)
+    drawn, more = ordered[:_MOST_DRAWN], len(ordered) - _MOST_DRAWN
+    names = [name for name, _ in drawn]
+    ways = dict.fromkeys(described(each) for _, each in ordered)
+    colours = dict(zip(sorted(ways, key=lambda way: way != "full"), _colours(), strict=False))
+    figure = Figure(figsize=(12, 2.2 + 0.26 * len(drawn)), layout="constrained")
+    sizes, losses = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    sizes.barh(
+        names, [each.full_bytes for _, each in drawn], color="#dddddd", label="as a full table"
+    )
+    for way, colour in colours.items():
+        of_way = {name: each for name, each in drawn if described(each) == way}
+        taken = [each.table_bytes for each in of_way.values()]
+        sizes.barh(list(of_way), taken, height=0.5, color=colour, label=f"as planned: {way}")
+        losses.barh(list(of_way), [each.loss for each in of_way.values()], color=colour)
+    for name, each in drawn:
+        share = "full" if not each.is_compressed else f"{each.share:.1%} of full"
+        if each.loss:
+            losses.text(each.loss, name, f"  {each.loss:.1%}, in {share}", va="center", size=8)
+        else:
+            losses.text(0, name, f"  {share}", va="center", size=8, color="gray")
+    sizes.set(xscale="log", xlabel="bytes of tables, all devices together")
+    sizes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: megabytes(int(value))))
+    sizes.set_ylim(len(drawn) - 0.4, -0.6)
+    sizes.legend(loc="lower right", fontsize=8)
+    most = max((each.loss for _, each in drawn), default=0.0)
+    losses.set(xlabel="expected to be lost of what a full table would know")
+    losses.set_xlim(0, max(0.01, most) * 1.5)
+    losses.xaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (sizes, losses):
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    also = f" ({more} smaller columns are not drawn)" if more > 0 else ""
+    figure.suptitle("\n".join(textwrap.wrap(summary(plan) + also, width=120)), size=10)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def _colours() -> list[str]:
+    """Of ways: full tables first."""
+    return ["#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2"]
