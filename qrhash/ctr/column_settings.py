@@ -11,7 +11,7 @@ from qrhash.ctr.options import PANELS, Option, check_values
 PartitionName = Literal[
     "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
 ]
-Operation = Literal["mult", "concat", "add", "project"]
+Operation = Literal["mult", "concat", "add", "project", "path"]
 Combiner = Literal["mean", "sum", "sqrtn", "max"]
 MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 

@@ -24,7 +24,7 @@ def _operation(name: str) -> Callable[[float, int], Mapping[str, Any]]:
 METHODS: Mapping[str, Callable[[float, int], Mapping[str, Any]]] = {
     FULL: lambda times, full_bytes: {"partition": "full"},
     "hash-trick": lambda times, _: {"partition": "hash-trick", "compression": times},
-    **{name: _operation(name) for name in ("add", "mult", "concat", "project")},
+    **{name: _operation(name) for name in ("add", "mult", "concat", "project", "path")},
     "mixed-radix": lambda times, _: {
         "partition": "mixed-radix",
         "num_tables": 3,
