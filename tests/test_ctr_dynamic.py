@@ -350,30 +350,36 @@ def test_a_stopped_run_goes_on_with_its_keys(unbroken, data, tmp_path, monkeypat
     assert numbers_of(output)[1:] == numbers_of(unbroken[0])[1:]
 
 
-def test_predict_gives_keys_the_rows_that_they_have(unbroken, data, tmp_path):
+def _assert_predicts_as_tested(run, data, output):
+    """That `qrhash predict`, on one device, gives the test rows the loss of the run."""
     from typer.testing import CliRunner
 
     from qrhash import cli
 
-    arguments = ["--run", unbroken[0], "--data", data, "--output", tmp_path / "s.parquet"]
+    arguments = ["--run", run, "--data", data, "--output", output]
     invoked = CliRunner().invoke(cli.build_app(), ["predict", *map(str, arguments)])
     assert invoked.exit_code == 0, invoked.output
-    table = pyarrow.parquet.read_table(tmp_path / "s.parquet").to_pydict()
+    table = pyarrow.parquet.read_table(output).to_pydict()
     logits, labels = (np.array(table[name])[480:] for name in ("logit", "label"))
     losses = np.logaddexp(0, logits) - labels * logits
-    assert numbers_of(unbroken[0])[-1]["test_log_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert numbers_of(run)[-1]["test_log_loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_predict_gives_keys_the_rows_that_they_have(unbroken, data, tmp_path):
+    _assert_predicts_as_tested(unbroken[0], data, tmp_path / "s.parquet")
 
 
 def test_a_mesh_gives_the_same_rows(data, tmp_path):
-    """Where no shard is full: each is so by itself."""
-    options = ("--data", data, *SMALL, "--dynamic=400", "--checkpoint-every=0")
-    _train(*options, "--output-dir", tmp_path / "alone")
+    """Where no shard is full: each is so by itself. And one device goes on with them."""
+    options = ("--data", data, *SMALL, "--dynamic=401")
+    _train(*options, "--checkpoint-every=0", "--output-dir", tmp_path / "alone")
     _train(*options, "--mesh=data=2,model=4", "--output-dir", tmp_path / "mesh")
     alone, meshed = numbers_of(tmp_path / "alone"), numbers_of(tmp_path / "mesh")
     assert_same_curve(meshed, alone)
     counts = {name for name in alone[-1] if name.startswith("dynamic_")}
     assert {name: meshed[-1][name] for name in counts} == {name: alone[-1][name] for name in counts}
     assert alone[-1]["dynamic_admitted"] > 80
+    _assert_predicts_as_tested(tmp_path / "mesh", data, tmp_path / "s.parquet")
 
 
 def test_two_towers_grow(tmp_path):
