@@ -135,7 +135,7 @@ def _bytes_of(configs):
 
 
 @pytest.mark.parametrize("compression", [2.0, 4.0, 15.0])
-@pytest.mark.parametrize("operation", ["mult", "concat", "project", "add"])
+@pytest.mark.parametrize("operation", ["mult", "concat", "project", "add", "path"])
 @pytest.mark.parametrize("family", ["quotient-remainder", "mixed-radix", "chinese-remainder"])
 def test_compression_is_that_of_all_bytes_whatever_the_operation(family, operation, compression):
     settings = Settings(compression=compression, operation=operation, partition=family)

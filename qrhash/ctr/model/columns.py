@@ -192,11 +192,15 @@ class _Column(NamedTuple):
             )
 
     def smallest(self) -> EmbedConfig:
-        """With the fewest rows that the family can have; a full table, if that takes no more."""
+        """With about as few bytes as the family can have; a full table, if that takes no more.
+
+        Balanced tables have the fewest rows, but of "path" those of the shorter ones are long.
+        """
         with self._named():
-            fewest = self._config(self._of_rows(self._fewest_rows))
-            full = self._config(FullTable(self.size))
-        return min(full, fewest, key=num_bytes)
+            doubled = math.ceil(math.log2(self.size / self._fewest_rows)) + 1
+            rows = (min(self.size, self._fewest_rows << j) for j in range(doubled))
+            partitions = [FullTable(self.size), *map(self._of_rows, rows)]
+            return min(map(self._config, partitions), key=num_bytes)
 
     def _config(self, partition: Partition) -> EmbedConfig:
         # A single table is its own vector: nothing to combine or to project.
