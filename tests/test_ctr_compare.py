@@ -4,6 +4,7 @@ import io
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -130,10 +131,38 @@ def test_another_comparison_is_not_mixed_in(data, here, tmp_path):
     other = Settings(data=data, **SMALL | {"features": 8})
     with pytest.raises(UserError, match="holds a comparison with features=4, got 8: choose anoth"):
         compare(other, options, Display(Console(file=io.StringIO())))
+    other = ctr_files.write_table(tmp_path / "other.parquet", ctr_files.events(300, users=80))
+    moved = tmp_path / "moved.parquet"
+    moved.write_bytes(Path(data).read_bytes())
+    _compare(str(moved), tmp_path / "e", methods="full", seeds=1)
+    moved.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"holds a comparison of other data than .* has now"):
+        _compare(str(moved), tmp_path / "e", methods="full", seeds=2)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "other").write_text("")
     with pytest.raises(UserError, match="holds something else: choose another --output-dir"):
         _compare(data, tmp_path / "d", methods="full")
+
+
+def test_what_was_begun_and_never_trained_is_begun_anew(data, here, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "_train", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            _compare(data, tmp_path / "c", methods="full")
+    other = ctr_files.write_table(tmp_path / "other.parquet", ctr_files.events(300, users=80))
+    found, _ = _compare(str(other), tmp_path / "c", methods="full", seeds=1)
+    assert found[0].summary["train_rows"] == 240
+
+
+def test_what_goes_wrong_in_a_process_is_told(data, tmp_path):
+    (tmp_path / "c" / "runs").mkdir(parents=True)
+    jobs = comparing._Jobs(tmp_path / "c", Settings(data=data, **SMALL), 1, Display(Console()), 1)
+    (tmp_path / "c" / "runs" / "full-seed0").write_text("")
+    with pytest.raises(UserError, match="full-seed0 failed: NotADirectoryError"):
+        list(jobs._outcomes([Trial("full", 1, 0)], 0))
 
 
 def test_processes_train_as_this_one_does(data, tmp_path):
@@ -153,6 +182,7 @@ def test_processes_train_as_this_one_does(data, tmp_path):
 def test_nonsense_is_named(data, here, tmp_path):
     with pytest.raises(UserError, match="There is no file"):
         _compare("nowhere.csv", tmp_path / "c")
+    assert not list(tmp_path.iterdir())
     wrong = {
         "methods": ("full,best", "methods must be of full, .*, got 'best'"),
         "compressions": ("4,x", "compressions must be numbers of at least 1"),

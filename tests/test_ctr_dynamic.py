@@ -141,8 +141,14 @@ def test_bytes_are_those_of_all_but_the_optimizer(text):
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(dynamic.init_state(config)))
     assert (taken, state) == (num_bytes(config), index_bytes(config))
     assert taken + state <= room(text).num_bytes
+    assert room(text).num_bytes - taken - state < 2 * 4 * 4  # A row more in each small table
     more = embed_configs(_settings(dynamic=str(config.capacity + 1)), {"a": None})["a"]
     assert num_bytes(more) + index_bytes(more) > room(text).num_bytes
+
+
+def test_too_many_rows_are_refused():
+    with pytest.raises(UserError, match=r"dynamic must be below 1,073,741,824 rows, got '9{11}'"):
+        room("9" * 11)
 
 
 def test_room_for_no_row_is_refused():
@@ -229,6 +235,7 @@ def test_rows_come_and_go_as_in_dictionaries(admit_after, keys, dense, rng):
             for key in gone:
                 counts[key] = 0
         assert _rows_of(learner, counts) == rows
+    learner.count_keys()
     assert learner.growth.totals == want
     assert (learner.growth.num_keys, learner.growth.capacity) == (len(rows), 24)
     assert (want["evicted"] > 0) == (want["no_room"] > 0) == (admit_after == 1)
@@ -263,6 +270,7 @@ def test_a_new_row_starts_as_its_compressed_vector(rng):
     assert has_row.any()
     np.testing.assert_array_equal(own[has_row], np.asarray(compressed)[has_row])
     sums = _accumulators(learner)
+    learner.count_keys()
     assert sum(np.any(sums > 1e-8, axis=1)) == learner.growth.num_keys == len(set(rows[has_row]))
 
 
@@ -275,6 +283,18 @@ def _accumulators(learner):
     leaves = jax.tree.leaves(learner._state)
     (found,) = [leaf for leaf in leaves if leaf.shape == (24, 4)]
     return np.asarray(found)
+
+
+def test_a_look_at_the_counts_counts_nothing(rng):
+    """Of several processes each looks when it likes; counting takes all of them."""
+    learner = _learner(batch_size=2**22)  # Counted at every step
+    (batch,) = _batches(rng, 1)
+    assert not learner.growth.note
+    learner.step(batch)
+    said, totals = learner.growth.note, dict(learner.growth.totals)
+    learner.count_keys()
+    assert (learner.growth.note, learner.growth.totals) == (said, totals)
+    assert "of 24, " in said
 
 
 def test_scores_change_nothing(rng):

@@ -1,5 +1,6 @@
 """`qrhash plan` and `qrhash compare`."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def _compare(config: Path | None, given: dict[str, Any], of_all: dict[str, Any])
     from qrhash.ctr.run.compare_report import FIGURES, PICTURE, compared, table_of, write
 
     def run(display: Display) -> None:
+        # Trainings end with what has begun them, however that is ended.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         options = CompareOptions(**of_all)
         with display:
             outcomes = compare(load(config, given), options, display)

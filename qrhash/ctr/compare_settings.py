@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
+from qrhash.ctr.dynamic_settings import OF_DYNAMIC
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import Option, check_values
 from qrhash.ctr.settings import Settings
@@ -36,7 +37,16 @@ METHODS: Mapping[str, Callable[[float, int], Mapping[str, Any]]] = {
 # What a comparison says itself, or has no use for.
 NOT_COMPARED = {
     *("partition", "operation", "compression", "collisions", "num_tables", "dynamic", "seed"),
-    *("ids", "key_bits", "hash_size", "output_dir", "resume", "checkpoint_every"),
+    *(
+        *OF_DYNAMIC,
+        "evict_every",
+        "ids",
+        "key_bits",
+        "hash_size",
+        "output_dir",
+        "resume",
+        "checkpoint_every",
+    ),
     *("keep_checkpoints", "coordinator", "num_processes", "process_id", "coordinator_timeout"),
 }
 

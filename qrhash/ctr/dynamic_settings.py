@@ -14,6 +14,8 @@ NOT_DYNAMIC = "none"
 # What a table that grows is made of: all columns of a shared one have the same.
 OF_DYNAMIC = ("admit_after", "newcomers", "evict_after")
 
+_MOST_ROWS = 2**30  # of an index
+
 _embeddings = partial(Option, "Embeddings")
 
 
@@ -38,8 +40,8 @@ class DynamicColumnOptions:
         _embeddings(
             "Take keys as they come, and give a row of its own to each that is met often enough: "
             "so many rows, such as 100000, or as many as so much memory has room for, such as "
-            "64MB (of rows, compressed vectors and index). All columns share them; in a column's "
-            f"section, rows of its own, or '{NOT_DYNAMIC}'."
+            "64MB (of rows, compressed vectors and index, on one device). All columns share them; "
+            f"in a column's section, rows of its own, or '{NOT_DYNAMIC}'."
         ),
     ] = None
     admit_after: Annotated[
@@ -87,6 +89,8 @@ def room(text: str) -> Room:
     plain = text.strip().replace("_", "").replace(",", "")
     rows = int(plain) if plain.isdecimal() else None
     num_bytes = bytes_of(text) if plain[-1:].isalpha() else None
+    if rows is not None and rows >= _MOST_ROWS:
+        raise UserError(f"dynamic must be below {_MOST_ROWS:,} rows, got {text!r}.")
     if not (rows or num_bytes):
         raise UserError(
             "dynamic must be a number of rows such as 100000, or of bytes such as 64MB or 1.5GiB, "

@@ -81,7 +81,8 @@ def bytes_of(text: str) -> int | None:
     if match is None or (match[3] and not match[2]):
         return None
     base = 1024 if match[3] else 1000
-    return int(float(match[1].replace("_", "")) * base ** " KMGT".index(match[2].upper() or " "))
+    size = float(match[1].replace("_", "")) * base ** " KMGT".index(match[2].upper() or " ")
+    return int(size) if math.isfinite(size) else None
 
 
 def check_values(settings: Any) -> None:

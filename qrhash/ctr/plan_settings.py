@@ -10,7 +10,16 @@ from qrhash.ctr.options import Option, bytes_of, check_values
 _plan = partial(Option, "Plan")
 
 # What of a run's settings a plan goes by, beside its data: the command line offers these.
-PLANNED_BY = ("features", "threshold", "min_count", "hash_size", "large_table_rows", "mesh")
+PLANNED_BY = (
+    "model",
+    "items",
+    "features",
+    "threshold",
+    "min_count",
+    "hash_size",
+    "large_table_rows",
+    "mesh",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

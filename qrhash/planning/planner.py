@@ -26,6 +26,9 @@ THRESHOLD = 200
 # Of a budget: a full table that takes less than this is not worth compressing.
 _NEGLIGIBLE = 0.001
 
+# Of a column; its tables are of 2**31 rows at most.
+_MOST_IDS = 2**40
+
 # Budgets tried from one to its double: of all columns together, and of each at least.
 _SIZES, _LEAST_SIZES = 256, 8
 
@@ -265,7 +268,8 @@ class _Class:
         rows, width = max(config.table_shapes)
         if rows >= config.num_embeddings:
             return f"rows of {width} numbers"
-        ids = f"{config.num_embeddings / rows:.3g} ids to a row"
+        each = config.num_embeddings / rows
+        ids = f"{f'{each:.3g}' if each < 100 else f'{each:,.0f}'} ids to a row"
         return ids if width == config.features else f"{ids} of {width}"
 
 
@@ -306,6 +310,10 @@ def _checked(columns: Any) -> dict[str, Column]:
     for name, given in columns.items():
         column = given if isinstance(given, Column) else Column(given)
         size = as_size(f"columns[{name!r}].num_embeddings", column.num_embeddings)
+        if size > _MOST_IDS:
+            raise ValueError(
+                f"columns[{name!r}] must have at most {_MOST_IDS:,} ids, got {size:,}."
+            )
         if not 0 < column.length < np.inf:
             raise ValueError(
                 f"columns[{name!r}].length must be a positive number, got {column.length!r}."

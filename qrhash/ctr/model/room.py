@@ -5,7 +5,7 @@ vectors of the others, the index of the keys, and the candidates that are counte
 earned a row, of which there may be as many as rows.
 
 The compressed vectors come from tables with a quarter as many rows, all of them together, as there
-are rows of keys' own.
+are rows of keys' own; and what bytes are left where the index would leap to its next size.
 """
 
 import math
@@ -118,11 +118,11 @@ def _config(
     assert options.dynamic is not None  # What dynamic means.
     wanted = room(options.dynamic)
 
-    def of_rows(capacity: int) -> DynamicConfig:
+    def of_rows(capacity: int, more: int = 0) -> DynamicConfig:
         refused = None
         if options.newcomers == "compressed":
             refused = EmbedConfig(
-                _partition_of_newcomers(options, capacity, seed),
+                _partition_of_newcomers(options, capacity, more, seed),
                 settings.features,
                 options.operation,
                 widths=options.widths,
@@ -146,24 +146,29 @@ def _config(
         )
 
     try:
-        config = of_rows(_capacity(wanted, parts, of_rows))
+        config = of_rows(*_rows(wanted, parts, of_rows))
         refused = config.refused and replace(config.refused, layout=layout)
         return replace(config, layout=layout, refused=refused)
     except ValueError as error:
         raise UserError(f"{what}={options.dynamic!r}: {error}") from error
 
 
-def _partition_of_newcomers(options: ColumnSettings, capacity: int, seed: int) -> Partition:
+def _partition_of_newcomers(
+    options: ColumnSettings, capacity: int, more: int, seed: int
+) -> Partition:
+    """Tables of compressed vectors, with so many more rows each than the capacity asks for."""
     if options.key_bits is not None:
         return KeyDigits(options.key_bits, options.num_tables, seed)
-    rows = max(1, capacity // (_OWN_ROWS * options.num_tables))
+    rows = max(1, capacity // (_OWN_ROWS * options.num_tables)) + more
     return MultiHash((rows,) * options.num_tables, seed)
 
 
-def _capacity(wanted: Room, parts: int, of_rows: Any) -> int:
-    """How many rows there is room for in one of so many parts."""
+def _rows(wanted: Room, parts: int, of_rows: Any) -> tuple[int, int]:
+    """How many rows there is room for in one of so many parts, and how many more in each of the
+    tables of compressed vectors: an index grows by leaps, which leave some.
+    """
     if wanted.rows is not None:
-        return max(1, wanted.rows // parts)
+        return max(1, wanted.rows // parts), 0
     assert wanted.num_bytes is not None
     allowed = wanted.num_bytes // parts
 
@@ -180,4 +185,5 @@ def _capacity(wanted: Room, parts: int, of_rows: Any) -> int:
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (middle, most) if taken(middle) <= allowed else (least, middle)
-    return least
+    of_one_more = num_bytes(of_rows(least, 1)) - num_bytes(of_rows(least))
+    return least, (allowed - taken(least)) // of_one_more if of_one_more else 0

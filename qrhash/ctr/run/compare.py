@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from qrhash.ctr.compare_settings import FULL, METHODS, CompareOptions, check_base
+from qrhash.ctr.data.files import BadLines
+from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import build
 from qrhash.ctr.run.display import Display
@@ -86,7 +88,7 @@ def compare(settings: Settings, options: CompareOptions, display: Display) -> li
     """
     check_base(settings)
     directory = Path(options.output_dir)
-    _begin(directory, settings, display)
+    _begin(directory, settings, _source_of(settings, display), display)
     seeds = range(options.seeds)
     first = [Trial(FULL, 1, seed) for seed in seeds]
     others = [
@@ -99,6 +101,7 @@ def compare(settings: Settings, options: CompareOptions, display: Display) -> li
     outcomes = _finished(directory, (*first, *others))
     jobs = _Jobs(directory, settings, options.jobs, display, len(first) + len(others))
     jobs.skip(len(outcomes))
+    display.line(f"{len(first) + len(others)} trainings, {len(outcomes)} of them done before")
     # The first one alone: by it is known what a training takes, and what full tables have.
     for some in (first[:1], first[1:], others):
         full = outcomes.get(first[0])
@@ -111,29 +114,45 @@ def compare(settings: Settings, options: CompareOptions, display: Display) -> li
     return [outcomes[each] for each in (*first, *others)]
 
 
-def _begin(directory: Path, settings: Settings, display: Display) -> None:
-    """Makes the directory, or holds what is in it against the settings."""
+def _source_of(settings: Settings, display: Display) -> dict[str, int] | None:
+    """What data there are; what is wrong with them is told before anything is written."""
+    if settings.data is None:
+        return None
+    display.phase("counting the rows", 0)
+    source = open_source(settings, BadLines(settings.max_bad_lines, _say_nothing), _say_nothing)
+    return {"lines": source.num_lines, "checksum": source.checksum}
+
+
+def _say_nothing(line: str) -> None:
+    """Every training says it."""
+
+
+def _begin(
+    directory: Path, settings: Settings, source: dict[str, int] | None, display: Display
+) -> None:
+    """Makes the directory, or holds what is in it against the settings and the data."""
     basis = directory / BASIS
-    wanted = json.loads(json.dumps(settings.as_dict()))
+    wanted = json.loads(json.dumps({"source": source, **settings.as_dict()}))
     if basis.exists():
         try:
-            begun = json.loads(basis.read_text())["settings"]
-        except (ValueError, KeyError) as error:
+            begun = json.loads(basis.read_text())
+        except ValueError as error:
             raise UserError(f"{basis} is no record of a comparison: {error}.") from error
         other = [name for name in wanted if wanted[name] != begun.get(name)]
-        if other:
-            raise UserError(
-                f"{directory} holds a comparison with {other[0]}={begun.get(other[0])!r}, got "
-                f"{wanted[other[0]]!r}: choose another --output-dir."
-            )
-        display.line(f"going on with the comparison in {directory}")
-        return
-    if directory.exists() and any(directory.iterdir()):
+        if not other:
+            display.line(f"going on with the comparison in {directory}")
+            return
+        if any(directory.glob(f"{RUNS}/*/{METRICS}")):
+            what = f"with {other[0]}={begun.get(other[0])!r}, got {wanted[other[0]]!r}"
+            if other[0] == "source":
+                what = f"of other data than {settings.data} has now"
+            raise UserError(f"{directory} holds a comparison {what}: choose another --output-dir.")
+    elif directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise UserError(f"{directory} holds something else: choose another --output-dir.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         part = directory / f"{BASIS}.part"
-        part.write_text(json.dumps({"settings": wanted}) + "\n")
+        part.write_text(json.dumps(wanted) + "\n")
         part.replace(basis)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror}.") from error
@@ -200,7 +219,7 @@ class _Jobs:
                 while left and self._has_room_beside(len(running)):
                     trial, (here, there) = left.pop(0), context.Pipe(duplex=False)
                     arguments = (there, asdict(self._settings), trial, full_bytes, self._directory)
-                    process = context.Process(target=_send, args=arguments)
+                    process = context.Process(target=_send, args=arguments, daemon=True)
                     process.start()
                     there.close()  # That its end is the end of what is sent.
                     running[here] = (process, trial)
@@ -208,7 +227,7 @@ class _Jobs:
                     assert isinstance(ready, connection.Connection)
                     process, trial = running.pop(ready)
                     try:
-                        outcome = ready.recv()
+                        sent = ready.recv()
                     except EOFError as error:
                         raise UserError(
                             f"{trial.name} was killed: too little memory, perhaps; go on with "
@@ -217,7 +236,9 @@ class _Jobs:
                     finally:
                         process.join()
                         ready.close()
-                    yield outcome
+                    if isinstance(sent, str):
+                        raise UserError(f"{trial.name} failed: {sent}")
+                    yield sent
         finally:
             for process, _ in running.values():
                 process.terminate()
@@ -230,8 +251,17 @@ class _Jobs:
         # Of the first it is to be known what one takes.
         if not running or not self._peak or running >= (os.cpu_count() or 1) // _CORES_EACH:
             return not running
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return free > 1.2 * self._peak
+        return _free_memory() > 1.2 * self._peak
+
+
+def _free_memory() -> int:
+    """Bytes that a process could take; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * sum(kilobytes)
 
 
 def _send(
@@ -246,7 +276,11 @@ def _send(
     Interrupts are left to the process that asks for trainings, and ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    there.send(_train(values, trial, full_bytes, directory))
+    try:
+        there.send(_train(values, trial, full_bytes, directory))
+    except Exception as error:
+        there.send(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _train(

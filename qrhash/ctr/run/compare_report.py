@@ -77,7 +77,8 @@ def _compared(method: str, times: float, group: Sequence[Outcome], full: Any) ->
 
 def table_of(rows: Sequence[Compared], seeds: int) -> Table:
     """The comparison as a table: of each size the best one first."""
-    table = Table(title=f"test log loss against full tables, {seeds} seeds")
+    over = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    table = Table(title=f"test log loss against full tables, {over}")
     for column in ("bytes", "embedding", "log loss", "against full tables", "AUC"):
         table.add_column(column, justify="left" if column == "embedding" else "right")
     for times in sorted({each.times for each in rows}):
@@ -106,7 +107,7 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
     """The comparison as a picture: the loss over the bytes, a line for each embedding."""
     # Slow to import, and used here only.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -130,8 +131,9 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
     axes.set(
         xscale="log",
         xlabel="bytes of all embeddings",
-        ylabel="test log loss against full tables, %",
+        ylabel="test log loss against full tables, % (lower is better)",
     )
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -86,8 +86,9 @@ class Growth:
 
     def add(self, counts: Counts, keys: Any) -> None:
         """Takes note of some steps, by sums of their counts, and of which key has which row."""
-        self._last = {name: int(np.sum(value)) for name, value in counts._asdict().items()}
-        self.totals = {name: value + self._last[name] for name, value in self.totals.items()}
+        found = {name: int(np.sum(value)) for name, value in counts._asdict().items()}
+        self.totals = {name: value + found[name] for name, value in self.totals.items()}
+        self._last = found if found["looked_up"] else self._last
         states = [each.get_value() for _, each in nnx.to_flat_state(keys)]
         self.num_keys = sum(int(state.index.num_keys) for state in states)
 

@@ -34,8 +34,8 @@ from qrhash.nnx import KeyState, Table, as_table, shardings
 # What of a model is trained by rows, what says which key has which row, and what is dense.
 _GROUPS = (Table, KeyState, ...)
 
-# Steps from one time the counts of keys come to the host to the next: they are of 32 bits.
-_COUNTED_EVERY = 100
+# From one time the counts of keys come to the host to the next, at most: they are of 32 bits.
+_STEPS_COUNTED, _ROWS_COUNTED = 100, 2**22
 
 
 class Learner:
@@ -52,6 +52,7 @@ class Learner:
     Attributes:
       params: {"tables": tables, "dense": all other parameters}.
       steps: how many steps were taken.
+      growth: what became of the keys of tables that grow, when they were counted last.
     """
 
     def __init__(
@@ -91,9 +92,10 @@ class Learner:
         everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         self._everywhere = everywhere
         self._kept = jax.jit(self._objective.init, out_shardings=everywhere)()
-        self._growth = Growth(self._model(self.params).growing)
+        self.growth = Growth(self._model(self.params).growing)
         self._evict_every = settings.evict_every
-        self._counts = jax.device_put(self._growth.nothing(), everywhere)
+        self._count_every = max(1, min(_STEPS_COUNTED, _ROWS_COUNTED // settings.batch_size))
+        self._counts = jax.device_put(self.growth.nothing(), everywhere)
         to: Any = (None, None)
         if layout is not None:
             carried = (self.params, self._state, self._keys)
@@ -144,20 +146,15 @@ class Learner:
         if self._keys and self.steps % self._evict_every == 0:
             number = np.int32(self.steps)
             self._keys, self._counts = self._evict(self.params, self._keys, self._counts, number)
-        if self._keys and self.steps % _COUNTED_EVERY == 0:
-            self._count()
+        if self.steps % self._count_every == 0:
+            self.count_keys()
         return outputs
 
-    @property
-    def growth(self) -> Growth:
-        """What became of the keys of tables that grow, up to now."""
+    def count_keys(self) -> None:
+        """Brings `growth` up to now; of several processes all call it, after the same step."""
         if self._keys:
-            self._count()
-        return self._growth
-
-    def _count(self) -> None:
-        self._growth.add(self._counts, self._keys)
-        self._counts = jax.device_put(self._growth.nothing(), self._everywhere)
+            self.growth.add(self._counts, self._keys)
+            self._counts = jax.device_put(self.growth.nothing(), self._everywhere)
 
     def logits(self, batch: Batch) -> jax.Array:
         """The logits [batch] of a batch."""

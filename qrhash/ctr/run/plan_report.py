@@ -75,10 +75,12 @@ def draw_plan(plan: Plan, path: Path) -> None:
     """Draws, as a PNG, what each column would take as a full table, takes, and loses."""
     # Slow to import, and used here only.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
     ordered = sorted(plan.columns, key=lambda named: named[1].full_bytes, reverse=True)
     drawn, more = ordered[:_MOST_DRAWN], len(ordered) - _MOST_DRAWN
+    # What stands between two dollars would be drawn as mathematics.
+    drawn = [(name.replace("$", r"\$"), each) for name, each in drawn]
     names = [name for name, _ in drawn]
     ways = dict.fromkeys(described(each) for _, each in ordered)
     colours = dict(zip(sorted(ways, key=lambda way: way != "full"), _colours(), strict=False))
@@ -99,6 +101,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         else:
             losses.text(0, name, f"  {share}", va="center", size=8, color="gray")
     sizes.set(xscale="log", xlabel="bytes of tables, all devices together")
+    sizes.xaxis.set_minor_formatter(NullFormatter())
     sizes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: megabytes(int(value))))
     sizes.set_ylim(len(drawn) - 0.4, -0.6)
     sizes.legend(loc="lower right", fontsize=8)

@@ -6,6 +6,7 @@ last ones by a column of times: a model of clicks is judged by days it has not s
 processes each reads its share of the rows (`data/shares`).
 """
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         with _checkpoints(settings, configs, keeper) as checkpoints:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
         rows_per_second = progress.rows_per_second
+        learner.count_keys()
         if not best.restore(learner):
             display.line("Warning: the best model's checkpoint is gone; the last one is tested")
     test, constant = _test(data, learner, progress.click_rate, display)
@@ -241,6 +243,7 @@ def _save(
     if checkpoints is None:
         return
     position = {"epoch": where.epoch, "position": where.stream.get_state()}
+    learner.count_keys()
     state = {
         "progress": progress.as_dict(),
         "best": best.as_dict(),
@@ -262,7 +265,9 @@ def _resume(
         best.forget_after(0)
         return 0, None
     try:
-        restored = learner.restore(checkpoints)
+        with warnings.catch_warnings(record=True) as lost:
+            warnings.simplefilter("always", UserWarning)
+            restored = learner.restore(checkpoints)
     except MismatchError as error:
         raise UserError(
             f"{error} A run is resumed with the data that it began with, and with this version of "
@@ -270,7 +275,7 @@ def _resume(
         ) from error
     except OSError as error:
         raise UserError(str(error)) from error
-    for sentence in restored.damaged:
+    for sentence in (*restored.damaged, *(each.message for each in lost)):
         display.line(f"Warning: {sentence}")
     if "batches" not in restored.extra["position"]:
         raise UserError(
