@@ -164,8 +164,9 @@ def _partition_of_newcomers(
 
 
 def _rows(wanted: Room, parts: int, of_rows: Any) -> tuple[int, int]:
-    """How many rows there is room for in one of so many parts, and how many more in each of the
-    tables of compressed vectors: an index grows by leaps, which leave some.
+    """How many rows there is room for in one of so many parts, and how many more for newcomers.
+
+    The latter in each of the tables of compressed vectors: what is left before an index leaps.
     """
     if wanted.rows is not None:
         return max(1, wanted.rows // parts), 0
