@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -222,6 +223,7 @@ def test_keys_rows_and_state_agree_after_kills(tmp_path):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        "PYTHONPATH": str(Path(__file__).parent),  # where `support` is
     }
     nursery = [sys.executable, dynamic_training.__file__, str(directory)]
     with subprocess.Popen(
