@@ -73,16 +73,15 @@ def _compare(data, directory, **options):
 
 
 def test_every_method_is_trained_at_every_size(data, here, tmp_path):
-    options = {"methods": "hash-trick,plan,dynamic", "compressions": "3,2", "seeds": 1}
+    options = {"methods": "hash-trick,plan,dynamic", "compressions": "2", "seeds": 1}
     found, said = _compare(data, tmp_path / "c", **options)
     names = [each.trial.name for each in found]
     assert names == here
     assert names == [
         "full-seed0",
-        *("hash-trick-2x-seed0", "hash-trick-3x-seed0", "plan-2x-seed0", "plan-3x-seed0"),
-        *("dynamic-2x-seed0", "dynamic-3x-seed0"),
+        *("hash-trick-2x-seed0", "plan-2x-seed0", "dynamic-2x-seed0"),
     ]
-    assert "7 of 7, dynamic-3x-seed0: " in said
+    assert "4 of 4, dynamic-2x-seed0: " in said
     full = found[0].summary["full_bytes"]
     for each in found[1:]:
         assert not each.reason

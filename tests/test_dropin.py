@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qrhash
 from qrhash import CollectionConfig, EmbedConfig, QuotientRemainder
-from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters
+from support.cases import FAMILIES, FEATURES, OF_EACH_KIND, assert_close, parameters
 from support.cases import config as make_config
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
@@ -82,7 +82,7 @@ def test_tables_are_found_also_behind_added_axes():
     assert marks == [True, False]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OF_EACH_KIND)
 def test_under_a_mesh_without_rules(operation):
     """Where names of axes that no mesh has would be an error."""
     cfg = dataclasses.replace(CONFIG, operation=operation, widths=None)
@@ -155,7 +155,7 @@ def test_a_table_that_is_not_where_its_layout_says_is_noticed():
 
 
 # --- what nn.Embed has ----------------------------------------------------------------------------
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OF_EACH_KIND)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embedding_holds_the_vectors_of_all_ids(family, operation):
     cfg = make_config(family, operation, id_policy="raise")
@@ -223,7 +223,7 @@ def test_embedding_of_an_unbound_module_is_refused_in_words():
 @pytest.mark.parametrize("policy", ["nan", "zero", "clip", "wrap", "raise"])
 @pytest.mark.parametrize(
     ("operation", "padding_id"),
-    [("mult", 0), ("mult", 10), *((operation, 3) for operation in OPERATIONS)],
+    [("mult", 0), ("mult", 10), *((operation, 3) for operation in OF_EACH_KIND)],
 )
 def test_a_padding_id_is_zeros_without_gradient(operation, padding_id, policy, rng):
     """Any id, without shifting ids; all others as before, bad ones by their policy."""

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 import qrhash
 from qrhash.linen import MultiHashEmbed
 from support import cases, oracle
-from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, quick_jit
+from support.cases import FAMILIES, FEATURES, OF_EACH_KIND, assert_close, quick_jit
 
 AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))
@@ -25,7 +25,7 @@ def _variables(cfg, rng):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OF_EACH_KIND)
 def test_it_looks_up_and_attends_as_the_oracle_does(operation, family, rng):
     cfg = cases.config(family, operation)
     embed = MultiHashEmbed(cfg)
@@ -39,7 +39,7 @@ def test_it_looks_up_and_attends_as_the_oracle_does(operation, family, rng):
     assert (embed.num_embeddings, embed.features) == (cfg.num_embeddings, FEATURES)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OF_EACH_KIND)
 def test_init_gives_the_documented_parameters(operation):
     cfg = cases.config("mixed radix", operation, param_dtype=jnp.bfloat16)
     params = nn.unbox(MultiHashEmbed(cfg).init(jax.random.key(0), np.zeros(2, int)))["params"]
@@ -71,7 +71,7 @@ class Model(nn.Module):
         return nn.Dense(1)(vectors.reshape(len(ids), -1))[:, 0]
 
 
-@pytest.mark.parametrize("operation", [None, *OPERATIONS])
+@pytest.mark.parametrize("operation", [None, *OF_EACH_KIND])
 def test_it_trains_where_nn_embed_stood(operation, rng):
     embed = nn.Embed(29, FEATURES) if operation is None else None
     model = Model(embed or MultiHashEmbed(cases.config("mixed radix", operation)))
@@ -99,7 +99,7 @@ def test_it_trains_where_nn_embed_stood(operation, rng):
     assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", OF_EACH_KIND)
 def test_partition_metadata(operation):
     partition = qrhash.QuotientRemainder(8192, 4)
     cfg = qrhash.EmbedConfig(

@@ -22,6 +22,8 @@ FAMILIES = {
     "deeprec": qrhash.deeprec.DeepRecQuotientRemainder(9, 3, 4),
 }
 OPERATIONS = ("add", "mult", "concat", "project", "path")  # "features" has another shape
+# Where rows are added up, or carried from one module to another, "path" is as "mult".
+OF_EACH_KIND = OPERATIONS[:-1]
 DTYPES = {  # (param_dtype, dtype)
     "f32": (jnp.float32, None),
     "bf16": (jnp.bfloat16, None),
