@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -387,6 +388,62 @@ def _assert_predicts_as_tested(run, data, output):
 
 def test_predict_gives_keys_the_rows_that_they_have(unbroken, data, tmp_path):
     _assert_predicts_as_tested(unbroken[0], data, tmp_path / "s.parquet")
+
+
+def _of_run(output):
+    """Its numbers, but for those that only a run with a store has."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("store_")}
+        for record in numbers_of(output)[1:]
+    ]
+
+
+@pytest.fixture(scope="module")
+def in_files(unbroken, data, tmp_path_factory):
+    """The directory of a run whose rows are in a file, and its output."""
+    folder = tmp_path_factory.mktemp("store")
+    stored = ("--cache-rows=60", "--store", folder, "--checkpoint-every=3")
+    result = _train(
+        *("--data", data, *SMALL, "--dynamic=64", *stored, "--output-dir", folder / "run")
+    )
+    return folder, result
+
+
+def test_rows_in_a_store_are_trained_to_the_same_numbers(in_files, unbroken):
+    folder, result = in_files
+    assert _of_run(folder / "run") == _of_run(unbroken[0])
+    assert [path.name for path in folder.iterdir()] == ["run"]  # no file of rows is left
+    summary = numbers_of(folder / "run")[-1]
+    assert 0.5 < summary["store_hit_rate"] < 1
+    assert summary["store_bytes_moved"] > 60 * summary["store_bytes"] / 64
+    assert f"{summary['store_hit_rate']:.1%}" in result.stdout
+    assert f"{summary['store_bytes_moved']:,} bytes moved" in result.stdout
+
+
+def test_a_stopped_run_goes_on_with_its_store(in_files, unbroken, data, tmp_path):
+    """From a checkpoint in the middle; of a later one that is damaged the rows are not taken."""
+    output = shutil.copytree(in_files[0] / "run", tmp_path / "run")
+    checkpoints = output / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.iterdir())
+    shutil.rmtree(checkpoints / str(steps[-1]))
+    rows = checkpoints / str(steps[-2]) / "files" / "rows.zip"
+    damaged = bytearray(rows.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rows.write_bytes(damaged)
+    result = _train("--resume", "--output-dir", output)
+    assert f"{rows} cannot be read as rows of this table" in result.stderr
+    assert f"{steps[-3]} steps" in result.stderr
+    assert _of_run(output) == _of_run(unbroken[0])
+
+
+def test_predict_reads_rows_from_the_store(in_files, data, tmp_path):
+    _assert_predicts_as_tested(in_files[0] / "run", data, tmp_path / "s.parquet")
+
+
+def test_more_rows_on_the_device_than_there_are_need_no_store(unbroken, data, tmp_path):
+    options = ("--dynamic=64", "--cache-rows=64", "--checkpoint-every=0")
+    _train("--data", data, *SMALL, *options, "--output-dir", tmp_path / "run")
+    assert numbers_of(tmp_path / "run")[1:] == numbers_of(unbroken[0])[1:]
 
 
 def test_a_mesh_gives_the_same_rows(data, tmp_path):

@@ -121,7 +121,7 @@ def test_a_tiered_table_is_the_resident_one_bit_for_bit(name):
     assert both.train_tiered(given) == both.train_whole(given)
     both.check()
     assert 0.3 < both.tier.hit_rate < 1
-    assert both.tier.bytes_moved > 100 * both.tier.store.record_width
+    assert both.tier.traffic.bytes_moved > 100 * both.tier.store.record_width
 
 
 def test_bfloat16_rows_keep_their_bits():
@@ -260,8 +260,8 @@ def test_look_ups_are_counted_once_however_far_ahead():
     both = Both(depth=3)
     given = [np.array([1, 1, 2]), np.array([1, 3, 3]), np.array([3, 3, 3])]
     both.train_tiered(given)
-    assert (both.tier.looked_up, both.tier.hits) == (9, 4)
-    assert both.tier.bytes_moved == 3 * both.tier.store.record_width
+    assert (both.tier.traffic.looked_up, both.tier.traffic.hits) == (9, 4)
+    assert both.tier.traffic.bytes_moved == 3 * both.tier.store.record_width
 
 
 @pytest.mark.parametrize("ids", [np.array([5, 5]), np.zeros(0, np.int64)], ids=["hits", "empty"])
