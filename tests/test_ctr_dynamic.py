@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 
 import jax
@@ -75,6 +76,22 @@ WRONG = {
     "compression": ("dynamic = '9'\ncompression = 4.0", "compression goes with ids from a"),
     "family": ("dynamic = '9'\npartition = 'hash-trick'", "goes with ids from a vocabulary"),
     "column without": ("[columns.a]\nnewcomers = 'zeros'", r"columns.a: newcomers goes with dyn"),
+    "cache without": ("cache_rows = 7", "cache_rows goes with dynamic, which is not given"),
+    "store alone": ("dynamic = '9'\nstore = '.'", "store goes with cache_rows, which is not given"),
+    "no directory": (
+        "dynamic = '9'\ncache_rows = 7\nstore = 'nowhere'",
+        "store must be a directory, got 'nowhere'",
+    ),
+    "cache on a mesh": ("dynamic = '9'\ncache_rows = 7\nmesh = 'data=8'", "not with a mesh"),
+    "cache of towers": (
+        "dynamic = '9'\ncache_rows = 7\nmodel = 'two-tower'\nitems = 'a'",
+        "cache_rows goes with the models of clicks, not with 'two-tower'",
+    ),
+    "cache, dense": ("dynamic = '9'\ncache_rows = 7\ndense_updates = true", "by rows, not with d"),
+    "cache, own rows": (
+        "dynamic = '9'\ncache_rows = 7\n[columns.a]\ndynamic = '9'",
+        "the one table that all columns of --dynamic share",
+    ),
     "two ways": (
         "[columns.a]\ndynamic = '9'\nids = 'keys'",
         "columns.a: dynamic, ids and hash_size are three ways",
@@ -444,6 +461,22 @@ def test_more_rows_on_the_device_than_there_are_need_no_store(unbroken, data, tm
     options = ("--dynamic=64", "--cache-rows=64", "--checkpoint-every=0")
     _train("--data", data, *SMALL, *options, "--output-dir", tmp_path / "run")
     assert numbers_of(tmp_path / "run")[1:] == numbers_of(unbroken[0])[1:]
+
+
+def test_a_cache_too_small_for_a_batch_is_told(data, tmp_path):
+    options = (
+        "--dynamic=64",
+        "--cache-rows=9",
+        "--admit-after=1",
+        "--output-dir",
+        tmp_path / "run",
+    )
+    result = train("--data", data, *SMALL, *options)
+    assert result.exit_code == 1
+    assert re.search(
+        r"Error: cache_rows must be at least the \d+ rows that one batch", result.stderr
+    )
+    assert "make the cache larger or the batch smaller" in result.stderr
 
 
 def test_a_mesh_gives_the_same_rows(data, tmp_path):

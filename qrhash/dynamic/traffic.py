@@ -8,7 +8,7 @@ import numpy as np
 
 from qrhash.dynamic.numbering import Numbering
 from qrhash.dynamic.records import Records, padded
-from qrhash.dynamic.residents import Move, Residents
+from qrhash.dynamic.residents import CacheFullError, Move, Residents
 from qrhash.dynamic.store import Store
 
 
@@ -54,12 +54,12 @@ class Traffic:
         """The batch in slots; what moves; which rows keys have just got.
 
         Raises:
-          ValueError: it names more rows than there are slots; nothing moves then.
+          CacheFullError: it names more rows than there are slots; nothing moves then.
         """
         named = self.numbering.name(batch) if is_training else self.numbering.find(batch)
         try:
             slots, move, hits = self.residents.plan(named.rows)
-        except ValueError:
+        except CacheFullError:
             self.numbering.forget(named.new)
             raise
         if is_training:

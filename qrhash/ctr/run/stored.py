@@ -6,6 +6,7 @@ The host knows which key has which row, and looks some batches ahead; see `qrhas
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qrhash.ctr.run.growth import as_arrays, table_paths
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import DynamicConfig, FileStore, MemoryStore, Store, Tiered
 from qrhash.dynamic.numbering import on_host
+from qrhash.dynamic.residents import CacheFullError
 
 _FILE = "rows.zip"
 
@@ -84,18 +86,22 @@ class StoredRows:
 
         while not is_over:
             loop = self._tier.ahead(entries(), "keys")
-            try:
-                for entry, fetched in loop:
+            with closing(loop):
+                while (planned := self._next(loop)) is not None:
+                    entry, fetched = planned
                     swapped(partial(self._tier.swap, fetched=fetched))
                     if entry["is_last"]:
                         next(loop, None)
                     yield entry["batch"]._replace(found=[entry["keys"]])
-            finally:
-                loop.close()
+
+    def _next(self, loop: Iterator[Any]) -> Any:
+        with _told():
+            return next(loop, None)
 
     def look(self, batch: Batch) -> tuple[Batch, Callable[..., Any]]:
         """A batch that is not trained on, and what brings its rows to the device."""
-        found, fetched = self._tier.look(self._named(batch))
+        with _told():
+            found, fetched = self._tier.look(self._named(batch))
         return batch._replace(found=[found]), partial(self._tier.swap, fetched=fetched)
 
     def _named(self, batch: Batch) -> Any:
@@ -142,6 +148,15 @@ class StoredRows:
         """In words."""
         moved = self._tier.traffic.bytes_moved / 1e6
         return f"{self._tier.hit_rate:.1%} found on the device, {moved:,.0f} MB moved"
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A cache too small for a batch is the user's to mend."""
+    try:
+        yield
+    except CacheFullError as error:
+        raise UserError(str(error)) from error
 
 
 def _at(tree: Any, path: Iterable[Any]) -> Any:
