@@ -32,8 +32,8 @@ DTYPES = {  # (param_dtype, dtype)
 SHAPES = ((), (0,), (7,), (2, 3), (2, 1, 3))
 POLICIES = ("raise", "nan", "zero", "clip", "wrap")
 
-# With these what is compiled to be read has the HLO that users get, which is none of LLVM's business:
-# see conftest.py.
+# With these, what is compiled to be read has the HLO that users get: see conftest.py. LLVM's own
+# optimizations come after it.
 OPTIMIZED = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else None
 
 
