@@ -29,6 +29,7 @@ from support.training_process import (
 )
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 
 # --- the mesh -------------------------------------------------------------------------------------

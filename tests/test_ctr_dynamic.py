@@ -25,6 +25,7 @@ from support import ctr_files
 from support.training_process import assert_same_curve, compiled_once, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 SMALL = [
     *("--features=4", "--bottom-mlp=8", "--top-mlp=8", "--batch-size=32"),
@@ -221,6 +222,7 @@ def _learner(**options):
 @pytest.mark.parametrize(
     ("admit_after", "keys", "dense"), [(1, 40, False), (2, 4, False), (2, 4, True)]
 )
+@pytest.mark.usefixtures("keys_used_once")
 def test_rows_come_and_go_as_in_dictionaries(admit_after, keys, dense, rng):
     """Counted are few enough for the candidates: none of them is forgotten."""
     learner = _learner(dense_updates=dense, large_table_rows=8, admit_after=admit_after)

@@ -33,6 +33,7 @@ from qrhash.ctr.settings import Settings
 from qrhash.planning import Column
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 # As some of Criteo's columns, a thousandth as long.
 SIZES = {"C1": 20, "C3": 10131, "C4": 2203, "C9": 3, "C10": 931, "C24": 286, "C26": 143}

@@ -13,6 +13,8 @@ from qrhash.dynamic import ExactCount, StepsSinceUse
 from support.dynamic_training import Training, config_of, rows_of, vectors_of
 from support.meshes import make_layout
 
+UNCHECKED_KEYS = True
+
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 ADMISSION, EVICTION = ExactCount(2, 40), StepsSinceUse(2)

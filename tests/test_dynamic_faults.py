@@ -13,6 +13,7 @@ from support.dynamic_training import Training, adam, batch, config_of, rows_of, 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 STANDARD_PROMOTION = True  # optax's Adam multiplies by a power of an integer
+UNCHECKED_KEYS = True
 
 
 def _count_of(state, key):
