@@ -65,11 +65,6 @@ def each_program_once(tmp_path_factory):
         yield
 
 
-@pytest.fixture(scope="module")
-def quickly_compiled(each_program_once):
-    """As every module is."""
-
-
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

@@ -16,8 +16,6 @@ from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
 from support import oracle
 from support.cases import FAMILIES, assert_close, parameters
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 _embed = functools.partial(EmbedConfig, large_table_rows=3)
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}
 FEATURES = {

@@ -96,7 +96,7 @@ def test_whatever_is_planned_is_built(sizes, features, devices, large_table_rows
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_device_holds_what_was_promised(devices, quickly_compiled):
+def test_a_device_holds_what_was_promised(devices):
     settings = Settings(
         large_table_rows=400,
         bottom_mlp="8",
@@ -210,7 +210,7 @@ def _write_table(path, rows=400):
     return path
 
 
-def test_from_data_to_a_trained_model(tmp_path, monkeypatch, quickly_compiled):
+def test_from_data_to_a_trained_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = _write_table(tmp_path / "events.csv")
     result = _run(

@@ -20,8 +20,6 @@ from qrhash import CollectionConfig, EmbedConfig, QuotientRemainder
 from support.cases import FAMILIES, FEATURES, OF_EACH_KIND, assert_close, parameters
 from support.cases import config as make_config
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STANDARD_PROMOTION = True  # Flax's own sums
 
 # A table trained by rows and a small one.

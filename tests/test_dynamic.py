@@ -23,8 +23,6 @@ from qrhash.dynamic import (
 )
 from support.cases import OPTIMIZED
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 RATE, START = 0.1, 0.5
 WIDTH = 4
 

@@ -15,8 +15,6 @@ from support.meshes import make_layout
 
 UNCHECKED_KEYS = True
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ADMISSION, EVICTION = ExactCount(2, 40), StepsSinceUse(2)
 
 

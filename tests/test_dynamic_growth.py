@@ -12,8 +12,6 @@ from qrhash.dynamic import ExactCount, StepsSinceUse
 from support.dynamic_training import Training, adagrad, adam, config_of, vectors_of
 from support.meshes import make_layout
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STANDARD_PROMOTION = True  # optax's Adam multiplies by a power of an integer
 UNCHECKED_KEYS = True
 

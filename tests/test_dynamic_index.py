@@ -23,8 +23,6 @@ from support.cases import OPTIMIZED
 
 UNCHECKED_KEYS = True
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 # Words that are alike in one half, the ends of the range, and anything.
 _EDGES = [0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1, *(n << 32 for n in range(2, 12))]
 _DRAWN = np.random.default_rng(7).integers(0, 2**64, 44, np.uint64).tolist()

@@ -21,8 +21,6 @@ from support.meshes import layout_2x4, make_layout
 
 UNCHECKED_KEYS = True
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CAPACITY, WIDTH, BATCH = 96, 4, 32
 
 LAYOUTS = {

@@ -24,8 +24,6 @@ from support.meshes import layout_2x4, make_layout
 
 UNCHECKED_KEYS = True
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 WIDTH = 4
 
 # By the number of shards.

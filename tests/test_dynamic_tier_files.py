@@ -19,9 +19,6 @@ from test_dynamic_tiers import (
 import qrhash
 from qrhash import dynamic
 from qrhash.checkpoint import Checkpoints, MismatchError
-from support.cases import quick_jit
-
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
 
 STANDARD_PROMOTION = True  # optax's Adam
 
@@ -93,7 +90,7 @@ def test_keys_are_evicted_saved_and_masked_as_those_of_a_resident_table(tmp_path
     )
     params, state, tier = _table_of_keys(config)
     whole = dynamic.init_state(config)
-    assign = quick_jit(functools.partial(dynamic.assign, config=config))
+    assign = jax.jit(functools.partial(dynamic.assign, config=config))
     own = dynamic.init(KEY.copy(), config)
     given = [(qrhash.Keys.of(ids + 7), ids % 5 > 0) for ids in batches(40)]
     evicted = []

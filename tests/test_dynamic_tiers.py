@@ -22,8 +22,6 @@ from qrhash.dynamic.records import swap_rows
 from qrhash.dynamic.residents import Residents
 from support.cases import OPTIMIZED
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STANDARD_PROMOTION = True  # optax's Adam
 
 NUM_ROWS, CACHE_ROWS, BATCH, FEATURES = 2000, 70, 24, 4
