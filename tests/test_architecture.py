@@ -60,6 +60,7 @@ ROOMS = {
     "plans": {"jax"},
     "collection": {"jax"},
     "planning": {"numpy"},
+    "inspection": {"numpy"},
     "jaxprs": {"jax"},
     "program": {"jax"},
     "autodiff": {"jax", "numpy"},
@@ -78,6 +79,7 @@ ROOMS = {
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
     "planning": ["traffic", "memory", "candidates", "knapsack", "planner"],
+    "inspection": ["blocks", "frequency", "twins", "traffic", "similarity"],
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
