@@ -56,6 +56,7 @@ The rooms, in reading order (a module imports the ones above it only):
   run/overview     the table of columns shown before training
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
+  run/trained      the trained model of a run, and its data
   run/predict      the scores that a trained model gives to new rows
   run/plan_report  a plan as a table and as a picture
   run/plan         from data to a plan, and to the file that a run begins with
