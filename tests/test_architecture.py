@@ -90,7 +90,7 @@ INSIDE = {
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
     "deeprec": ["options", "variable", "interface", "embedding_variable"],
     "checkpoint": ["writing", "metadata", "leaves", "shards", "checkpoints"],
-    "commands": ["interrupts", "parameters", "running", "training", "choosing"],
+    "commands": ["interrupts", "parameters", "running", "training", "inspecting", "choosing"],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }
 

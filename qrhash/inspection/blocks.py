@@ -45,15 +45,20 @@ def index_blocks(partition: Any, ids: Any) -> Iterator[tuple[slice, list[np.ndar
         yield part, [np.asarray(each) for each in indices]
 
 
+def block_size(n: int) -> int:
+    """How many ids are looked up at once, of n: a power of two."""
+    return int(min(_VECTORS, 1 << max(0, n - 1).bit_length()))
+
+
 def vector_blocks(vectors: Vectors, ids: Any) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (places, vectors [m, features] float32 of the ids there), block by block.
 
-    Every block that is looked up has the same length, so that a compiled function is compiled once.
-    Of ids with k vectors these stand side by side.
+    Every block that is looked up has the same length, so that a compiled function is compiled once,
+    and of some ids more or less not again. Of ids with k vectors these stand side by side.
     """
     n = num_ids(ids)
-    size = min(n, _VECTORS)
-    for start in range(0, n, size or 1):
+    size = block_size(n)
+    for start in range(0, n, size):
         stop = min(start + size, n)
         places = np.minimum(np.arange(start, start + size), n - 1)
         found = np.asarray(vectors(taken(ids, places)), np.float32)

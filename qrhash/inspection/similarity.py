@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qrhash.inspection.blocks import Vectors, checked_counts, num_ids, taken, vector_blocks
+from qrhash.inspection.blocks import (
+    Vectors,
+    block_size,
+    checked_counts,
+    num_ids,
+    taken,
+    vector_blocks,
+)
 
 # Two vectors are near twins if their distance is at most this share of the longer one's length.
 CLOSENESS = 0.1
@@ -106,7 +113,7 @@ def neighbours(vectors: Vectors, ids: Any, of: Any, *, top: int = 10) -> Neighbo
         if not 0 <= of < n:
             raise ValueError(f"of must be a place from 0 to {n - 1}, got {of}.")
         itself = int(of)
-        of = vectors(taken(ids, np.array([itself])))
+        of = np.asarray(vectors(taken(ids, np.full(block_size(n), itself))))[0]
     query = np.asarray(of, np.float64).reshape(-1)
     query = query / max(_TINY, float(np.linalg.norm(query)))
     places, cosines = np.zeros(0, np.int64), np.zeros(0)
