@@ -178,7 +178,10 @@ def test_the_hash_trick_has_twins_and_its_hot_row_is_of_the_planted_item(made, m
     sets = [values for values in sharing.values() if len(values) > 1]
     twins = of_item["twins"]
     assert (twins["sets"], twins["ids"]) == (len(sets), sum(map(len, sets)))
-    assert {frozenset(each) for each in twins["most_met"]} == set(map(frozenset, sets))
+    assert {frozenset(each["first"]) for each in twins["most_met"]} == set(map(frozenset, sets))
+    for each in twins["most_met"]:
+        assert each["ids"] == len(each["first"])
+        assert each["met"] == sum(counts[int(value)] for value in each["first"])
     (table,) = of_item["tables"]
     hot = table["hot"][0]
     assert hot["ids"][0] == {"id": "-3", "met": counts[-3]}
@@ -238,7 +241,7 @@ def test_keys_and_hashes_have_names(made):
     assert {each["id"] for hot in table["hot"] for each in hot["ids"]} <= set(counts)
     assert of_device["ids"] == len(_counts(events, "device"))
     assert of_device["twins"]["ids"] > 0
-    names = {name for each in of_device["twins"]["most_met"] for name in each}
+    names = {name for each in of_device["twins"]["most_met"] for name in each["first"]}
     assert names <= set(map(str, events["device"]))
 
 
@@ -263,7 +266,8 @@ def test_other_data_are_scored_and_tell_the_counts_where_the_runs_are_gone(made,
     path, events, _, _, _ = made
     some = ctr_files.rows_of(events, 0, 100)
     data = ctr_files.write_table(tmp_path / "some.parquet", some)
-    result = _inspect("--run", path / "run", "--data", data, "--output-dir", tmp_path / "a")
+    given = ["--data", data, "--output-dir", tmp_path / "a", "--columns=user"]
+    result = _inspect("--run", path / "run", *given)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "a" / FIGURES).read_text())
     assert (found["counted_rows"], found["all_rows"]["lookups"]) == (ROWS - TESTED, 100)
@@ -276,7 +280,7 @@ def test_other_data_are_scored_and_tell_the_counts_where_the_runs_are_gone(made,
     assert "gone.parquet. Other data to look at can be named with --data." in result.stderr
     del some["clicked"]
     data = ctr_files.write_csv(tmp_path / "some.csv", some | {"tags": [""] * 100})
-    result = _inspect(run, "--data", data, "--columns=user,item")
+    result = _inspect(run, "--data", data, "--columns=item", "--neighbours=user=user-3")
     assert result.exit_code == 0, result.output
     assert "How often ids are met is told by" in result.stderr
     assert "Not scored: no row of" in result.stdout
@@ -319,21 +323,6 @@ def test_a_damaged_run_is_one_sentence(made, tmp_path):
     shutil.copy(made[0] / "run" / "ids.npz", run)
     shutil.rmtree(run / "checkpoints")
     assert "holds no complete checkpoint, and so no trained model" in _inspect(run).stderr
-
-
-def test_two_towers_have_no_clicks_to_score(tmp_path):
-    data = ctr_files.write_table(tmp_path / "e.parquet", ctr_files.ratings(300))
-    options = ["--label=rating", "--positive-from=4", "--model=two-tower", "--items=movie_id"]
-    options += ["--features=4", "--tower-mlp=8-4", "--batch-size=64", "--evaluations=1"]
-    options += ["--recall-at=5"]
-    result = train("--data", data, *options, "--output-dir", tmp_path / "run")
-    assert result.exit_code == 0, result.output
-    result = _inspect(tmp_path / "run", "--neighbours=movie_id=1000")
-    assert result.exit_code == 0, result.output
-    assert "Not scored: a run of two-tower has no clicks to score." in result.stdout
-    found = json.loads((tmp_path / "run" / FIGURES).read_text())
-    assert found["all_rows"] is None
-    assert len(found["neighbours"][0]["nearest"]) == 10
 
 
 # --- the parts ------------------------------------------------------------------------------------

@@ -31,12 +31,13 @@ def names_of(
       Column name -> {key: name}; a key that was not found is named by its digits.
     """
     columns = {column.name: column for column in source.schema.columns}
-    found = {name: _as_integers(keys, columns[name]) for name, keys in wanted.items()}
+    is_hex = source.schema.preset == "criteo"
+    found = {name: _by_digits(keys, columns[name], is_hex) for name, keys in wanted.items()}
     # What is looked for: all that is no integer by its type.
     left = {
         name: np.unique(keys)
         for name, keys in wanted.items()
-        if len(keys) and not _is_integer(columns[name])
+        if len(keys) and (is_hex or not _is_integer(columns[name]))
     }
     if not isinstance(source, FileSource):
         return found
@@ -76,8 +77,10 @@ def _is_integer(column: Column) -> bool:
     return column.type.startswith(("int", "uint")) and column.type[-1].isdigit()
 
 
-def _as_integers(keys: np.ndarray, column: Column) -> dict[int, str]:
-    """Keys by their digits: with a sign, if the column's type has one."""
+def _by_digits(keys: np.ndarray, column: Column, is_hex: bool) -> dict[int, str]:
+    """Keys by their digits: of the Criteo format, or with a sign, if the column's type has one."""
+    if is_hex:
+        return {int(key): f"{key:x}" for key in keys}
     signed = column.type.startswith("int")
     return {int(key): str(int(key.astype(np.int64) if signed else key)) for key in keys}
 

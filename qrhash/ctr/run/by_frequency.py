@@ -71,7 +71,7 @@ def by_frequency(
     with batches(source, *lines, trained.ids, batch_size) as stream:
         for batch in shown(stream, display, "scoring", lines[1] - lines[0]):
             known = (batch.weights > 0) & ~np.isnan(batch.labels)
-            number_of = rows + np.cumsum(known) - 1
+            number_of = (rows + np.cumsum(known) - 1).astype(np.int32)
             labels.append(batch.labels[known])
             logits.append(np.asarray(trained.learner.logits(batch))[known])
             for name, taken, mask in _columns(batch, trained, lists):
@@ -108,7 +108,7 @@ def _columns(
 def _of_bands(
     events: list[tuple[np.ndarray, np.ndarray]], labels: np.ndarray, logits: np.ndarray
 ) -> Iterator[Judged]:
-    nothing = (np.zeros(0, np.int64), np.zeros(0, np.uint8))
+    nothing = (np.zeros(0, np.int32), np.zeros(0, np.uint8))
     rows, bands = (np.concatenate(each) for each in zip(nothing, *events, strict=True))
     for band in range(len(BANDS)):
         of_band = rows[bands == band]

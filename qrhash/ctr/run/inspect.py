@@ -26,7 +26,7 @@ from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.run.again import Read, counted, opened
 from qrhash.ctr.run.by_frequency import by_frequency
 from qrhash.ctr.run.display import Display
-from qrhash.ctr.run.inspected import Asked, ColumnReport, Inspected, Room
+from qrhash.ctr.run.inspected import MOST_NAMED, Asked, ColumnReport, Inspected, Room
 from qrhash.ctr.run.trained import Kept, Trained, kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
 from qrhash.inspection import Neighbours, TableTraffic, Twins
@@ -239,7 +239,7 @@ def _names(
     places: dict[str, set[int]] = {name: set() for name in populations}
     for each in reports:
         some = [hot.places for table in each.tables for hot in table.hot]
-        some += [] if each.twins is None else each.twins.sets
+        some += [of_set[:MOST_NAMED] for of_set in each.twins.sets] if each.twins else []
         some += [np.array([pair[:2] for pair in each.near.pairs], np.int64).reshape(-1)]
         places[each.name] |= {int(place) for of in some for place in of}
     for one in asked:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from qrhash.ctr.run.by_frequency import Judged
-from qrhash.ctr.run.inspected import Asked, ColumnReport, Inspected
+from qrhash.ctr.run.inspected import MOST_NAMED, Asked, ColumnReport, Inspected
 from qrhash.ctr.run.overview import kind_of
 from qrhash.inspection import BANDS, TableTraffic, Twins
 
@@ -50,7 +50,7 @@ def _column(column: ColumnReport, found: Inspected) -> dict[str, Any]:
         "ids": len(ids.counts),
         "met": ids.num_met,
         "with_row": with_row,
-        "twins": None if column.twins is None else _twins(column.twins, names),
+        "twins": None if column.twins is None else _twins(column.twins, column, names),
         "near_twins": {
             "compared": near.num_ids,
             "ids": near.num_near,
@@ -72,13 +72,20 @@ def _column(column: ColumnReport, found: Inspected) -> dict[str, Any]:
     }
 
 
-def _twins(twins: Twins, names: Any) -> dict[str, Any]:
+def _twins(twins: Twins, column: ColumnReport, names: Any) -> dict[str, Any]:
     return {
         "compared": twins.num_ids,
         "ids": twins.num_twins,
         "sets": twins.num_sets,
         "share": twins.share,
-        "most_met": [[names[int(place)] for place in places] for places in twins.sets],
+        "most_met": [
+            {
+                "ids": len(places),
+                "met": int(column.population.counts[places].sum()),
+                "first": [names[int(place)] for place in places[:MOST_NAMED]],
+            }
+            for places in twins.sets
+        ],
     }
 
 

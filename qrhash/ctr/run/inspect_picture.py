@@ -133,7 +133,7 @@ def _shares(axes: Any, column: ColumnReport) -> None:
     if column.twins is not None:
         shares["twins"] = column.twins.num_twins / max(1, column.twins.num_ids)
     if table is not None:
-        shares["unused rows"] = table.untouched / max(1, table.num_rows)
+        shares["idle rows"] = table.untouched / max(1, table.num_rows)
     if column.has_row is not None:
         shares["keys with a row"] = float(column.has_row.mean()) if len(column.has_row) else 0.0
     at = np.arange(len(shares))

@@ -53,7 +53,9 @@ def shown(found: Inspected) -> Iterator[RenderableType]:
     for asked in found.neighbours:
         (column,) = (each for each in found.columns if each.name == asked.column)
         met = f"met {column.population.counts[asked.place]:,} times"
-        yield _title(f"nearest to {asked.column} {found.names[asked.column][asked.place]}, {met}")
+        name = found.names[asked.column][asked.place]
+        shared = "" if name == asked.value else f", which has the id of {name}"
+        yield _title(f"nearest to {asked.column} {asked.value}{shared}, {met}")
         yield _of_neighbours(asked, column, found)
     notes: dict[str, list[str]] = {}
     for column in found.columns:

@@ -11,6 +11,8 @@ from qrhash.ctr.data.population import Population
 from qrhash.ctr.run.by_frequency import ByFrequency
 from qrhash.inspection import NearTwins, Neighbours, TableTraffic, Twins
 
+MOST_NAMED = 20  # ids of a set of twins, of which there may be a million
+
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
