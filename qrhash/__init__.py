@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from qrhash import batches, collection, dynamic, initializers, planning
+from qrhash import batches, collection, dynamic, initializers, inspection, planning
 from qrhash.autodiff import value_and_grad
 from qrhash.bags import Bag
 from qrhash.code_partition import CodePartition
@@ -80,6 +80,7 @@ __all__ = [
     "init",
     "init_projection",
     "initializers",
+    "inspection",
     "lookup",
     "planning",
     "reset_rows",

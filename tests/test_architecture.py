@@ -60,6 +60,7 @@ ROOMS = {
     "plans": {"jax"},
     "collection": {"jax"},
     "planning": {"numpy"},
+    "inspection": {"numpy"},
     "jaxprs": {"jax"},
     "program": {"jax"},
     "autodiff": {"jax", "numpy"},
@@ -78,6 +79,7 @@ ROOMS = {
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
     "planning": ["traffic", "memory", "candidates", "knapsack", "planner"],
+    "inspection": ["blocks", "frequency", "twins", "traffic", "similarity"],
     "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
@@ -88,7 +90,7 @@ INSIDE = {
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
     "deeprec": ["options", "variable", "interface", "embedding_variable"],
     "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
-    "commands": ["interrupts", "parameters", "running", "training", "choosing"],
+    "commands": ["interrupts", "parameters", "running", "training", "inspecting", "choosing"],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }
 

@@ -239,7 +239,7 @@ def test_what_cannot_be_is_one_sentence(runs, tmp_path):
     says("ids.npz cannot be read", run=broken)
     shutil.copy(run / "ids.npz", broken)
     shutil.rmtree(broken / "checkpoints")
-    says("holds no complete checkpoint, so there is no model to predict with", run=broken)
+    says("holds no complete checkpoint, and so no trained model", run=broken)
 
     assert _predict(run, data, output, "--overwrite").exit_code == 0
     assert output.read_text().startswith('"row","logit","score","label"\n')

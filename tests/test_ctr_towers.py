@@ -376,6 +376,19 @@ def test_predicted_are_the_products_of_the_vectors(run):
     assert liked > other + 1
 
 
+def test_inspected_are_vectors_and_rows_without_clicks(run, tmp_path):
+    path, _ = run
+    arguments = ["inspect", str(path / "run"), "--columns=user_id", "--neighbours=movie_id=1000"]
+    arguments += ["--output-dir", str(tmp_path)]
+    result = CliRunner().invoke(cli.build_app(), arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "Not scored: a run of two-tower has no clicks to score." in result.stdout
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert found["all_rows"] is None
+    assert found["counted_rows"] < len(RATINGS["rating"])
+    assert len(found["neighbours"][0]["nearest"]) == 10
+
+
 OTHERS = {
     "keys": ["--ids=keys", "--key-bits=12", *BY_MOVIE],
     "two columns": ["--items=movie_id,genre"],

@@ -2,9 +2,33 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
 
 import typer
+
+from qrhash.ctr.errors import UserError
+
+# The directory of a run, by its place on the command line, or by --run.
+Directory: TypeAlias = Annotated[
+    Path | None,
+    typer.Argument(metavar="RUN", help="Directory of a run of qrhash train.", show_default=False),
+]
+Run: TypeAlias = Annotated[Path | None, typer.Option(help="The same, as an option.")]
+
+
+def run_of(directory: Path | None, run: Path | None) -> Path:
+    """The directory of a run, given in one way or the other.
+
+    Raises:
+      UserError: it was given in neither, or in both.
+    """
+    if (directory is None) == (run is None):
+        given = "neither" if run is None else f"{directory} and {run}"
+        raise UserError(f"One run must be given, as RUN or with --run, got {given}.")
+    found = directory or run
+    assert found is not None
+    return found
 
 
 def split(given: dict[str, Any], own: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from qrhash.commands.parameters import in_paragraphs, of_settings, parameter, split, with_parameters
+from qrhash.commands.parameters import (
+    Directory,
+    Run,
+    in_paragraphs,
+    of_settings,
+    parameter,
+    run_of,
+    split,
+    with_parameters,
+)
 from qrhash.commands.running import guarded, shown
 from qrhash.ctr.config_file import load
 from qrhash.ctr.run.display import Display
@@ -76,7 +85,9 @@ def predict_command() -> Any:
     """`predict`."""
 
     def predict(
-        run: Annotated[Path, typer.Option(help="Directory of a run of qrhash train.")],
+        *,
+        directory: Directory = None,
+        run: Run = None,
         data: Annotated[str, typer.Option(help="File, folder or pattern with the run's columns.")],
         output: Annotated[
             Path, typer.Option(help="Where the scores go: a file ending in .parquet or .csv.")
@@ -97,19 +108,30 @@ def predict_command() -> Any:
         if there is one. Of a run of --model two-tower, each row has the score of its query and its
         item, which is no probability.
         """
-        raise typer.Exit(_predict(run, data, output, overwrite, max_bad_lines))
+        raise typer.Exit(_predict((directory, run), data, output, overwrite, max_bad_lines))
 
     return in_paragraphs(predict)
 
 
-def _predict(run: Path, data: str, output: Path, overwrite: bool, max_bad_lines: int | None) -> int:
+def _predict(
+    runs: tuple[Path | None, Path | None],
+    data: str,
+    output: Path,
+    overwrite: bool,
+    max_bad_lines: int | None,
+) -> int:
     """Writes scores; returns the exit code."""
     from qrhash.ctr.run.predict import predict, report
 
     def write(display: Display) -> None:
         with display:
             result = predict(
-                run, data, output, display, overwrite=overwrite, max_bad_lines=max_bad_lines
+                run_of(*runs),
+                data,
+                output,
+                display,
+                overwrite=overwrite,
+                max_bad_lines=max_bad_lines,
             )
         display.line(report(result, output))
 

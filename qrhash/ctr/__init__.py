@@ -30,6 +30,8 @@ The rooms, in reading order (a module imports the ones above it only):
   data/synthetic   a click stream whose true click rates are known
   data/vocabulary  64-bit category keys -> ids
   data/sizes       vocabulary sizes from a small file
+  data/names       keys by their names in the data
+  data/population  the ids of a column by how often they were met
   data/shares      what each of several processes reads
   data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
@@ -58,9 +60,17 @@ The rooms, in reading order (a module imports the ones above it only):
   run/overview     the table of columns shown before training
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
+  run/trained      the trained model of a run, and its data
   run/predict      the scores that a trained model gives to new rows
   run/plan_report  a plan as a table and as a picture
   run/plan         from data to a plan, and to the file that a run begins with
   run/compare      the same training with other embeddings, sizes and seeds
   run/compare_report  a comparison as a table, a picture and figures
+  run/again        the data of a run, read once more
+  run/by_frequency  how good a model is for ids that are met often, or seldom
+  run/inspected    what became of the embeddings of a run
+  run/inspect      the same, found out
+  run/inspect_figures  the same as JSON
+  run/inspect_picture  the same as a picture
+  run/inspect_report   the same as tables
 """

@@ -77,6 +77,22 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
     return block.take(good), reasons
 
 
+def keys_of(name: str, column: pa.Array, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
+    """The keys of cells of a column of categories, or of the elements of one of lists.
+
+    Args:
+      name: of the column.
+      column: the cells, [n].
+      schema: what the columns are used as.
+
+    Returns:
+      Keys [n] uint64, and where there is none, be it missing or unreadable, [n] bool.
+    """
+    read = cells.keys if name in schema.lists else _readers(schema).category[0]
+    (keys, missing), bad = read(name, column)
+    return keys, missing | bad
+
+
 def _readers(schema: Schema) -> _Readers:
     if schema.preset == "criteo":
         return _Readers(

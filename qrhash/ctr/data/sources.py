@@ -137,6 +137,12 @@ class FileSource:
                 self._bad_lines.add(file.path, int(part.lines[row]), reasons[row])
             yield block._replace(places=number(rows)[block.places])
 
+    def tables(self, names: Sequence[str], start: int, stop: int) -> Iterator[pa.Table]:
+        """Yields some columns of the lines [start, stop) as they are in the files, in parts."""
+        chosen = self._numbering.rows(Lines(start, stop))
+        for _, part, _ in _parts(self._files, chosen, list(names)):
+            yield part.table
+
     def _tell(self, file: File, part: Part) -> None:
         for line, reason in part.faults.values():
             self._bad_lines.add(file.path, line, reason)

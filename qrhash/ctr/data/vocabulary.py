@@ -11,7 +11,7 @@ known of the data before and nothing be kept of them.
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,6 +120,23 @@ class KeyCounts:
         if self._num_pending > max(len(self._keys), self._LEAST_PENDING):
             self._merge()
 
+    def found(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The keys that were met [n], rising, how often each [n], and how often none."""
+        self._merge()
+        return self._keys, self._counts, self._num_missing
+
+    def keep(self, most: int) -> bool:
+        """Forgets the rarest keys once there are more than so many; returns whether it did.
+
+        What is met again is counted anew: counts of the frequent ones stay about right, as in lossy
+        counting (Manku and Motwani 2002).
+        """
+        if self._num_pending or len(self._keys) <= most:
+            return False
+        kept = np.sort(np.argsort(-self._counts, kind="stable")[: most // 2])
+        self._keys, self._counts = self._keys[kept], self._counts[kept]
+        return True
+
     def gather(self) -> None:
         """Adds what the other processes have counted."""
         self._merge()
@@ -190,26 +207,30 @@ class KeyCounts:
 
 
 class Counts:
-    """How often each key was met, column by column, of the columns that need a vocabulary.
+    """How often each key was met, column by column.
 
     Args:
       settings: see `build_ids`.
       categories: see `build_ids`.
       lists: see `build_ids`.
+      names: which of the columns to count; None: those that need a vocabulary.
 
     Attributes:
       of: column name -> `KeyCounts`.
     """
 
     def __init__(
-        self, settings: Settings, categories: Sequence[str], lists: Sequence[str] = ()
+        self,
+        settings: Settings,
+        categories: Sequence[str],
+        lists: Sequence[str] = (),
+        names: Collection[str] | None = None,
     ) -> None:
         self._categories, self._lists = categories, lists
-        self.of = {
-            name: KeyCounts()
-            for name in (*categories, *lists)
-            if not _without_vocabulary(settings.column(name))
-        }
+        every = (*categories, *lists)
+        if names is None:
+            names = [name for name in every if not _without_vocabulary(settings.column(name))]
+        self.of = {name: KeyCounts() for name in every if name in names}
 
     def add(self, block: Block) -> None:
         """Counts the keys of some rows."""

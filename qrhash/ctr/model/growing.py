@@ -62,6 +62,11 @@ class GrowingColumns(nnx.Module):
         self.in_store = in_store
         self.table = DynamicEmbed(config, has_state=not in_store, rngs=rngs)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns."""
+        return (*self.single, *(name for name, _ in self.of_lists))
+
     def assign(
         self, keys: Mapping[str, Keys], lists: Mapping[str, Padded], where: jax.Array, step: Any
     ) -> tuple[Found, Counts]:
@@ -120,21 +125,30 @@ class GrowingColumns(nnx.Module):
             vectors[name] = dynamic.lookup(self.table.parameters, in_bags, config)
         return vectors
 
+    def of_keys(self, name: str, keys: Keys) -> tuple[jax.Array, jax.Array]:
+        """Keys [n] of one column, not pooled, outside of a training.
+
+        Returns:
+          Their vectors [n, features], and whether each has a row of its own, bool [n].
+        """
+        found = self.table.find(of_column(name, keys))
+        return self.table(found), found.rows.rows < self.table.config.capacity
+
     def joined(
         self, keys: Mapping[str, Keys], lists: Mapping[str, Padded]
     ) -> tuple[Keys, jax.Array]:
         """The keys of all columns [batch, places], and which of them are meant."""
-        of_table = [_of_column(name, keys[name])[:, None] for name in self.single]
+        of_table = [of_column(name, keys[name])[:, None] for name in self.single]
         meant = [jnp.ones(each.shape, bool) for each in of_table]
         for name, _ in self.of_lists:
-            of_table.append(_of_column(name, lists[name].ids))
+            of_table.append(of_column(name, lists[name].ids))
             meant.append(jnp.asarray(lists[name].mask))
         joined = jax.tree.map(lambda *words: jnp.concatenate(words, axis=1), *of_table)
         return joined, jnp.concatenate(meant, axis=1)
 
 
-def _of_column(name: str, keys: Keys) -> Keys:
-    """The keys of a column as the table has them."""
+def of_column(name: str, keys: Keys) -> Keys:
+    """The keys of a column [*shape] as the table has them."""
     return cross(Keys.of([name])[0], keys)
 
 

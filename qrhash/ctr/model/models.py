@@ -136,6 +136,23 @@ class Embeddings(nnx.Module):
             vectors |= table(of_table, of_lists)
         return [vectors[name] for name in self.names]
 
+    def of_column(self, name: str, taken: Any) -> tuple[jax.Array, jax.Array]:
+        """Ids, or `Keys`, [n] of one column, not pooled, outside of a training.
+
+        Args:
+          name: of the column.
+          taken: what it takes.
+
+        Returns:
+          Their vectors [n, features], and whether each has rows of its own in a table that grows,
+          bool [n].
+        """
+        for table in self.growing:
+            if name in table.names:
+                return table.of_keys(name, taken)
+        vectors = self.columns({name: taken})[name]
+        return vectors, jnp.zeros(len(vectors), bool)
+
     def _keys(self, keys: Keys | None) -> dict[str, Keys]:
         return self._columns("keys", keys, self.of_keys) if self.of_keys else {}
 
@@ -156,6 +173,13 @@ class Embeddings(nnx.Module):
         return {name: values[:, j] for j, name in enumerate(names)}
 
 
+def column_vectors(model: Any, name: str, taken: Any) -> tuple[jax.Array, jax.Array]:
+    """`Embeddings.of_column`, of those of a model that have the column."""
+    (embeddings,) = (each for each in model.all_embeddings if name in each.names)
+    found: tuple[jax.Array, jax.Array] = embeddings.of_column(name, taken)
+    return found
+
+
 def takes_keys(config: ColumnConfig) -> bool:
     """Whether an embedding takes keys, not ids."""
     return isinstance(config, DynamicConfig) or config.partition.takes_keys
@@ -165,6 +189,11 @@ class _Clicks(nnx.Module):
     """What the models of clicks have in common."""
 
     embeddings: Embeddings
+
+    @property
+    def all_embeddings(self) -> Sequence[Embeddings]:
+        """What makes the vectors of columns."""
+        return [self.embeddings]
 
     @property
     def growing(self) -> Sequence[GrowingColumns]:

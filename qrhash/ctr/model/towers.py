@@ -161,6 +161,12 @@ class TwoTower(nnx.Module):
         self.item_tower = Tower(of_items, num_numbers=0, sizes=sizes, rngs=rngs)
 
     @property
+    def all_embeddings(self) -> Sequence[Embeddings]:
+        """What makes the vectors of columns: the queries', then the items'."""
+        towers = (self.query_tower, self.item_tower)
+        return [tower.embeddings for tower in towers if tower.has_columns]
+
+    @property
     def growing(self) -> Sequence[GrowingColumns]:
         """The tables that grow: those of the queries, then those of the items."""
         return [*self.query_tower.growing, *self.item_tower.growing]

@@ -241,6 +241,11 @@ class Learner:
         jitted = jax.jit(run, out_shardings=self._everywhere)
         return lambda inputs: jitted(self.params, self._keys, self._kept, self._on_devices(inputs))
 
+    @property
+    def model(self) -> Any:
+        """The model as it is."""
+        return self._model(self.params)
+
     def _model(self, params: dict[str, Any], keys: Any = None) -> Any:
         keys = self._keys if keys is None else keys
         return nnx.merge(self._graph, params["tables"], keys, params["dense"])

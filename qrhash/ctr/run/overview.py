@@ -29,7 +29,7 @@ def overview(
     alike: dict[tuple[str, ...], list[Column]] = {}
     for column in schema.columns:
         config = configs.get(column.name)
-        how = _kind(config) if config else "dropped" if column.name in sizes else ""
+        how = kind_of(config) if config else "dropped" if column.name in sizes else ""
         alike.setdefault((column.type, column.use, how), []).append(column)
     return [
         (_names(columns), *kind, *_together(how, columns, sizes, configs))
@@ -90,13 +90,14 @@ def _row(
 
 
 def _embedding(config: ColumnConfig) -> str:
-    return f"{_kind(config, in_full=True)}: {num_bytes(config):,} bytes"
+    return f"{kind_of(config, in_full=True)}: {num_bytes(config):,} bytes"
 
 
-def _kind(config: ColumnConfig, *, in_full: bool = False) -> str:
+def kind_of(config: ColumnConfig, *, in_full: bool = False) -> str:
+    """An embedding in a few words, or with the shapes of its tables."""
     if isinstance(config, DynamicConfig):
         rows = f"{config.capacity:,} x {config.features} " if in_full else ""
-        first = "zeros" if config.refused is None else _kind(config.refused, in_full=in_full)
+        first = "zeros" if config.refused is None else kind_of(config.refused, in_full=in_full)
         return f"rows that grow {rows}after {first}"
     shapes = " + ".join(f"{rows:,} x {width}" for rows, width in config.table_shapes)
     family = f"{type(config.partition).__name__} {shapes if in_full else ''}".rstrip()

@@ -7,9 +7,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from qrhash import HashTrick, MixedRadix
+from qrhash import EmbedConfig, HashTrick, MixedRadix
 from qrhash.ctr.errors import UserError
-from qrhash.planning import ColumnPlan, Plan
+from qrhash.planning import Plan
 
 _MOST_DRAWN = 40  # columns in the picture
 
@@ -37,15 +37,17 @@ def megabytes(count: int) -> str:
     return f"{count} B"
 
 
-def described(column: ColumnPlan) -> str:
-    """The embedding of a column in a word or two.
+def described(config: EmbedConfig) -> str:
+    """An embedding in a word or two.
 
     Args:
-      column: what was planned for it.
+      config: of a column.
     """
-    config, partition = column.config, column.config.partition
+    partition = config.partition
     if isinstance(partition, HashTrick):
         return "hash trick"
+    if partition.takes_keys:
+        return f"{config.operation} of keys"
     if isinstance(partition, MixedRadix):
         return f"{config.operation} of {config.num_tables}"
     is_combined = config.num_tables > 1 or config.operation == "project"
@@ -62,7 +64,7 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(
             Text(name),
             f"{each.config.num_embeddings:,}",
-            described(each),
+            described(each.config),
             each.why,
             megabytes(each.bytes_per_device),
             f"{each.share:.1%}",
@@ -82,7 +84,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     # What stands between two dollars would be drawn as mathematics.
     drawn = [(name.replace("$", r"\$"), each) for name, each in drawn]
     names = [name for name, _ in drawn]
-    ways = dict.fromkeys(described(each) for _, each in ordered)
+    ways = dict.fromkeys(described(each.config) for _, each in ordered)
     colours = dict(zip(sorted(ways, key=lambda way: way != "full"), _colours(), strict=False))
     figure = Figure(figsize=(12, 2.2 + 0.26 * len(drawn)), layout="constrained")
     sizes, losses = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
@@ -90,7 +92,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
         names, [each.full_bytes for _, each in drawn], color="#dddddd", label="as a full table"
     )
     for way, colour in colours.items():
-        of_way = {name: each for name, each in drawn if described(each) == way}
+        of_way = {name: each for name, each in drawn if described(each.config) == way}
         taken = [each.table_bytes for each in of_way.values()]
         sizes.barh(list(of_way), taken, height=0.5, color=colour, label=f"as planned: {way}")
         losses.barh(list(of_way), [each.loss for each in of_way.values()], color=colour)

@@ -1,15 +1,13 @@
 """`qrhash predict`: the scores that a trained model gives to new rows.
 
-The model is built again from the records of its run, and takes over the last checkpoint. The rows
-go through the readers, ids, batches and the compiled function that the training's test rows went
-through, so that they get the same logits to the last bit.
+The rows go through the readers, ids, batches and the compiled function that the training's test
+rows went through, so that they get the same logits to the last bit.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, NamedTuple, Self
@@ -19,22 +17,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
-from qrhash.ctr.data.schema import CRITEO, Schema
-from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import Ids, load_ids
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.columns import embed_configs
 from qrhash.ctr.model.metrics import Scores, described, scores
-from qrhash.ctr.options import build
 from qrhash.ctr.run.display import Display
-from qrhash.ctr.run.goals import make_goal
-from qrhash.ctr.run.learner import Learner
-from qrhash.ctr.run.report import IDS, RunDirectory
-from qrhash.ctr.settings import Settings
+from qrhash.ctr.run.trained import kept_of, load_trained, open_others
 from qrhash.ctr.tower_settings import TWO_TOWER
 
 SUFFIXES = (".parquet", ".pq", ".csv")
@@ -83,30 +72,24 @@ def predict(
         run; the output cannot be written, or exists.
     """
     _check_output(output, data, overwrite=overwrite)
-    directory = RunDirectory(str(run), resume=True)
-    settings = build(Settings, directory.settings, f"the run in {run}")
-    settings = replace(settings, data=data, mesh=None)
-    if max_bad_lines is not None:
-        settings = replace(settings, max_bad_lines=max_bad_lines)
-    schema = CRITEO if directory.schema is None else Schema.from_dict(directory.schema)
-    schema = replace(schema, all_positive=False)
+    kept = kept_of(run)
+    settings = kept.settings
     # Opened first: what is wrong with the data is told before a model is built.
     display.phase("counting the rows", 0)
-    bad_lines = BadLines(settings.max_bad_lines, display.line)
-    asked = replace(schema.without("time", "weight"), label_required=False)
-    source = _Placed(open_source(settings, bad_lines, display.line, asked))
-    ids = load_ids(run / IDS, settings, schema.embedded)
-    learner, used = _model(run, settings, schema, ids, display)
+    most = settings.max_bad_lines if max_bad_lines is None else max_bad_lines
+    bad_lines = BadLines(most, display.line)
+    source = _Placed(open_others(kept, data, bad_lines, display.line))
+    trained = load_trained(kept, display)
     result = _Counts()
     columns = ["row", "score"] if settings.model == TWO_TOWER else ["row", "logit", "score"]
     columns += [] if source.schema.label is None else ["label"]
     with _writer(output, columns) as writer:
         display.phase("scoring", source.num_lines)
-        with batches(source, 0, source.num_lines, used, settings.batch_size) as stream:
+        with batches(source, 0, source.num_lines, trained.ids, settings.batch_size) as stream:
             for batch in stream:
                 real = batch.weights > 0
                 if real.any():
-                    logits = np.asarray(learner.logits(batch))[real]
+                    logits = np.asarray(trained.learner.logits(batch))[real]
                     places = source.take(len(logits))
                     writer.write(places, logits, batch.labels[real])
                     result.add(logits, batch.labels[real])
@@ -168,38 +151,6 @@ class _Counts:
             return None
         labels, logits = (np.concatenate(column) for column in zip(*self._pairs, strict=True))
         return scores(labels, logits)
-
-
-def _model(
-    run: Path, settings: Settings, schema: Schema, ids: dict[str, Ids], display: Display
-) -> tuple[Learner, dict[str, Ids]]:
-    """The trained model, and the ids of its columns."""
-    kept = RunDirectory(str(run), resume=True)
-    directory = kept.best if kept.best is not None and kept.best.is_dir() else kept.checkpoints
-    assert directory is not None
-    nothing = (
-        f"{run} holds no complete checkpoint, so there is no model to predict with: train with "
-        "--checkpoint-every other than 0, to the first checkpoint."
-    )
-    if not directory.is_dir():
-        raise UserError(nothing)
-    display.phase("building the model", 0)
-    sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
-    configs = embed_configs(settings, sizes)
-    learner = make_goal(settings, schema).learner(configs, ids, num_steps=1)
-    with Checkpoints(directory, configs, max_to_keep=None) as checkpoints:
-        if not checkpoints.steps:
-            raise UserError(nothing)
-        try:
-            restored = learner.restore(checkpoints)
-        except MismatchError as error:
-            raise UserError(f"{error} The run is of another version of qrhash.") from error
-        except OSError as error:
-            raise UserError(str(error)) from error
-    for sentence in restored.damaged:
-        display.line(f"Warning: {sentence}")
-    display.line(f"{run}: the model after {restored.step:,} steps")
-    return learner, {name: ids[name] for name in configs}
 
 
 # --- the file of scores ---------------------------------------------------------------------------
