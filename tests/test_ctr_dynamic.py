@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from typer.testing import CliRunner
 
-from qrhash import Keys, MultiHash, dynamic
+from qrhash import Keys, MultiHash, cli, dynamic
 from qrhash.ctr.config_file import load
 from qrhash.ctr.data.pipeline import Batch, Padded
 from qrhash.ctr.dynamic_settings import room
@@ -392,10 +393,6 @@ def test_a_stopped_run_goes_on_with_its_keys(unbroken, data, tmp_path, monkeypat
 
 def _assert_predicts_as_tested(run, data, output):
     """That `qrhash predict`, on one device, gives the test rows the loss of the run."""
-    from typer.testing import CliRunner
-
-    from qrhash import cli
-
     arguments = ["--run", run, "--data", data, "--output", output]
     invoked = CliRunner().invoke(cli.build_app(), ["predict", *map(str, arguments)])
     assert invoked.exit_code == 0, invoked.output
@@ -457,6 +454,14 @@ def test_a_stopped_run_goes_on_with_its_store(in_files, unbroken, data, tmp_path
 
 def test_predict_reads_rows_from_the_store(in_files, data, tmp_path):
     _assert_predicts_as_tested(in_files[0] / "run", data, tmp_path / "s.parquet")
+
+
+def test_inspect_says_that_it_does_not_look_into_a_store(in_files):
+    result = CliRunner().invoke(cli.build_app(), ["inspect", str(in_files[0] / "run")])
+    assert result.exit_code == 1
+    assert "its rows are in a store, and inspect looks at those on a device only" in " ".join(
+        result.stderr.split()
+    )
 
 
 def test_more_rows_on_the_device_than_there_are_need_no_store(unbroken, data, tmp_path):
