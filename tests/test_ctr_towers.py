@@ -510,7 +510,7 @@ def test_frequencies_taken_out_make_for_higher_recall(tmp_path, monkeypatch):
                 patch.setattr(retrieval.Retrieval, "_counts", lambda self: np.ones(1000))
             found[kind] = _train(tmp_path / kind, *LIKED, *BY_MOVIE, columns=columns)[-1]
     for name in ("test_recall_5", "test_recall_10", "test_mrr"):
-        assert found["counts"][name] > 1.5 * found["none"][name]
+        assert found["counts"][name] > 1.4 * found["none"][name]
         assert found["stream"][name] > 0.9 * found["counts"][name]
 
 
