@@ -117,7 +117,7 @@ def compare(num_rows: int, rounds: int) -> None:
         cached = Cached(config, cache_rows, optimizer(), dynamic.MemoryStore)
         # Until the cache is full, and records come back that were written before.
         cached.run([next(stream) for _ in range(4 * UNCOUNTED)])
-        hits, looked_up = cached.tier.hits, cached.tier.looked_up
+        hits, looked_up = cached.tier.traffic.hits, cached.tier.traffic.looked_up
         seconds: dict[str, list[float]] = {"resident": [], "tiered": []}
         for _ in range(rounds):
             given = [next(stream) for _ in range(STEPS)]
@@ -126,7 +126,7 @@ def compare(num_rows: int, rounds: int) -> None:
                 start = time.perf_counter()
                 run(given[5:])
                 seconds[name].append((time.perf_counter() - start) / (STEPS - 5) * 1e3)
-        rate = (cached.tier.hits - hits) / (cached.tier.looked_up - looked_up)
+        rate = (cached.tier.traffic.hits - hits) / (cached.tier.traffic.looked_up - looked_up)
         both = [statistics.median(of_name) for of_name in seconds.values()]
         ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
         ratio = statistics.median(ratios)

@@ -30,16 +30,20 @@ class Shared:
     Attributes:
       owner: name of the feature that has them.
       partition: id -> rows of theirs; None: the owner's.
+      combiner: how the vectors of a bag become one; None: the owner's.
     """
 
     owner: str
     partition: Partition | None = None
+    combiner: str | None = None
 
     def of(self, config: EmbedConfig) -> EmbedConfig:
         """The config, given the owner's."""
-        if self.partition is None:
-            return config
-        return dataclasses.replace(config, partition=self.partition)
+        return dataclasses.replace(
+            config,
+            partition=self.partition or config.partition,
+            combiner=self.combiner or config.combiner,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

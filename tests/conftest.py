@@ -1,9 +1,16 @@
 """Eight host devices and strict settings, set before jax is imported."""
 
+import importlib.metadata
 import os
 
+# The time of most tests is that of compiling what runs once, often one operation at a time: a third
+# of it goes without LLVM's optimizations. What is compiled to be read takes `cases.OPTIMIZED`.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # Another jaxlib may not know these.
+    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10.")
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -22,14 +29,23 @@ hypothesis.settings.load_profile("quick")
 def strict_promotion(request):
     """No silent promotion of dtypes or ranks, and no random key used twice.
 
-    A module that leans on other people's sums opts out of the former by name.
+    A module that leans on other people's sums opts out of the former by name. Of the latter, which
+    keeps every call from JAX's fast path, one whose tests draw no more than a start that others
+    watch; those that draw more there take `keys_used_once`.
     """
     relaxed = getattr(request.module, "STANDARD_PROMOTION", False)
     with (
         jax.numpy_dtype_promotion("standard" if relaxed else "strict"),
         jax.numpy_rank_promotion("raise"),
-        jax.debug_key_reuse(True),
+        jax.debug_key_reuse(not getattr(request.module, "UNCHECKED_KEYS", False)),
     ):
+        yield
+
+
+@pytest.fixture
+def keys_used_once(strict_promotion):
+    """No random key used twice, in a module that is not checked for it otherwise."""
+    with jax.debug_key_reuse(True):
         yield
 
 
@@ -40,9 +56,9 @@ def own_caches():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="module")
-def quickly_compiled(tmp_path_factory):
-    """For modules whose time is that of compiling: not optimized, and each program once."""
+@pytest.fixture(autouse=True, scope="session")
+def each_program_once(tmp_path_factory):
+    """What one module compiles, the others take over, and processes of the tests as well."""
     from support.training_process import compiled_once
 
     with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):

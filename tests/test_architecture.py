@@ -84,12 +84,12 @@ INSIDE = {
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
         *("sharded", "config", "embedding", "growth", "resharding", "deltas", "delta_files"),
-        *("cached", "store", "residents", "records", "numbering", "tiers"),
+        *("cached", "store", "residents", "records", "numbering", "traffic", "tier_files", "tiers"),
     ],
     "linen": ["variables", "modules", "dynamic"],
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
     "deeprec": ["options", "variable", "interface", "embedding_variable"],
-    "checkpoint": ["writing", "metadata", "leaves", "shards", "checkpoints"],
+    "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
     "commands": ["interrupts", "parameters", "running", "training", "inspecting", "choosing"],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }

@@ -14,6 +14,8 @@ from jax.experimental.sparse import BCOO, BCSR
 from qrhash import Bag, Keys, MeshLayout, batches
 from support.meshes import make_layout
 
+UNCHECKED_KEYS = True
+
 LISTS = [[], [7, 8], [3], [], [7], []]
 WEIGHTS = [[], [0.5, 2.0], [1.0], [], [-1.0], []]
 FLAT = [7, 8, 3, 7]

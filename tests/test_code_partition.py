@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import qrhash
 from qrhash.checkpoint import Checkpoints, MismatchError
 from support import oracle
-from support.cases import assert_close, parameters, quick_jit
+from support.cases import assert_close, parameters
 from support.meshes import dense, layout_2x4
 
 CARS = np.array([[0, 3], [1, 0], [0, 3], [2, 0], [1, 0], [0, 3]])
@@ -56,7 +56,7 @@ def test_every_tuple_of_row_numbers_has_its_id_or_none(codes, data):
 def test_the_inverse_is_the_same_on_the_device(rng):
     p = qrhash.CodePartition(rng.integers(0, 3, (50, 2)), tie_breaker=True)
     grid = [g.ravel() for g in np.meshgrid(*(np.arange(-1, rows + 1) for rows in p.num_rows))]
-    back = quick_jit(p.ids)(*map(jnp.asarray, grid))
+    back = jax.jit(p.ids)(*map(jnp.asarray, grid))
     assert set(back.tolist()) == {-1, *range(50)}
     np.testing.assert_array_equal(back, p.ids(*grid))
 
@@ -124,11 +124,11 @@ def test_programs_hold_one_byte_for_a_small_code_and_none_where_the_host_looks_u
     codes = np.random.default_rng(0).integers(0, 256, (5000, 2))
     cfg = qrhash.EmbedConfig(qrhash.CodePartition(codes), 4)
     tables = qrhash.init(jax.random.key(0), cfg)
-    on_device = quick_jit(lambda tables, ids: qrhash.lookup(tables, ids, cfg))
+    on_device = jax.jit(lambda tables, ids: qrhash.lookup(tables, ids, cfg))
     text = on_device.lower(tables, jnp.arange(3)).as_text()
     assert "tensor<5000x2xui8>" in text
     assert "tensor<5000x2xi32>" not in text
-    by_rows = quick_jit(lambda tables, at: qrhash.combine_rows(qrhash.gather(tables, at), at, cfg))
+    by_rows = jax.jit(lambda tables, at: qrhash.combine_rows(qrhash.gather(tables, at), at, cfg))
     at = cfg.indices(np.arange(3))
     assert "5000" not in by_rows.lower(tables, at).as_text()
     np.testing.assert_array_equal(by_rows(tables, at), on_device(tables, jnp.arange(3)))
@@ -178,7 +178,7 @@ def test_a_collection_on_a_mesh_trains_by_codes(rng):
             vectors = qrhash.collection.lookup(stacks, ids, cfg)
             return jnp.sum(vectors["item"] * vectors["last"])
 
-        value_and_grad = quick_jit(qrhash.value_and_grad(loss, large=cfg.large_tables))
+        value_and_grad = jax.jit(qrhash.value_and_grad(loss, large=cfg.large_tables))
         value, grads = value_and_grad(stacks)
         results.append((value, dense(grads)))
     (want, want_grads), (got, got_grads) = results

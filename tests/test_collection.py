@@ -14,9 +14,7 @@ from flax import nnx
 import qrhash
 from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
 from support import oracle
-from support.cases import FAMILIES, assert_close, parameters, quick_jit
-
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+from support.cases import FAMILIES, assert_close, parameters
 
 _embed = functools.partial(EmbedConfig, large_table_rows=3)
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}
@@ -136,7 +134,7 @@ def test_gradients_equal_those_of_each_feature(by_rows, one_hot_rows, rng, monke
         if by_rows
         else jax.value_and_grad(_loss)
     )
-    step = quick_jit(gradient)
+    step = jax.jit(gradient)
     for _ in range(2):
         ids = _ids(rng, TRACED)
         weights = {
@@ -361,7 +359,7 @@ def test_a_config_is_frozen_hashable_and_says_who_shares():
         "last_page": "page",
     }
     assert "last_item" not in CONFIG.own_configs
-    lookup = quick_jit(collection.lookup, static_argnums=2)
+    lookup = jax.jit(collection.lookup, static_argnums=2)
     stacks = collection.init(jax.random.key(0), CONFIG)
     for config in (CONFIG, same):
         lookup(stacks, {"item": jnp.array([1])}, config)
@@ -437,7 +435,7 @@ def test_both_flax_modules_agree_with_the_pure_functions(rng):
     nnx.update(embed, params)
     assert set(nnx.to_pure_dict(nnx.state(embed))) == set(params)
     for got in (
-        quick_jit(linen.apply)({"params": params}, ids),
+        jax.jit(linen.apply)({"params": params}, ids),
         nnx.jit(lambda embed, ids: embed(ids))(embed, ids),
     ):
         assert set(got) == set(want)

@@ -20,6 +20,7 @@ from support import ctr_files
 from support.training_process import assert_same_curve, compiled_once, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 # 500 rows to train on, 125 to validate and 175 to test on: 16 steps an epoch, 32 points.
 SMALL = ["--features=4", "--bottom-mlp=32", "--top-mlp=32", "--batch-size=32", "--evaluations=32"]

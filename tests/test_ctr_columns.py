@@ -1,14 +1,19 @@
 """Which embedding a column gets, and what `collisions` means."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import qrhash
+from qrhash import Keys
+from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.columns import embed_configs
+from qrhash.ctr.model.columns import embed_configs, tables_of
+from qrhash.ctr.model.models import Embeddings
 from qrhash.ctr.settings import Settings
 
 FAMILIES = ("quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick")
@@ -208,12 +213,45 @@ def test_columns_of_keys_have_tables_of_their_digits():
     sizes = {"C1": None, "C2": None, "C3": 100, "C4": 500, "C5": None}
     configs = embed_configs(settings, sizes)
     assert list(configs) == ["C1", "C2", "C3", "C4"]
-    assert configs["C1"].partition == qrhash.KeyDigits(20, 2)
+    assert replace(configs["C1"].partition, seed=0) == qrhash.KeyDigits(20, 2)
     assert configs["C1"].large_tables == (True, True)
     assert configs["C2"].partition == qrhash.KeyDigits(64, 4)
     assert configs["C2"].table_shapes == ((65536, 4),) * 4
     assert configs["C3"].partition == qrhash.FullTable(100)
     assert configs["C4"].partition == qrhash.QuotientRemainder(500, 125)
+
+
+def test_columns_of_keys_share_their_tables():
+    """Each with hashes of its own; those with a section about tables have theirs."""
+    columns = {"C2": {"key_bits": 12}, "C4": {"ids": "vocabulary"}, "tags": {"combiner": "max"}}
+    settings = Settings(data="events", ids="keys", key_bits=20, columns=columns)
+    configs = embed_configs(settings, {"C1": None, "C2": None, "C3": None, "C4": 9, "tags": None})
+    shared = [configs[name] for name in ("C1", "C3", "tags")]
+    assert len({config.partition.seed for config in shared}) == 3
+    assert [config.combiner for config in shared] == ["mean", "mean", "max"]
+    assert tables_of(configs) == [configs[name] for name in ("C1", "C2", "C4")]
+    model = Embeddings(configs, lists=["tags"], rngs=nnx.Rngs(0))
+    leaves = jax.tree.leaves(nnx.state(model))
+    assert sum(leaf.size for leaf in leaves) == 2 * 1024 * 16 + 2 * 64 * 16 + 9 * 16
+    keys = Keys.of(np.full((2, 3), 7, np.uint64))
+    lists = Padded(Keys.of(np.full((2, 2), 7, np.uint64)), np.array([[1, 0], [1, 1]], bool))
+    c1, c2, c3, _, tags = model(np.zeros((2, 1), np.int32), keys, [lists])
+    # The same key, of another column another vector; of a list of it twice the same maximum.
+    for one, other in itertools.combinations((c1, c2, c3, tags), 2):
+        assert not np.allclose(one, other)
+    np.testing.assert_array_equal(tags[0], tags[1])
+
+
+def test_towers_have_a_pool_each():
+    options = {
+        "data": "events",
+        "ids": "keys",
+        "model": "two-tower",
+        "items": "b,c",
+        "key_bits": 10,
+    }
+    configs = embed_configs(Settings(**options), dict.fromkeys("abcd"))
+    assert tables_of(configs) == [configs["a"], configs["b"]]
 
 
 def test_a_section_says_its_own_way_from_keys_to_rows():
@@ -227,7 +265,7 @@ def test_a_section_says_its_own_way_from_keys_to_rows():
 def test_keys_are_no_part_of_a_compression():
     settings = Settings(compression=4.0, columns={"C1": {"ids": "keys", "key_bits": 10}})
     configs = embed_configs(settings, SIZES | {"C1": None})
-    assert configs["C1"].partition == qrhash.KeyDigits(10, 2)
+    assert configs["C1"].table_shapes == ((32, 16), (32, 16))
     full = 64 * sum(size for name, size in SIZES.items() if name != "C1")
     others = {name: config for name, config in configs.items() if name != "C1"}
     assert 4.0 <= full / _bytes_of(others) < 4.1

@@ -20,6 +20,7 @@ from support import ctr_files
 from support.training_process import compiled_once
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 LEFT_OUT = {name: {"partition": "drop"} for name in ("ad",)}
 SMALL = {

@@ -29,6 +29,7 @@ from support.training_process import (
 )
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 
 # --- the mesh -------------------------------------------------------------------------------------
@@ -348,6 +349,19 @@ def test_two_processes_go_on_with_what_one_began(options, tmp_path, logs):
     assert_same_to_the_last_bit(output, alone)
     assert sum(decoded) == 1000 + 99 + 2 * 792 - 1112 + 198
     assert max(decoded) <= sum(decoded) / 2 + 4 * 32
+
+
+def test_two_processes_give_keys_the_rows_that_one_gives(options, tmp_path, logs):
+    """Both count what became of the keys after the same steps, whoever shows it."""
+    run = [*options, "--dynamic=80", "--evict-every=5", "--large-table-rows=16"]
+    _train(*run, MESH, "--output-dir", tmp_path / "alone")
+    _together(*run, output=tmp_path / "run", logs=logs)
+    assert_same_to_the_last_bit(tmp_path / "run", tmp_path / "alone")
+    of_runs = [numbers_of(tmp_path / name)[-1] for name in ("run", "alone")]
+    became = ("num_keys", "looked_up", "in_rows", "admitted", "no_room", "evicted")
+    counts = [[summary[f"dynamic_{name}"] for name in became] for summary in of_runs]
+    assert counts[0] == counts[1]
+    assert counts[0][-1] > 0
 
 
 def test_a_limit_of_malformed_lines_holds_for_all_processes(options, tmp_path, logs):

@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from typer.testing import CliRunner
 
-from qrhash import Keys, MultiHash, dynamic
+from qrhash import Keys, MultiHash, cli, dynamic
 from qrhash.ctr.config_file import load
 from qrhash.ctr.data.pipeline import Batch, Padded
 from qrhash.ctr.dynamic_settings import room
@@ -23,6 +26,7 @@ from support import ctr_files
 from support.training_process import assert_same_curve, compiled_once, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 SMALL = [
     *("--features=4", "--bottom-mlp=8", "--top-mlp=8", "--batch-size=32"),
@@ -74,6 +78,22 @@ WRONG = {
     "compression": ("dynamic = '9'\ncompression = 4.0", "compression goes with ids from a"),
     "family": ("dynamic = '9'\npartition = 'hash-trick'", "goes with ids from a vocabulary"),
     "column without": ("[columns.a]\nnewcomers = 'zeros'", r"columns.a: newcomers goes with dyn"),
+    "cache without": ("cache_rows = 7", "cache_rows goes with dynamic, which is not given"),
+    "store alone": ("dynamic = '9'\nstore = '.'", "store goes with cache_rows, which is not given"),
+    "no directory": (
+        "dynamic = '9'\ncache_rows = 7\nstore = 'nowhere'",
+        "store must be a directory, got 'nowhere'",
+    ),
+    "cache on a mesh": ("dynamic = '9'\ncache_rows = 7\nmesh = 'data=8'", "not with a mesh"),
+    "cache of towers": (
+        "dynamic = '9'\ncache_rows = 7\nmodel = 'two-tower'\nitems = 'a'",
+        "cache_rows goes with the models of clicks, not with 'two-tower'",
+    ),
+    "cache, dense": ("dynamic = '9'\ncache_rows = 7\ndense_updates = true", "by rows, not with d"),
+    "cache, own rows": (
+        "dynamic = '9'\ncache_rows = 7\n[columns.a]\ndynamic = '9'",
+        "the one table that all columns of --dynamic share",
+    ),
     "two ways": (
         "[columns.a]\ndynamic = '9'\nids = 'keys'",
         "columns.a: dynamic, ids and hash_size are three ways",
@@ -203,6 +223,7 @@ def _learner(**options):
 @pytest.mark.parametrize(
     ("admit_after", "keys", "dense"), [(1, 40, False), (2, 4, False), (2, 4, True)]
 )
+@pytest.mark.usefixtures("keys_used_once")
 def test_rows_come_and_go_as_in_dictionaries(admit_after, keys, dense, rng):
     """Counted are few enough for the candidates: none of them is forgotten."""
     learner = _learner(dense_updates=dense, large_table_rows=8, admit_after=admit_after)
@@ -372,10 +393,6 @@ def test_a_stopped_run_goes_on_with_its_keys(unbroken, data, tmp_path, monkeypat
 
 def _assert_predicts_as_tested(run, data, output):
     """That `qrhash predict`, on one device, gives the test rows the loss of the run."""
-    from typer.testing import CliRunner
-
-    from qrhash import cli
-
     arguments = ["--run", run, "--data", data, "--output", output]
     invoked = CliRunner().invoke(cli.build_app(), ["predict", *map(str, arguments)])
     assert invoked.exit_code == 0, invoked.output
@@ -387,6 +404,86 @@ def _assert_predicts_as_tested(run, data, output):
 
 def test_predict_gives_keys_the_rows_that_they_have(unbroken, data, tmp_path):
     _assert_predicts_as_tested(unbroken[0], data, tmp_path / "s.parquet")
+
+
+def _of_run(output):
+    """Its numbers, but for those that only a run with a store has."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith("store_")}
+        for record in numbers_of(output)[1:]
+    ]
+
+
+@pytest.fixture(scope="module")
+def in_files(unbroken, data, tmp_path_factory):
+    """The directory of a run whose rows are in a file, and its output."""
+    folder = tmp_path_factory.mktemp("store")
+    stored = ("--cache-rows=60", "--store", folder, "--checkpoint-every=3")
+    result = _train(
+        *("--data", data, *SMALL, "--dynamic=64", *stored, "--output-dir", folder / "run")
+    )
+    return folder, result
+
+
+def test_rows_in_a_store_are_trained_to_the_same_numbers(in_files, unbroken):
+    folder, result = in_files
+    assert _of_run(folder / "run") == _of_run(unbroken[0])
+    assert [path.name for path in folder.iterdir()] == ["run"]  # no file of rows is left
+    summary = numbers_of(folder / "run")[-1]
+    assert 0.5 < summary["store_hit_rate"] < 1
+    assert summary["store_bytes_moved"] > 60 * summary["store_bytes"] / 64
+    assert f"{summary['store_hit_rate']:.1%}" in result.stdout
+    assert f"{summary['store_bytes_moved']:,} bytes moved" in result.stdout
+
+
+def test_a_stopped_run_goes_on_with_its_store(in_files, unbroken, data, tmp_path):
+    """From a checkpoint in the middle; of a later one that is damaged the rows are not taken."""
+    output = shutil.copytree(in_files[0] / "run", tmp_path / "run")
+    checkpoints = output / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.iterdir())
+    shutil.rmtree(checkpoints / str(steps[-1]))
+    rows = checkpoints / str(steps[-2]) / "files" / "rows.zip"
+    damaged = bytearray(rows.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rows.write_bytes(damaged)
+    result = _train("--resume", "--output-dir", output)
+    assert f"{rows} cannot be read as rows of this table" in result.stderr
+    assert f"{steps[-3]} steps" in result.stderr
+    assert _of_run(output) == _of_run(unbroken[0])
+
+
+def test_predict_reads_rows_from_the_store(in_files, data, tmp_path):
+    _assert_predicts_as_tested(in_files[0] / "run", data, tmp_path / "s.parquet")
+
+
+def test_inspect_says_that_it_does_not_look_into_a_store(in_files):
+    result = CliRunner().invoke(cli.build_app(), ["inspect", str(in_files[0] / "run")])
+    assert result.exit_code == 1
+    assert "its rows are in a store, and inspect looks at those on a device only" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_more_rows_on_the_device_than_there_are_need_no_store(unbroken, data, tmp_path):
+    options = ("--dynamic=64", "--cache-rows=64", "--checkpoint-every=0")
+    _train("--data", data, *SMALL, *options, "--output-dir", tmp_path / "run")
+    assert numbers_of(tmp_path / "run")[1:] == numbers_of(unbroken[0])[1:]
+
+
+def test_a_cache_too_small_for_a_batch_is_told(data, tmp_path):
+    options = (
+        "--dynamic=64",
+        "--cache-rows=9",
+        "--admit-after=1",
+        "--output-dir",
+        tmp_path / "run",
+    )
+    result = train("--data", data, *SMALL, *options)
+    assert result.exit_code == 1
+    assert re.search(
+        r"Error: cache_rows must be at least the \d+ rows that one batch", result.stderr
+    )
+    assert "make the cache larger or the batch smaller" in result.stderr
 
 
 def test_a_mesh_gives_the_same_rows(data, tmp_path):

@@ -24,6 +24,8 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 from support import ctr_files
 
+UNCHECKED_KEYS = True
+
 
 def _read(values, **options):
     """The lists of a column, of the rows that are well formed; and {row: reason}."""

@@ -10,6 +10,8 @@ from qrhash.ctr.data.synthetic import SyntheticSource
 from qrhash.ctr.data.vocabulary import MISSING_KEY, HashedIds, RawKeys
 from qrhash.ctr.errors import UserError
 
+UNCHECKED_KEYS = True
+
 IDS = {"C2": HashedIds(7), "C26": HashedIds(100)}
 
 

@@ -22,6 +22,7 @@ from support.training_process import (
 )
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 MESH = "--mesh=data=2,model=4"
 

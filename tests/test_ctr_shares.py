@@ -21,6 +21,8 @@ from qrhash.ctr.settings import Settings
 from support import ctr_files
 from support.many_processes import in_processes
 
+UNCHECKED_KEYS = True
+
 # --- what processes tell each other ---------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from support import ctr_files
 from support.training_process import assert_same_curve, compiled_once, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 
 def _open(data, limit=100, **options):

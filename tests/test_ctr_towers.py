@@ -24,6 +24,7 @@ from support import ctr_files
 from support.training_process import assert_same_curve, compiled_once, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +48,7 @@ def _linear(layer, x):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.25])
+@pytest.mark.usefixtures("keys_used_once")
 def test_towers_are_mlps_of_their_columns(temperature, rng):
     settings = Settings(
         model="two-tower", items="item,tag", tower_mlp="5-4", temperature=temperature

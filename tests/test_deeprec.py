@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 import qrhash
 from qrhash.deeprec import embedding_lookup, get_multihash_variable
 from support import oracle
-from support.cases import assert_close, quick_jit
+from support.cases import assert_close
 
 ones = nn.initializers.ones
 SQUARE = [[3, 4], [3, 4]]
@@ -360,7 +360,7 @@ def test_the_correct_form_in_its_place():
     """quotient-remainder divides by the remainder table's length: no sizes collide."""
     var = get_multihash_variable("v", [[5, 6], [3, 6]], complementary_strategy="quotient-remainder")
     assert var.config.partition == qrhash.QuotientRemainder(15, 3)
-    vectors = quick_jit(lambda t, i: qrhash.lookup(t, i, var.config))(var.tables, np.arange(15))
+    vectors = jax.jit(lambda t, i: qrhash.lookup(t, i, var.config))(var.tables, np.arange(15))
     assert len(np.unique(vectors[:, 0])) == 15
 
 

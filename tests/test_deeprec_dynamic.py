@@ -26,8 +26,6 @@ from qrhash.deeprec import (
     get_embedding_variable,
 )
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 ones = nn.initializers.ones
 
 

@@ -21,8 +21,7 @@ from qrhash.dynamic import (
     SmallNorm,
     StepsSinceUse,
 )
-
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+from support.cases import OPTIMIZED
 
 RATE, START = 0.1, 0.5
 WIDTH = 4
@@ -306,7 +305,7 @@ def test_a_step_copies_no_table(policy, operation):
     of_batch = jax.ShapeDtypeStruct((64,), jnp.uint32)
     cotangents = jax.ShapeDtypeStruct((64, WIDTH), jnp.float32)
     keys, number = Keys(of_batch, of_batch), jax.ShapeDtypeStruct((), jnp.int32)
-    compiled = _step(config, tx).lower(*carry, keys, cotangents, number).compile()
+    compiled = _step(config, tx).lower(*carry, keys, cotangents, number).compile(OPTIMIZED)
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < rows
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < rows

@@ -19,8 +19,6 @@ from qrhash.dynamic import (
 )
 from support.meshes import make_layout
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 CONFIGS = [
     DynamicConfig(100, 8),
     DynamicConfig(100, 8, admission=AdmitAll(), eviction=StepsSinceUse(3), refused_value=0.5),

@@ -13,7 +13,7 @@ from qrhash.dynamic import ExactCount, StepsSinceUse
 from support.dynamic_training import Training, config_of, rows_of, vectors_of
 from support.meshes import make_layout
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+UNCHECKED_KEYS = True
 
 ADMISSION, EVICTION = ExactCount(2, 40), StepsSinceUse(2)
 

@@ -10,9 +10,8 @@ from qrhash.dynamic import ExactCount, LeastUsed, StepsSinceUse, upkeep
 from qrhash.dynamic import index as key_index
 from support.dynamic_training import Training, adam, batch, config_of, rows_of, vectors_of
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STANDARD_PROMOTION = True  # optax's Adam multiplies by a power of an integer
+UNCHECKED_KEYS = True
 
 
 def _count_of(state, key):

@@ -12,12 +12,12 @@ from qrhash.dynamic import ExactCount, StepsSinceUse
 from support.dynamic_training import Training, adagrad, adam, config_of, vectors_of
 from support.meshes import make_layout
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STANDARD_PROMOTION = True  # optax's Adam multiplies by a power of an integer
+UNCHECKED_KEYS = True
 
 
 @pytest.mark.parametrize("make", [adagrad, adam])
+@pytest.mark.usefixtures("keys_used_once")
 def test_every_key_keeps_row_vector_and_state(make):
     training = Training(config_of(20, admission=ExactCount(2, 30)), make())
     training.steps(8)

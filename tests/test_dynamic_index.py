@@ -19,9 +19,9 @@ from qrhash.dynamic.newcomers import Admission, Admitted
 from qrhash.dynamic.slots import EMPTY, TOMBSTONE
 from qrhash.dynamic.upkeep import evict, grow, lowest, rebuild
 from qrhash.keys import Keys
-from support.cases import quick_jit
+from support.cases import OPTIMIZED
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+UNCHECKED_KEYS = True
 
 # Words that are alike in one half, the ends of the range, and anything.
 _EDGES = [0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1, *(n << 32 for n in range(2, 12))]
@@ -126,12 +126,12 @@ def assert_given(given, want):
     assert (int(given.not_admitted), int(given.no_room)) == (not_admitted, no_room)
 
 
-_assign = quick_jit(assign, static_argnames="admission", donate_argnums=0)
-_lookup = quick_jit(lookup_rows)
-_evict = quick_jit(evict, donate_argnums=0)
-_rebuild = quick_jit(rebuild, donate_argnums=0)
-_grow = quick_jit(grow, static_argnums=1)
-_lowest = quick_jit(lowest)
+_assign = jax.jit(assign, static_argnames="admission", donate_argnums=0)
+_lookup = jax.jit(lookup_rows)
+_evict = jax.jit(evict, donate_argnums=0)
+_rebuild = jax.jit(rebuild, donate_argnums=0)
+_grow = jax.jit(grow, static_argnums=1)
+_lowest = jax.jit(lowest)
 
 
 @st.composite
@@ -327,12 +327,12 @@ def _of_table_size(compiled):
 
 
 @functools.cache
-def _compiled(jit=jax.jit, donate=0, size=4096):
+def _compiled(donate=0, size=4096, options=OPTIMIZED):
     index = jax.eval_shape(lambda: create(CAPACITY))
     words = jax.ShapeDtypeStruct((size,), jnp.uint32)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    jitted = jit(assign, donate_argnums=donate)
-    return jitted.lower(index, Keys(words, words), step).compile()
+    jitted = jax.jit(assign, donate_argnums=donate)
+    return jitted.lower(index, Keys(words, words), step).compile(options)
 
 
 def test_a_donated_index_is_not_copied():
@@ -344,12 +344,12 @@ def test_a_donated_index_is_not_copied():
 
 
 def test_the_check_sees_the_copies_of_an_index_that_is_not_donated():
-    found = _of_table_size(_compiled(quick_jit, donate=()))
+    found = _of_table_size(_compiled(donate=(), options=None))
     assert any(f"u32[{NUM_SLOTS},4]" in each for each in found)
 
 
 def test_one_program_for_one_size_of_batch():
-    jitted = quick_jit(lambda *args: assign(*args), donate_argnums=0)
+    jitted = jax.jit(lambda *args: assign(*args), donate_argnums=0)
     index = create(200)
     for step in range(8):  # 16 new keys each, all of them at first, then none
         keys = np.arange(min(step, 4) * 16, min(step, 4) * 16 + 16, dtype=np.uint64)
@@ -366,7 +366,7 @@ def test_another_thread_on_the_host():
             index = create(50)
             for step in range(3):
                 keys = UNIVERSE[step * 10 : step * 10 + 20]
-                index, given, _ = quick_jit(assign)(index, Keys.of(keys), np.int32(step))
+                index, given, _ = jax.jit(assign)(index, Keys.of(keys), np.int32(step))
             found["index"], found["devices"] = index, given.rows.devices()
 
     thread = threading.Thread(target=work)

@@ -19,7 +19,7 @@ from qrhash.dynamic import (
 )
 from support.meshes import layout_2x4, make_layout
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+UNCHECKED_KEYS = True
 
 CAPACITY, WIDTH, BATCH = 96, 4, 32
 

@@ -17,8 +17,6 @@ from qrhash import Bag, EmbedConfig, KeyDigits, Keys, MultiHash, dynamic
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed
 from support.meshes import layout_2x4
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 STANDARD_PROMOTION = True  # optax's Adam
 
 WIDTH = 4

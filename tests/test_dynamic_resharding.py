@@ -18,10 +18,11 @@ from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.dynamic import AdmitAll, DynamicConfig, ExactCount, SketchCount, SmallNorm, resharding
 from qrhash.dynamic.sharded import owner_of
 from qrhash.kinds import put_table
+from support.cases import OPTIMIZED
 from support.dynamic_training import Training, config_of, known, vectors_of
 from support.meshes import layout_2x4, make_layout
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+UNCHECKED_KEYS = True
 
 WIDTH = 4
 
@@ -334,7 +335,8 @@ def _step(config, **options):
 
     to = (*jax.tree.map(lambda x: x.sharding, like), None)
     words = jax.ShapeDtypeStruct((32,), jnp.uint32)
-    return jax.jit(step, out_shardings=to, **options).lower(*like, Keys(words, words)).compile()
+    jitted = jax.jit(step, out_shardings=to, **options)
+    return jitted.lower(*like, Keys(words, words)).compile(OPTIMIZED)
 
 
 def _copies(compiled):

@@ -20,9 +20,7 @@ import qrhash
 from qrhash import dynamic
 from qrhash.dynamic.records import swap_rows
 from qrhash.dynamic.residents import Residents
-from support.cases import quick_jit
-
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
+from support.cases import OPTIMIZED
 
 STANDARD_PROMOTION = True  # optax's Adam
 
@@ -50,7 +48,7 @@ def step_of(config, tx):
 
     gradient = qrhash.value_and_grad(loss, config.large_tables)
 
-    @functools.partial(quick_jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, ids):
         value, grads = gradient(params, ids)
         updates, state = tx.update(grads, state, params)
@@ -121,7 +119,7 @@ def test_a_tiered_table_is_the_resident_one_bit_for_bit(name):
     assert both.train_tiered(given) == both.train_whole(given)
     both.check()
     assert 0.3 < both.tier.hit_rate < 1
-    assert both.tier.bytes_moved > 100 * both.tier.store.record_width
+    assert both.tier.traffic.bytes_moved > 100 * both.tier.store.record_width
 
 
 def test_bfloat16_rows_keep_their_bits():
@@ -201,7 +199,7 @@ def test_a_batch_of_a_mapping_has_slots_in_the_place_of_its_ids():
 def test_no_step_copies_the_cache():
     table = jnp.zeros((4096, 8))
     rows, values = jnp.zeros(64, jnp.int32), (jnp.zeros((64, 8)),) * 2
-    text = swap_rows.lower([table, table], rows, values).compile().as_text()
+    text = swap_rows.lower([table, table], rows, values).compile(OPTIMIZED).as_text()
     assert "scatter" in text
     assert not re.search(r"f32\[4096,8\]\S* (copy|broadcast|convert)\(", text)
 
@@ -216,7 +214,7 @@ def test_a_table_of_keys_is_the_resident_one():
         def loss(params, found):
             return jnp.sum(dynamic.lookup(params, found, config) ** 2)
 
-        @quick_jit
+        @jax.jit
         def step(params, state, found):
             params, new = dynamic.start_rows(params, found, config)
             state = qrhash.reset_rows(tx, state, params, new)
@@ -229,7 +227,7 @@ def test_a_table_of_keys_is_the_resident_one():
     whole, index = dynamic.init(KEY.copy(), config), dynamic.init_state(config)
     whole_state, step = tx.init(whole), step_for(config)
     wanted = []
-    assign = quick_jit(functools.partial(dynamic.assign, config=config))
+    assign = jax.jit(functools.partial(dynamic.assign, config=config))
     for n, keys in enumerate(given):
         index, found = assign(index, keys, step=n)
         whole, whole_state, value = step(whole, whole_state, found)
@@ -260,8 +258,8 @@ def test_look_ups_are_counted_once_however_far_ahead():
     both = Both(depth=3)
     given = [np.array([1, 1, 2]), np.array([1, 3, 3]), np.array([3, 3, 3])]
     both.train_tiered(given)
-    assert (both.tier.looked_up, both.tier.hits) == (9, 4)
-    assert both.tier.bytes_moved == 3 * both.tier.store.record_width
+    assert (both.tier.traffic.looked_up, both.tier.traffic.hits) == (9, 4)
+    assert both.tier.traffic.bytes_moved == 3 * both.tier.store.record_width
 
 
 @pytest.mark.parametrize("ids", [np.array([5, 5]), np.zeros(0, np.int64)], ids=["hits", "empty"])
@@ -302,7 +300,7 @@ def test_tables_in_a_store_and_others_train_together():
         large = {"a": config.large_tables, "b": other.large_tables, "c": False}
         gradient = qrhash.value_and_grad(loss, large)
 
-        @quick_jit
+        @jax.jit
         def step(params, state, batch):
             _, grads = gradient(params, batch)
             updates, state = tx.update(grads, state, params)

@@ -12,7 +12,7 @@ from flax import nnx
 import qrhash
 from qrhash.dynamic import DynamicConfig
 from support import oracle
-from support.cases import FAMILIES, FEATURES, assert_close, config, parameters, quick_jit
+from support.cases import FAMILIES, FEATURES, assert_close, config, parameters
 from support.meshes import dense, layout_2x4
 
 THREE = FAMILIES["mixed radix"]
@@ -40,7 +40,7 @@ def test_every_row_is_a_vector(family, policy, rng):
     for ids in (IDS, IDS[0, 0], IDS[:0]):
         want = _want(tables, ids, cfg)
         assert_close(qrhash.lookup(tables, ids, cfg), want)
-        assert_close(quick_jit(qrhash.lookup, static_argnums=2)(tables, ids, cfg), want)
+        assert_close(jax.jit(qrhash.lookup, static_argnums=2)(tables, ids, cfg), want)
         indices = cfg.indices(ids)
         assert_close(qrhash.combine_rows(qrhash.gather(tables, indices), indices, cfg), want)
 
@@ -71,7 +71,7 @@ def test_gradients_dense_and_by_rows_equal_those_of_loops(rng):
     want, _ = oracle.gradient(tables, [IDS], [flat], _as_one_vector(cfg))
     loss = lambda tables: jnp.sum(weights * qrhash.lookup(tables, IDS, cfg))  # noqa: E731
     for grad in (jax.grad(loss), qrhash.value_and_grad(loss, large=cfg.large_tables)):
-        got = quick_jit(grad)(tables)
+        got = jax.jit(grad)(tables)
         for g, w in zip(dense(got[1] if len(got) == 2 else got), want, strict=True):
             assert_close(g, w)
 
@@ -101,7 +101,7 @@ def test_logits_are_sums_of_the_inner_products_and_all_vectors_are_there(rng):
     every = _want(tables, np.arange(29), cfg)
     assert_close(qrhash.all_vectors(tables, cfg), every)
     query = rng.standard_normal((2, 1, 3, FEATURES)).astype(np.float32)
-    logits = quick_jit(qrhash.attend, static_argnums=2)(tables, query, cfg)
+    logits = jax.jit(qrhash.attend, static_argnums=2)(tables, query, cfg)
     assert_close(logits, np.einsum("abkf,nkf->abn", query, every))
     with pytest.raises(ValueError, match=r"\[\*shape, k, features\], \(3, 8\).*got \(2, 8\)"):
         qrhash.attend(tables, query[:, 0, 0], cfg)
@@ -123,7 +123,7 @@ def test_modules_and_collections_on_a_mesh_give_the_same(rng):
     many = qrhash.CollectionConfig({"a": sharded, "b": "a", "c": one})
     stacks = qrhash.collection.as_stacks({"a": tables, "c": tables}, many)
     batch = {"a": ids, "b": ids[::-1].copy(), "c": ids}
-    vectors = quick_jit(qrhash.collection.lookup, static_argnums=2)(stacks, batch, many)
+    vectors = jax.jit(qrhash.collection.lookup, static_argnums=2)(stacks, batch, many)
     assert_close(vectors["a"], want)
     assert_close(vectors["b"], want[::-1])
     assert_close(vectors["c"], want.sum(axis=1))

@@ -18,7 +18,7 @@ import qrhash
 from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
 from qrhash.local import LocalTable
 from qrhash.protocol import LookUps, Table
-from support.cases import OPERATIONS, assert_close, quick_jit
+from support.cases import OPERATIONS, OPTIMIZED, assert_close
 from support.meshes import whole
 
 
@@ -120,7 +120,7 @@ def test_look_ups_and_attend(operation, rng):
     projection = qrhash.init_projection(jax.random.key(0), cfg)
     ids = jnp.array([[0, 28, 5], [-1, 29, 5]])
     query = jnp.asarray(rng.standard_normal((2, 8)), jnp.float32)
-    for wrap in (lambda f: f, quick_jit):
+    for wrap in (lambda f: f, jax.jit):
         got = wrap(lambda tables: qrhash.lookup(tables, ids, cfg, projection))(_halved(tables))
         assert_close(got, qrhash.lookup(tables, ids, cfg, projection))
         got = wrap(lambda tables: qrhash.attend(tables, query, cfg, projection))(_halved(tables))
@@ -134,7 +134,7 @@ def test_ordinary_gradients_and_vmap(rng):
     loss = lambda tables, ids: (qrhash.lookup(tables, ids, cfg) ** 2).sum()  # noqa: E731
     mapped = lambda tables, ids: jax.vmap(loss, (None, 0))(tables, ids).sum()  # noqa: E731
     for fun in (loss, mapped):
-        got, want = (quick_jit(jax.grad(fun))(each, ids) for each in (_halved(tables), tables))
+        got, want = (jax.jit(jax.grad(fun))(each, ids) for each in (_halved(tables), tables))
         jax.tree.map(assert_close, whole(got), want)
     many = jax.tree.map(lambda *each: jnp.stack(each), *[_halved(tables)] * 4)
     got = jax.vmap(lambda tables, ids: qrhash.lookup(tables, ids, cfg))(many, ids)
@@ -190,7 +190,7 @@ def test_a_step_touches_the_rows_of_its_batch_alone():
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
         tables, jax.eval_shape(tx.init, tables), ids
     )
-    memory = lowered.compile().memory_analysis()
+    memory = lowered.compile(OPTIMIZED).memory_analysis()
     table_bytes = 30_000 * 8 * 4
     assert memory.temp_size_in_bytes < table_bytes / 4
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < table_bytes / 4
@@ -206,7 +206,7 @@ def test_a_collection_takes_it(rng):
         return sum((each**2).sum() for each in collection.lookup(stacks, ids, config).values())
 
     halved = {**stacks, large: Halves.of(stacks[large])}
-    value_and_grad = quick_jit(qrhash.value_and_grad(loss, large=config.large_tables))
+    value_and_grad = jax.jit(qrhash.value_and_grad(loss, large=config.large_tables))
     (value, grads), (want, of_plain) = value_and_grad(halved), value_and_grad(stacks)
     assert_close(value, want)
     dense = Halves(*(half.to_dense() for half in (grads[large].even, grads[large].odd)), 20)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 import qrhash
 from qrhash.linen import MultiHashEmbed
 from support import cases, oracle
-from support.cases import FAMILIES, FEATURES, OF_EACH_KIND, assert_close, quick_jit
+from support.cases import FAMILIES, FEATURES, OF_EACH_KIND, assert_close
 
 AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))
@@ -33,7 +33,7 @@ def test_it_looks_up_and_attends_as_the_oracle_does(operation, family, rng):
     ids = rng.integers(-1, cfg.num_embeddings + 1, (2, 3)).astype(np.int32)
     query = rng.standard_normal((4, FEATURES)).astype(np.float32)
     every = oracle.lookup(tables, np.arange(cfg.num_embeddings), cfg, projection)
-    apply = quick_jit(embed.apply)
+    apply = jax.jit(embed.apply)
     assert_close(apply(variables, ids), oracle.lookup(tables, ids, cfg, projection))
     assert_close(embed.apply(variables, query, method="attend"), query @ every.T)
     assert (embed.num_embeddings, embed.features) == (cfg.num_embeddings, FEATURES)
@@ -80,7 +80,7 @@ def test_it_trains_where_nn_embed_stood(operation, rng):
     params = model.init(jax.random.key(0), ids)
     tx = optax.adagrad(0.3)
 
-    @quick_jit
+    @jax.jit
     def train(params):
         def loss(params):
             return ((model.apply(params, ids) - labels) ** 2).mean()

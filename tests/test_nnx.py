@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 import qrhash
 from qrhash.nnx import MultiHashEmbed, Optimizer, Table, as_table
 from support import cases, oracle
-from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, quick_jit
+from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close
 
 AXES = ("rows", "features")
 RULES = (("rows", "data"), ("features", None))
@@ -120,7 +120,7 @@ def test_parameters_pass_between_linen_and_nnx_by_name(operation, rng):
     assert_close(embed(ids), linen.apply(variables, ids))
     tx = optax.adagrad(0.1)
 
-    @quick_jit
+    @jax.jit
     def train(params, vectors_of):
         def step(carry, _):
             params, state = carry

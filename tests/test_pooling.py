@@ -15,8 +15,10 @@ import qrhash
 from qrhash import Bag, CollectionConfig, EmbedConfig, KeyDigits, Keys, collection
 from qrhash.pooling import COMBINERS, pool
 from support import oracle
-from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, parameters, quick_jit
+from support.cases import FAMILIES, FEATURES, OPERATIONS, assert_close, covering, parameters
 from support.meshes import dense, layout_2x4, make_layout, whole
+
+UNCHECKED_KEYS = True
 
 # The first, the last, and two next to each other are empty; ids twice in a bag, and in two.
 LISTS = [[], [3, 5, 3], [0], [], [], [10, 5], [7], []]
@@ -24,7 +26,6 @@ FEW = 13  # places of bags whose rows are gathered before they are pooled
 PADDING = 5  # an id that some cases take as padding
 DTYPES = [{}, {"param_dtype": jnp.bfloat16, "dtype": jnp.float32}]
 per_combiner = pytest.mark.parametrize("combiner", COMBINERS)
-per_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
 
 def _config(operation="mult", combiner="sum", family="quotient-remainder", **options):
@@ -58,7 +59,6 @@ def _padded(lists, weights=None, length=4):
 
 
 WAYS = {"ragged": _ragged, "few": _gathered, "padded": _padded}
-per_way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture(autouse=True)
@@ -70,29 +70,33 @@ def _few_places_at_once(monkeypatch):
 
 # --- look-up --------------------------------------------------------------------------------------
 
+FEW_BAGS = [[], [[]], [[], []], [[1]], [[1, 2, 3]]]
 
-@per_way
-@per_combiner
-@per_operation
-@pytest.mark.parametrize("pool_rows", [False, True], ids=["combine first", "pool first"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-def test_it_equals_loops(operation, combiner, pool_rows, weighted, make, rng):
-    if weighted and combiner == "max":
-        pytest.skip("max takes no weights")
-    weights = _weights(rng) if weighted else None
+
+@pytest.mark.parametrize(
+    ("way", "operation", "combiner", "pool_rows", "weighted"),
+    covering(
+        *(WAYS, OPERATIONS, COMBINERS, [False, True], [False, True]),
+        strength=3,
+        where=lambda *case: case[2] != "max" or not case[4],  # which takes no weights
+    ),
+)
+def test_it_equals_loops(way, operation, combiner, pool_rows, weighted, rng):
+    make, weights = WAYS[way], _weights(rng) if weighted else None
     for padding_id in (None, PADDING):
         cfg = _config(operation, combiner, pool_rows=pool_rows, padding_id=padding_id)
         tables, projection = parameters(cfg, rng)
         want = oracle.lookup_bags(tables, LISTS, cfg, projection, weights)
         look_up = lambda *x, cfg=cfg: qrhash.lookup(*x[:2], cfg, x[2])  # noqa: E731
-        run = quick_jit(look_up) if weighted or combiner == "max" else look_up
+        run = jax.jit(look_up) if weighted or combiner == "max" else look_up
         assert_close(run(tables, make(LISTS, weights), projection), want)
 
 
-@per_way
-@pytest.mark.parametrize("lists", [[], [[]], [[], []], [[1]], [[1, 2, 3]]], ids=str)
-@per_combiner
-def test_batches_of_few_bags_and_of_none(lists, combiner, make, rng):
+@pytest.mark.parametrize(
+    ("number", "combiner", "way"), covering(range(len(FEW_BAGS)), COMBINERS, WAYS)
+)
+def test_batches_of_few_bags_and_of_none(number, combiner, way, rng):
+    lists, make = FEW_BAGS[number], WAYS[way]
     cfg = _config("mult", combiner)
     tables, _ = parameters(cfg, rng)
     got = qrhash.lookup(tables, make(lists), cfg)
@@ -108,11 +112,11 @@ def test_every_family(family, rng):
     assert_close(got, oracle.lookup_bags(tables, lists, cfg))
 
 
-@per_way
-@per_combiner
-@pytest.mark.parametrize("policy", ["nan", "zero", "clip", "wrap"])
-def test_ids_outside_of_the_vocabulary_follow_their_policy(policy, combiner, make, rng):
-    lists = [[1, 2], [], [1, 11], [2]]
+@pytest.mark.parametrize(
+    ("policy", "combiner", "way"), covering(("nan", "zero", "clip", "wrap"), COMBINERS, WAYS)
+)
+def test_ids_outside_of_the_vocabulary_follow_their_policy(policy, combiner, way, rng):
+    lists, make = [[1, 2], [], [1, 11], [2]], WAYS[way]
     for padding_id in (None, 2):
         cfg = _config("add", combiner, id_policy=policy, padding_id=padding_id)
         tables, _ = parameters(cfg, rng)
@@ -164,7 +168,7 @@ def test_keys_in_bags(rng):
     assert_close(qrhash.lookup(tables, Bag.from_lists(text, capacity=5), cfg), want)
     padded = Keys.of(np.array([["a", "b"], ["x", "x"], ["b", "x"]]))
     bag = Bag.from_padded(padded, lengths=[2, 0, 1])
-    assert_close(quick_jit(lambda t, bag: qrhash.lookup(t, bag, cfg))(tables, bag), want)
+    assert_close(jax.jit(lambda t, bag: qrhash.lookup(t, bag, cfg))(tables, bag), want)
 
 
 def test_ids_of_the_host_beyond_32_bits(rng):
@@ -289,11 +293,12 @@ def _naive(params, lists, cfg, weights=None):
     return jnp.stack(out)
 
 
-@per_combiner
-@per_operation
-@pytest.mark.parametrize("pool_rows", [False, True], ids=["combine first", "pool first"])
-def test_gradients_equal_those_of_loops(operation, combiner, pool_rows, rng):
-    """Dense and by rows, of weights too, of bags given in every way."""
+@pytest.mark.parametrize(
+    ("operation", "combiner", "pool_rows", "way"),
+    covering(OPERATIONS, COMBINERS, [False, True], WAYS),
+)
+def test_gradients_equal_those_of_loops(operation, combiner, pool_rows, way, rng):
+    """Dense and by rows, of weights too."""
     lists = [[], [3, 5, 3], [0], [], [10, 5], []] if combiner != "max" else [[], [3, 5], [0], [7]]
     cfg = _config(operation, combiner, pool_rows=pool_rows)
     params, n = parameters(cfg, rng), sum(map(len, lists))
@@ -301,9 +306,9 @@ def test_gradients_equal_those_of_loops(operation, combiner, pool_rows, rng):
     if combiner != "max":
         weights = jnp.asarray(rng.uniform(0.5, 2, n), jnp.float32)
     slopes = jnp.asarray(rng.standard_normal((len(lists), FEATURES)), jnp.float32)
-    bags = {way: make(lists) for way, make in WAYS.items()}
+    bag = WAYS[way](lists)
 
-    def loss(params, weights, bag):
+    def loss(params, weights, bag=bag):
         if weights is not None:
             places = np.flatnonzero(bag.in_bag)
             bag = bag.with_weights(jnp.full(bag.capacity, jnp.nan).at[places].set(weights))
@@ -312,25 +317,18 @@ def test_gradients_equal_those_of_loops(operation, combiner, pool_rows, rng):
     def naive(params, weights):
         return (_naive(params, lists, cfg, weights) * slopes).sum()
 
-    def densely(params, weights):
-        return [jax.value_and_grad(loss, (0, 1))(params, weights, bag) for bag in bags.values()]
-
     def by_rows(both):
-        marked = {"params": (cfg.large_tables, False), "weights": False}
-        return [
-            qrhash.value_and_grad(
-                lambda both, bag=bag: loss(both["params"], both["weights"], bag), marked
-            )(both)
-            for bag in bags.values()
-        ]
+        return loss(both["params"], both["weights"])
 
-    want = quick_jit(jax.value_and_grad(naive, (0, 1)))(params, weights)
-    for got in quick_jit(densely)(params, weights):
-        jax.tree.map(assert_close, got, want)
-    for value, grads in quick_jit(by_rows)({"params": params, "weights": weights}):
-        assert isinstance(grads["params"][0][0], qrhash.RowGrads)
-        grads = dense(grads)
-        jax.tree.map(assert_close, (value, (grads["params"], grads["weights"])), want)
+    marked = {"params": (cfg.large_tables, False), "weights": False}
+    want = jax.jit(jax.value_and_grad(naive, (0, 1)))(params, weights)
+    got = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, weights)
+    jax.tree.map(assert_close, got, want)
+    both = {"params": params, "weights": weights}
+    value, grads = jax.jit(qrhash.value_and_grad(by_rows, marked))(both)
+    assert isinstance(grads["params"][0][0], qrhash.RowGrads)
+    grads = dense(grads)
+    jax.tree.map(assert_close, (value, (grads["params"], grads["weights"])), want)
 
 
 @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
@@ -419,7 +417,7 @@ def test_training_by_rows_equals_loops_densely(operation, combiner, rng):
 
     gradient = qrhash.value_and_grad(loss, (cfg.large_tables, False))
 
-    @quick_jit
+    @jax.jit
     def step(params, state, bag, target):
         _, grads = gradient(params, bag, target)
         updates, state = by_rows.update(grads, state, params)
@@ -427,7 +425,7 @@ def test_training_by_rows_equals_loops_densely(operation, combiner, rng):
 
     got, state = params, by_rows.init(params)
     want, dense_state = params, tx.init(params)
-    for lists, target in _batches(cfg, rng, 15):
+    for lists, target in _batches(cfg, rng, 5):
         got, state = step(got, state, _ragged(lists, capacity=18), target)
         # By loops in float32, whose derivatives JAX has.
         grads = jax.grad(lambda p, x=lists, t=target: ((_naive(p, x, cfg) - t) ** 2).mean())(want)
@@ -480,7 +478,7 @@ def test_a_collection_of_bags_and_ids(rng):
     tables, projections = _drawn(rng)
     stacks = collection.stack(tables, CONFIG)
     lists, inputs = _inputs(rng)
-    got = quick_jit(lambda *x: collection.lookup(*x[:2], CONFIG, x[2]))(stacks, inputs, projections)
+    got = jax.jit(lambda *x: collection.lookup(*x[:2], CONFIG, x[2]))(stacks, inputs, projections)
     assert set(got) == set(COLUMNS)
     for name, vectors in got.items():
         owner, cfg = CONFIG.owner_of[name], CONFIG.configs[name]
@@ -507,10 +505,10 @@ def test_a_collection_trains_bags_by_rows_as_densely(rng):
         vectors = collection.lookup(params[0], inputs, CONFIG, params[1])
         return sum((vector**2).sum() for vector in vectors.values())
 
-    want = quick_jit(jax.grad(loss))(params, _inputs(rng)[1])
+    want = jax.jit(jax.grad(loss))(params, _inputs(rng)[1])
     rng = np.random.default_rng(0)
     _drawn(rng)
-    _, got = quick_jit(qrhash.value_and_grad(loss, (CONFIG.large_tables, False)))(
+    _, got = jax.jit(qrhash.value_and_grad(loss, (CONFIG.large_tables, False)))(
         params, _inputs(rng)[1]
     )
     jax.tree.map(assert_close, dense(got), want)
@@ -541,10 +539,9 @@ def test_modules_of_many_features_take_bags(rng):
     want = oracle.lookup_bags(embed.tables["tags"], lists["tags"], CONFIG.configs["tags"])
     assert_close(got["tags"], want)
     module = qrhash.linen.EmbedCollection(CONFIG)
-    variables = module.init(jax.random.key(0), inputs)
-    assert {k: v.shape for k, v in module.apply(variables, inputs).items()} == dict.fromkeys(
-        COLUMNS, (8, FEATURES)
-    )
+    variables = jax.eval_shape(module.init, jax.random.key(0), inputs)
+    vectors = jax.eval_shape(module.apply, variables, inputs)
+    assert {k: v.shape for k, v in vectors.items()} == dict.fromkeys(COLUMNS, (8, FEATURES))
 
 
 # --- meshes ---------------------------------------------------------------------------------------
@@ -577,14 +574,15 @@ def test_on_a_mesh_the_numbers_are_those_of_one_device(name, way, rng):
         return (qrhash.lookup(params[0], bag, cfg, params[1]) ** 2).sum()
 
     alone = (tables, projection), make(LISTS, weights), cfg
-    want = quick_jit(jax.value_and_grad(loss), static_argnums=2)(*alone)
+    want = jax.jit(jax.value_and_grad(loss), static_argnums=2)(*alone)
     with jax.set_mesh(layout.mesh):
         gradient = qrhash.value_and_grad(
             lambda p, bag: loss(p, bag, on_mesh), (on_mesh.large_tables, False)
         )
-        got = quick_jit(gradient)(placed, bag)
-    jax.tree.map(assert_close, jax.tree.map(np.asarray, dense(got)), jax.tree.map(np.asarray, want))
+        got = jax.jit(lambda *args: dense(gradient(*args)))(placed, bag)
+    jax.tree.map(assert_close, jax.tree.map(np.asarray, got), jax.tree.map(np.asarray, want))
+    look_up = jax.jit(lambda t, bag: whole(qrhash.lookup(t, bag, on_mesh, projection)))
     assert_close(
-        whole(qrhash.lookup(placed[0], make(LISTS, weights), on_mesh, projection)),
+        look_up(placed[0], make(LISTS, weights)),
         oracle.lookup_bags(tables, LISTS, cfg, projection, weights),
     )

@@ -18,8 +18,10 @@ import qrhash
 from qrhash import CollectionConfig, EmbedConfig, MeshLayout, RowGrads, ShardedTable, collection
 from qrhash.sharded import MeshStorage
 from support import oracle
-from support.cases import FEATURES, assert_close, parameters, quick_jit
+from support.cases import FEATURES, OPTIMIZED, assert_close, parameters
 from support.meshes import BOTH, dense, layout_2x4, make_layout, whole
+
+UNCHECKED_KEYS = True
 
 LAYOUTS = {
     "8 model": make_layout((8,), ("model",)),
@@ -67,7 +69,7 @@ def _scan(step, params, state, batches, layout):
         place = lambda leaf: NamedSharding(layout.mesh, layout.batch_spec(leaf.ndim, 1))  # noqa: E731
         batches = jax.device_put(batches, jax.tree.map(place, batches))
 
-    @quick_jit
+    @jax.jit
     def run(params, state, batches):
         body = lambda carry, batch: ((out := step(*carry, *batch))[:2], out[2])  # noqa: E731
         (params, state), losses = jax.lax.scan(body, (params, state), batches)
@@ -147,7 +149,7 @@ def test_row_r_is_row_r_div_s_of_shard_r_mod_s(layout, num_rows):
     array = np.asarray(sharded.array)
     for r, row in enumerate(table):
         np.testing.assert_array_equal(array[r % shards, r // shards], row)
-    np.testing.assert_array_equal(quick_jit(whole)(sharded), table)
+    np.testing.assert_array_equal(jax.jit(whole)(sharded), table)
     assert jax.tree.leaves(sharded) == [sharded.array]
 
 
@@ -161,11 +163,12 @@ def _assert_split(array, layout):
 
 
 @per_layout
+@pytest.mark.usefixtures("keys_used_once")
 def test_init_gives_the_numbers_of_one_device_and_each_device_its_shard(layout):
     cfg = _config(layout)
     tables = qrhash.init(jax.random.key(0), cfg)
     want = qrhash.init(jax.random.key(0), _config(None))
-    jax.tree.map(np.testing.assert_array_equal, quick_jit(whole)(tables), want)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(whole)(tables), want)
     large, small = tables
     assert isinstance(large, ShardedTable)
     assert isinstance(small, jax.Array)
@@ -176,6 +179,7 @@ def test_init_gives_the_numbers_of_one_device_and_each_device_its_shard(layout):
 
 
 @pytest.mark.parametrize("name", ["both", "columns"])
+@pytest.mark.usefixtures("keys_used_once")
 def test_custom_initializers_fill_their_tables(name):
     constant = nn.initializers.constant
     for embedding_init, want in [(constant(3.0), (3, 3)), ((constant(1.0), constant(2.0)), (1, 2))]:
@@ -184,15 +188,13 @@ def test_custom_initializers_fill_their_tables(name):
         assert all(map(_is_sharded, tables))
         for table in tables:
             _assert_split(table.array, LAYOUTS[name])
-        for table, shape, value in zip(
-            quick_jit(whole)(tables), cfg.table_shapes, want, strict=True
-        ):
+        for table, shape, value in zip(jax.jit(whole)(tables), cfg.table_shapes, want, strict=True):
             np.testing.assert_array_equal(table, np.full(shape, value))
 
 
 def test_a_random_initializer_draws_every_row_anew():
     cfg = _config(LAYOUTS["columns"], embedding_init=nn.initializers.normal(1.0))
-    table = np.asarray(quick_jit(whole)(qrhash.init(jax.random.key(0), cfg)[0]))
+    table = np.asarray(jax.jit(whole)(qrhash.init(jax.random.key(0), cfg)[0]))
     assert len(np.unique(table)) == table.size
     assert abs(table.std() - 1) < 0.1
 
@@ -207,7 +209,8 @@ def test_no_device_ever_holds_a_whole_table(embedding_init):
     cfg = EmbedConfig(partition, FEATURES, embedding_init=embedding_init, layout=layout)
     init = functools.partial(qrhash.init, config=cfg)
     to = layout.shardings(jax.eval_shape(init, jax.random.key(0)))
-    compiled = jax.jit(init, out_shardings=to).lower(jax.random.key(0)).compile()
+    lowered = jax.jit(init, out_shardings=to).lower(jax.random.key(0))
+    compiled = lowered.compile(OPTIMIZED)
     memory, shard = compiled.memory_analysis(), 4 * FEATURES * 2**24 // 8
     assert memory.output_size_in_bytes == pytest.approx(shard, rel=0.01)
     assert memory.temp_size_in_bytes < 4 * shard
@@ -299,7 +302,7 @@ def test_look_ups_and_gradients_are_those_of_loops_over_ids(name, k, operation, 
         pairs = zip(vectors, weights, strict=True)
         return sum((jnp.where(jnp.isnan(v), 0, v) * w).sum() for v, w in pairs), vectors
 
-    @quick_jit
+    @jax.jit
     def both_ways(params, ids):
         want, vectors = jax.grad(loss, has_aux=True)(params, ids)
         by_rows = qrhash.value_and_grad(loss, (cfg.large_tables, False), has_aux=True)
@@ -320,7 +323,7 @@ def test_gather_counts_no_row_from_the_end(name):
     index = np.array([[9, -1], [0, 10], [9, 2**31], [3, 3]])
     want = np.where((index >= 0) & (index < 10), index, 10)
     fills = (np.nan, 0.0, -1.0)
-    found = quick_jit(lambda t: [qrhash.gather((t,), (index,), fill_value=f) for f in fills])
+    found = jax.jit(lambda t: [qrhash.gather((t,), (index,), fill_value=f) for f in fills])
     for (rows,), fill in zip(found(sharded), fills, strict=True):
         padded = np.append(table, np.full((1, FEATURES), fill, np.float32), 0)
         np.testing.assert_array_equal(rows, padded[want])
@@ -332,7 +335,7 @@ def test_attend_is_the_product_with_all_vectors(name, operation, rng):
     cfg = _config(LAYOUTS[name], 2, operation)
     tables, _ = parameters(cfg, rng)
     query = jnp.asarray(rng.standard_normal((3, FEATURES)), jnp.float32)
-    attend = quick_jit(functools.partial(qrhash.attend, config=cfg))
+    attend = jax.jit(functools.partial(qrhash.attend, config=cfg))
     vectors = oracle.lookup(tables, np.arange(NUM_IDS), cfg)
     assert_close(attend(_on_mesh(tables, cfg), query), query @ vectors.T.astype(np.float32))
 
@@ -347,7 +350,7 @@ def test_row_gradients_add_up_and_have_the_norm_of_dense_ones(name, rng):
     def loss(table, index):
         return ((qrhash.gather((table,), (index,), fill_value=0.0)[0] + 1) ** 2).sum()
 
-    @quick_jit
+    @jax.jit
     def algebra(table, *index):
         a, b = (whole(jax.grad(loss)(table, each)) for each in index)
         g, h = (qrhash.value_and_grad(loss, True)(table, each)[1].array for each in index)
@@ -421,7 +424,7 @@ def test_a_stack_on_a_mesh_comes_apart_and_together(name, rng):
     stacks = collection.stack(tables, config)
     made = jax.eval_shape(functools.partial(collection.init, config=config), jax.random.key(0))
     assert jax.tree.structure(stacks) == jax.tree.structure(made)
-    apart = quick_jit(functools.partial(collection.unstack, config=config))(stacks)
+    apart = jax.jit(functools.partial(collection.unstack, config=config))(stacks)
     jax.tree.map(np.testing.assert_array_equal, apart, tables)
 
 
@@ -512,7 +515,7 @@ NOW_AND_THEN = layout_2x4(exchange="all_to_all", capacity=2)
 def test_an_exchange_overflows_now_and_then():
     cfg = _config(NOW_AND_THEN)
 
-    @quick_jit
+    @jax.jit
     def overflows(tables, ids):
         loss = lambda tables: qrhash.lookup(tables, ids, cfg).sum()  # noqa: E731
         grads, _ = qrhash.value_and_grad(loss, cfg.large_tables)(tables)[1]
@@ -579,7 +582,7 @@ def _of_one_shard(rng):
     ids = 12 * rng.permutation(64).astype(np.int32)
     weights = rng.standard_normal((64, FEATURES)).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def run(tables, ids):
         loss = lambda tables: (qrhash.lookup(tables, ids, cfg) * weights).sum()  # noqa: E731
         _, grads = qrhash.value_and_grad(loss, cfg.large_tables)(tables)
@@ -603,7 +606,7 @@ def _updates_of_an_overflow(tx, rng):
     (table, _), index = _start(2), 4 * rng.permutation(64).astype(np.int32)
     with_none = np.append(index, [-1, len(table)] * 4).astype(np.int32)
 
-    @quick_jit
+    @jax.jit
     def run(table):
         gather = functools.partial(qrhash.gather, fill_value=1.0)
         loss = lambda table: (gather((table,), (with_none,))[0] ** 2).sum()  # noqa: E731
@@ -692,7 +695,7 @@ def _assert_moves_no_table(text, elements):
     assert [moved for moved in _sizes_moved(text) if moved[1] >= elements] == []
 
 
-def _compiled(layout, batch, jit=jax.jit):
+def _compiled(layout, batch, options=OPTIMIZED):
     """A step by rows on a table of 40,003 rows, of a batch's shape alone.
 
     The loss is linear: nothing but the library's care orders the reads before the updates.
@@ -708,7 +711,7 @@ def _compiled(layout, batch, jit=jax.jit):
         (*layout.shardings(shapes), *map(place, batch)),
     )
     step = _step(cfg, tx, by_rows=True, criterion=jnp.vdot)
-    return jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile(options)
 
 
 def _copies(text, rows):
@@ -745,7 +748,8 @@ def test_the_check_sees_a_table_that_is_gathered():
     layout = LAYOUTS["reduce"]
     table = ShardedTable.from_array(np.zeros((40_003, FEATURES), np.float32), layout)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
-    compiled = jax.jit(ShardedTable.to_array, out_shardings=everywhere).lower(table).compile()
+    lowered = jax.jit(ShardedTable.to_array, out_shardings=everywhere).lower(table)
+    compiled = lowered.compile(OPTIMIZED)
     with pytest.raises(AssertionError):
         _assert_moves_no_table(compiled.as_text(), layout.rows_per_shard(40_003))
 
@@ -771,7 +775,7 @@ def test_a_device_receives_the_less_the_more_devices_there_are():
     received = []
     for devices in (2, 4, 8):
         layout = make_layout((devices,), ("data",), exchange="all_to_all")
-        computations = _computations(_compiled(layout, 4096, quick_jit).as_text())
+        computations = _computations(_compiled(layout, 4096, None).as_text())
         collectives = _collectives(computations, list(computations)[-1])
         assert sum(each.operation == "all-to-all" for each in collectives) >= 4
         shapes = itertools.chain(*(each.shapes for each in collectives))
@@ -794,21 +798,22 @@ def test_batches_of_one_shape_need_one_compilation(name, large_table_rows):
     one = _config(None)
     want = _scan(_step(one, tx, by_rows=False), *_init(one, tx), batches, None)
     tables, state = _init(cfg, tx)
-    step, losses = quick_jit(_step(cfg, tx, by_rows=True), donate_argnums=(0, 1)), []
+    step, losses = jax.jit(_step(cfg, tx, by_rows=True), donate_argnums=(0, 1)), []
     COMPILATIONS.clear()
     for batch in batches:
         batch = qrhash.batches.put_batch(batch, 16, layout)
         tables, state, loss = jax.block_until_ready(step(tables, state, *batch))
         losses.append(loss)
     assert len(COMPILATIONS) == 1
-    _assert_same_end((quick_jit(whole)(tables), np.array(losses)), want)
+    _assert_same_end((jax.jit(whole)(tables), np.array(losses)), want)
 
 
 def test_place_says_where_a_jitted_init_puts_tables_and_state():
     layout = LAYOUTS["reduce"]
     init = functools.partial(_init, _config(layout), optax.adagrad(0.1))
     to = layout.shardings(jax.eval_shape(init))
-    made = quick_jit(init, out_shardings=to)()
+    made = jax.jit(init, out_shardings=to, compiler_options=OPTIMIZED)()
+    want = jax.jit(init, compiler_options=OPTIMIZED)()  # as optimized, hence the same bits
     jax.tree.map(lambda array, where: array.sharding == where or pytest.fail(str(where)), made, to)
     nodes = jax.tree.leaves(made, is_leaf=_is_sharded)
     assert [_is_sharded(node) for node in nodes] == [True, False, True, False]
@@ -817,7 +822,8 @@ def test_place_says_where_a_jitted_init_puts_tables_and_state():
             _assert_split(node.array, layout)
         else:
             assert node.sharding.is_fully_replicated
-    jax.tree.map(np.testing.assert_array_equal, made, init())
+    jax.tree.map(np.testing.assert_array_equal, made, want)
+    jax.tree.map(lambda *both: assert_close(*both, 1e-6), whole(made), whole(init()))
 
 
 # --- explicit axes --------------------------------------------------------------------------------
@@ -862,7 +868,7 @@ def test_explicit_axes_give_the_same_vectors_and_steps(make, large_table_rows, e
             (ids, targets) if where is None else qrhash.batches.put_batch((ids, targets), 16, where)
         )
 
-        @quick_jit
+        @jax.jit
         def run(tables, state, *batch, cfg=cfg, tx=tx):
             return qrhash.lookup(tables, batch[0], cfg), make(cfg, tx)(tables, state, *batch)
 

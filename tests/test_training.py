@@ -20,12 +20,13 @@ from support.cases import (
     FAMILIES,
     FEATURES,
     OPERATIONS,
+    OPTIMIZED,
     assert_close,
     merging_by,
     parameters,
-    quick_jit,
 )
-from support.training_process import compiled_once
+
+UNCHECKED_KEYS = True
 
 per_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -52,7 +53,7 @@ def _densely(loss, tx):
 
 def _train(step, params, state, batches):
     """Parameters, state and the losses; of one compilation, whatever the batches hold."""
-    step, values = quick_jit(step), []
+    step, values = jax.jit(step), []
     for batch in batches:
         params, state, value = step(params, state, *batch)
         values.append(value)
@@ -216,7 +217,7 @@ def test_training_equals_loops_over_ids_and_rows(operation, rng):
         name: _by_rows(loss, (cfg.large_tables, False), make(RATE)) for name, make in RULES.items()
     }
 
-    @quick_jit
+    @jax.jit
     def all_steps(carry, ids, weights):
         return {name: step(*carry[name], ids, weights)[:2] for name, step in steps.items()}
 
@@ -317,13 +318,6 @@ def _is_pair(node):
 # --- Flax -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(tmp_path):
-    """Without LLVM's optimizations, which take longer than what they make faster."""
-    with compiled_once(tmp_path):
-        yield
-
-
 class Model(nnx.Module):
     """Two look-ups in one embedding, a collection, and layers whose state changes in a pass."""
 
@@ -356,7 +350,6 @@ def _nnx_step(value_and_grad):
     return step
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("tx", [optax.adagrad(0.1), CHAIN], ids=["adagrad", "chain"])
 def test_nnx_trains_to_the_parameters_of_dense_nnx(tx, rng):
     """The state of batch norm and dropout goes on as it does there."""
@@ -384,7 +377,6 @@ def _number(leaf):
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
-@pytest.mark.usefixtures("quick")
 def test_nnx_gradients_are_row_gradients_at_large_tables(rng):
     """In a state of the structure of `nnx.value_and_grad`; and dense for who asks that one."""
     model, batch = Model(nnx.Rngs(0)), next(_column_batches(rng, 1))
@@ -426,7 +418,6 @@ def test_nnx_wrt_chooses_what_is_differentiated(wrt):
     assert {name for name in start if (start[name] != end[name]).any()} == set(chosen)
 
 
-@pytest.mark.usefixtures("quick")
 def test_nnx_attends_over_a_large_table_with_a_dense_gradient():
     embed = qrhash.nnx.MultiHashEmbed(_embed("quotient-remainder", "add"), rngs=nnx.Rngs(0))
     loss = lambda embed: embed.attend(embed(jnp.array([1, 2]))).sum()  # noqa: E731
@@ -446,11 +437,10 @@ class LinenModel(nn.Module):
         return nn.Dense(FEATURES)(pooled)
 
 
-@pytest.mark.usefixtures("quick")
 def test_linen_trains_to_the_parameters_of_dense_linen(rng):
     batches, model, tx = list(_column_batches(rng, 20)), LinenModel(), optax.adagrad(0.1)
     with jax.numpy_dtype_promotion("standard"):  # Flax's own sums
-        boxed = model.init(jax.random.key(0), batches[0][0])
+        boxed = jax.jit(model.init)(jax.random.key(0), batches[0][0])
         by_rows = qrhash.linen.large_tables(boxed["params"])
         assert by_rows["columns"] == CONFIG.large_tables | {
             "page_kernel": False,
@@ -476,7 +466,7 @@ def test_linen_trains_to_the_parameters_of_dense_linen(rng):
         ]
         ends = []
         for value_and_grad, tx, apply_updates in ways:
-            step = quick_jit(_step(value_and_grad, tx, apply_updates))
+            step = jax.jit(_step(value_and_grad, tx, apply_updates))
             params, statistics = variables["params"], variables["batch_stats"]
             state = tx.init(params)
             for ids, target in batches:
@@ -514,7 +504,7 @@ def _of_table_size(compiled):
 
 def _compiled(step, *args):
     """A step that is given its first two arguments for good; nothing is allocated."""
-    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
+    return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile(OPTIMIZED)
 
 
 def _assert_in_place(compiled):
@@ -603,7 +593,7 @@ def test_a_step_of_bags_copies_no_table(operation):
 def test_a_look_up_of_bags_writes_no_vectors_of_all_ids():
     cfg = EmbedConfig(LARGE, FEATURES)
     params = _shapes_of(cfg)
-    text = jax.jit(_sum(cfg)).lower(params, BAGS).compile().as_text()
+    text = jax.jit(_sum(cfg)).lower(params, BAGS).compile(OPTIMIZED).as_text()
     assert f"f32[{PLACES}]" in text
     assert not re.search(rf"f32\[{PLACES},\d+", text)
 
@@ -667,8 +657,9 @@ def test_a_step_of_nnx_copies_no_table():
     model = Both(nnx.Rngs(0))
     optimizer = qrhash.nnx.Optimizer(model, optax.adagrad(0.1))
     jitted = nnx.jit(step, donate_argnames=("model", "optimizer"))
-    compiled = jitted.lower(model, optimizer, jnp.arange(64)).compile()
-    _assert_in_place(getattr(compiled, "compiled", compiled))
+    lowered = jitted.lower(model, optimizer, jnp.arange(64))
+    compiled = getattr(lowered, "lowered", lowered).compile(OPTIMIZED)
+    _assert_in_place(compiled)
 
 
 def test_a_step_of_linen_copies_no_table():

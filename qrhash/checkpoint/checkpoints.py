@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from qrhash.arithmetic import as_size
+from qrhash.checkpoint.files import FILES, FilesSave, ReadFiles, WriteFiles
 from qrhash.checkpoint.leaves import (
     STATE,
     check_present,
@@ -87,7 +88,7 @@ class Checkpoints:
         self._is_closed = False
         self._manager = ocp.CheckpointManager(
             self.directory,
-            item_names=(STATE, _METADATA),
+            item_names=(STATE, _METADATA, FILES),
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=max_to_keep,
                 enable_async_checkpointing=True,
@@ -108,7 +109,9 @@ class Checkpoints:
         """The steps of the complete checkpoints, in order; the last may be still on its way."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, extra: Any = None) -> None:
+    def save(
+        self, step: int, state: Any, extra: Any = None, *, files: WriteFiles | None = None
+    ) -> None:
         """Saves a tree; returns when it may be changed, and writes on in the background.
 
         Args:
@@ -116,6 +119,8 @@ class Checkpoints:
           state: a tree of arrays, `ShardedTable`s, numbers of NumPy and Python, and variables of
             `flax.nnx`, as the parameters and the optimizer state are.
           extra: anything that JSON can hold; a tuple comes back as a list.
+          files: writes files that belong to the checkpoint into a directory that it is given, such
+            as `Tiered.save`; they are there once it has returned, and the checkpoint is complete.
 
         Raises:
           ValueError: JSON cannot hold `extra`, the step is negative or below the last one, or the
@@ -149,11 +154,15 @@ class Checkpoints:
         args: dict[str, Any] = {_METADATA: ocp.args.JsonSave(metadata)}
         if arrays:
             args[STATE] = ocp.args.PyTreeSave(arrays)
+        if files is not None:
+            args[FILES] = FilesSave(files)
         unfinished[self._manager] = self.directory
         with writing(self.directory):
             self._manager.save(step, args=ocp.args.Composite(**args))
 
-    def restore(self, like: Any, step: int | None = None) -> Restored:
+    def restore(
+        self, like: Any, step: int | None = None, *, files: ReadFiles | None = None
+    ) -> Restored:
         """Reads a checkpoint onto the devices that a tree is on, or is to be on.
 
         Args:
@@ -162,10 +171,12 @@ class Checkpoints:
             Python. Where JAX has no such dtype (64 bits without jax_enable_x64), a
             `jax.ShapeDtypeStruct` gives a NumPy array.
           step: which one; by default the last one that can be read.
+          files: reads what was written beside it, of the directory that it is given; what it raises
+            means that the checkpoint is damaged.
 
         Raises:
           ValueError: the tree holds what is no number.
-          MismatchError: it is of another model, or there is none.
+          MismatchError: it is of another model, or was saved without files, or there is none.
           OSError: it is damaged, and so is every earlier one; with several processes, of which
             each may see another damage, none earlier is tried.
         """
@@ -189,6 +200,9 @@ class Checkpoints:
                 only_state = restore_args(in_file)
                 if only_state is not None:
                     arrays |= self._manager.restore(each, args=only_state)[STATE]
+                if files is not None:
+                    _check_files(path)
+                    files(path / FILES)
             except (MismatchError, *_NOT_DAMAGE):
                 raise
             # Whatever the libraries underneath make of a file that is not as it was written.
@@ -264,6 +278,12 @@ class Checkpoints:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ValueError(f"The Checkpoints of {self.directory} are closed: make new ones.")
+
+
+def _check_files(path: Path) -> None:
+    """Raises a MismatchError unless a checkpoint was saved with files."""
+    if not (path / FILES).is_dir():
+        raise MismatchError(f"{path} holds no files: it was saved without what is to be read.")
 
 
 def _as_in_file(leaves: Mapping[str, Any], moved: Sequence[Moved]) -> dict[str, Any]:

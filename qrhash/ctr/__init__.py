@@ -8,9 +8,9 @@ The rooms, in reading order (a module imports the ones above it only):
   data/block       rows on the host
   data/processes   what several processes do together
   options          what an option is: its type, help and bounds
+  tower_settings   the options of retrieval with two towers
   dynamic_settings  the options of tables that grow
   column_settings  the options that may differ from column to column
-  tower_settings   the options of retrieval with two towers
   settings         every option of a run
   plan_settings    the options of a plan
   compare_settings  the options of a comparison
@@ -36,6 +36,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/catalogue   the rows that an item was wanted in, and the items of them
   data/pipeline    blocks -> batches of a fixed shape, prefetched in the background
   model/room       settings and the room there is -> tables that grow
+  model/pools      columns of keys that share one set of tables
   model/columns    settings and vocabulary sizes -> one EmbedConfig for each column
   model/growing    the columns that share a table that grows
   model/planned    a plan for the columns -> settings that build its embeddings
@@ -48,6 +49,7 @@ The rooms, in reading order (a module imports the ones above it only):
   run/display      progress bars and plain lines
   run/devices      one device, a mesh of several, or several processes
   run/growth       what becomes of the keys of tables that grow
+  run/stored       rows that are in a store, and those of them on the device
   run/learner      parameters, optimizers and the compiled step
   run/best         the best model of a run, and when to look no further
   run/progress     where a training stands

@@ -18,7 +18,7 @@ MULTI_TABLE = ("mixed-radix", "chinese-remainder")
 # How much a column is compressed, by bytes or by rows: one of these says it.
 AMOUNTS = ("compression", "collisions")
 DEFAULT_COLLISIONS = 4
-DEFAULT_KEY_BITS = 32
+DEFAULT_KEY_BITS = 36
 
 # What a column without ids has no use for.
 OF_IDS = ("min_count", "partition", "compression", "collisions", "radices", "moduli")
@@ -90,8 +90,9 @@ class ColumnOptions(DynamicColumnOptions):
     key_bits: Annotated[
         int | None,
         _embeddings(
-            "--ids keys: how many of a key's scrambled bits name its rows, in --num-tables tables. "
-            "With all 64 no two keys share all their rows. Default: 32; of the compressed vectors "
+            "--ids keys: how many of a key's scrambled bits name its rows, in --num-tables tables, "
+            "which all such columns share; in a column's section, tables of its own. With all 64 "
+            "no two keys of a column share all their rows. Default: 36; of the compressed vectors "
             "of --dynamic, tables with a quarter of its rows.",
             least=1,
             most=64,

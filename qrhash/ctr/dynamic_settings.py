@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import Option, bytes_of
+from qrhash.ctr.tower_settings import TWO_TOWER
 
 # In a column's section: it does not share the run's table.
 NOT_DYNAMIC = "none"
@@ -78,6 +80,22 @@ class DynamicOptions:
         int,
         _embeddings("--dynamic: steps from one look for rows to take back to the next.", least=1),
     ] = 100
+    cache_rows: Annotated[
+        int | None,
+        _embeddings(
+            "--dynamic: how many of the rows are on the device, those in use; all others, with the "
+            "optimizer's state of them, are in the host's memory, and come when they are met. "
+            "Default: all are on the device.",
+            least=1,
+        ),
+    ] = None
+    store: Annotated[
+        str | None,
+        _embeddings(
+            "--cache-rows: a directory, on whose disk the other rows are, not in the memory: in a "
+            "file that is gone when the run is over."
+        ),
+    ] = None
 
 
 def room(text: str) -> Room:
@@ -109,7 +127,7 @@ def check_dynamic(settings: Any, columns: Mapping[str, Any]) -> None:
     if settings.is_dynamic:
         room(settings.dynamic)
     is_any = settings.is_dynamic or any(column.is_dynamic for column in columns.values())
-    for name in (*OF_DYNAMIC, "evict_every"):
+    for name in (*OF_DYNAMIC, "evict_every", "cache_rows"):
         default = getattr(type(settings), name)
         if not is_any and getattr(settings, name) != default:
             raise UserError(f"{name} goes with dynamic, which is not given.")
@@ -120,6 +138,10 @@ def check_dynamic(settings: Any, columns: Mapping[str, Any]) -> None:
                     f"{name} goes with ids from a vocabulary, not with dynamic, whose tables take "
                     "keys as they come."
                 )
+    if settings.store is not None and settings.cache_rows is None:
+        raise UserError("store goes with cache_rows, which is not given.")
+    if settings.cache_rows is not None:
+        _check_cache(settings, columns)
     for name, column in columns.items():
         section = settings.columns[name]
         if not column.is_dynamic:
@@ -137,3 +159,21 @@ def check_dynamic(settings: Any, columns: Mapping[str, Any]) -> None:
                 f"columns.{name}: {unfit[0]} is the same for all columns that share the table of "
                 "--dynamic; give the column rows of its own, by dynamic in its section."
             )
+
+
+def _check_cache(settings: Any, columns: Mapping[str, Any]) -> None:
+    """Raises a UserError unless rows can be in a store: of one table, on one device."""
+    own = [name for name, column in columns.items() if "dynamic" in settings.columns[name]]
+    if any(columns[name].is_dynamic for name in own) or not settings.is_dynamic:
+        raise UserError(
+            "cache_rows goes with the one table that all columns of --dynamic share; leave dynamic "
+            "out of the sections of columns."
+        )
+    if settings.mesh is not None:
+        raise UserError("cache_rows goes with one device, not with a mesh.")
+    if settings.model == TWO_TOWER:
+        raise UserError(f"cache_rows goes with the models of clicks, not with {TWO_TOWER!r}.")
+    if settings.dense_updates:
+        raise UserError("cache_rows goes with training by rows, not with dense_updates.")
+    if settings.store is not None and not Path(settings.store).is_dir():
+        raise UserError(f"store must be a directory, got {settings.store!r}.")

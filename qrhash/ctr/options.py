@@ -4,10 +4,11 @@
 its type, help and bounds: the command line and the configuration file are both made from it.
 """
 
+import functools
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import (
     Annotated,
@@ -37,9 +38,13 @@ class Option(NamedTuple):
     most: float = math.inf
 
 
+# To evaluate the annotations of a class takes longer than to make one of its options.
+_type_hints: Callable[..., dict[str, Any]] = functools.cache(get_type_hints)
+
+
 def options_of(kind: type) -> Iterator[tuple[str, Any, Option]]:
     """(name, type, option) of every field that is an option."""
-    for name, annotation in get_type_hints(kind, include_extras=True).items():
+    for name, annotation in _type_hints(kind, include_extras=True).items():
         if get_origin(annotation) is Annotated:
             yield name, *get_args(annotation)
 
@@ -52,7 +57,7 @@ def offered(kind: type) -> list[tuple[str, Any, Any, Option]]:
 
 def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     """Options of these values; raises a UserError for one that is unknown."""
-    known = get_type_hints(kind)
+    known = _type_hints(kind)
     unknown = [name for name in values if name not in known]
     if unknown:
         raise UserError(f"Unknown option {unknown[0]!r} in {where}.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,10 +12,13 @@ import numpy as np
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.dynamic.embedding import State, assign, init_state
+from qrhash.dynamic.embedding import Found, State, assign, find, init_state
+from qrhash.dynamic.eviction import SmallNorm
 from qrhash.dynamic.upkeep import evict
+from qrhash.initializers import per_row, table_initializers
 from qrhash.keys import Keys
 from qrhash.policies import PADDING
+from qrhash.types import Key
 
 
 class Named(NamedTuple):
@@ -36,10 +39,22 @@ class Numbering(Protocol):
     """See `ById`, `ByKey`."""
 
     def name(self, batch: Any) -> Named:
-        """The rows that a batch names."""
+        """The rows that a batch of the training names."""
+
+    def find(self, batch: Any) -> Named:
+        """The rows that another batch names: no key gets one."""
 
     def forget(self, new: np.ndarray) -> None:
         """Takes back rows that keys got by a batch that no step has seen."""
+
+    def in_use(self, start: int, stop: int) -> np.ndarray:
+        """Which of some rows may be in use, bool [stop - start]."""
+
+    def saved(self) -> list[np.ndarray]:
+        """What it keeps."""
+
+    def take_over(self, saved: Sequence[np.ndarray]) -> None:
+        """Stands where `saved` was taken; raises a ValueError if that is of another table."""
 
 
 _NONE = np.zeros(0, np.int64)
@@ -80,8 +95,25 @@ class ById:
 
         return Named(rows, in_slots, _NONE)
 
+    def find(self, batch: Any) -> Named:
+        """See `Numbering`."""
+        return self.name(batch)
+
     def forget(self, new: np.ndarray) -> None:
         """See `Numbering`: every id has had its row all along."""
+
+    def in_use(self, start: int, stop: int) -> np.ndarray:
+        """See `Numbering`: any may be."""
+        return np.ones(stop - start, bool)
+
+    def saved(self) -> list[np.ndarray]:
+        """See `Numbering`: nothing."""
+        return []
+
+    def take_over(self, saved: Sequence[np.ndarray]) -> None:
+        """See `Numbering`."""
+        if saved:
+            raise ValueError("it is of a table of keys, not of ids")
 
 
 class ByKey:
@@ -92,33 +124,48 @@ class ByKey:
 
     Attributes:
       state: which key has which row: the `State`, on the host.
+      num_keys: how many keys have a row.
       step: the number of the next step.
     """
 
     def __init__(self, config: DynamicConfig) -> None:
-        self.step = 0
+        self._config = config
+        self.step = self.num_keys = 0
         with on_host():
             self.state: State = init_state(config)
         self._assign = jax.jit(functools.partial(assign, config=config), donate_argnums=0)
+        self._find = jax.jit(functools.partial(find, config=config))
 
     def name(self, batch: Any) -> Named:
-        """See `Numbering`; of keys [*shape], or a `Bag` of keys."""
-        if isinstance(batch, Bag):
-            keys: Any = dataclasses.replace(batch, ids=Keys.of(batch.ids))
-        else:
-            keys = Keys.of(batch)
+        """See `Numbering`; of keys [*shape], a `Bag` of keys, or a pair: keys, which are meant."""
+        keys, where = _as_keys(batch)
         with on_host():
-            self.state, found = self._assign(self.state, keys, step=self.step)
+            self.state, found = self._assign(self.state, keys, step=self.step, where=where)
+            self.num_keys = int(self.state.index.num_keys)
         self.step += 1
-        # From here on it belongs to the device of the training.
-        found = jax.tree.map(np.asarray, found)
-        rows, is_new = found.rows.rows, found.rows.is_new
+        return _named(found)
 
-        def in_slots(slots: np.ndarray) -> Any:
-            named = found.rows._replace(rows=slots.reshape(rows.shape))
-            return jax.tree.map(jnp.asarray, dataclasses.replace(found, rows=named))
+    def find(self, batch: Any) -> Named:
+        """See `Numbering`; of what `name` takes."""
+        keys, where = _as_keys(batch)
+        with on_host():
+            found = self._find(self.state, keys, where=where)
+        return _named(found)
 
-        return Named(rows.reshape(-1).astype(np.int64), in_slots, rows[is_new].astype(np.int64))
+    def evict(self) -> int:
+        """Takes rows back as the config's eviction says; gives how many."""
+        rule = self._config.eviction
+        if rule is None or isinstance(rule, SmallNorm):
+            raise ValueError(
+                "evict needs a config.eviction that goes by steps or counts, such as "
+                f"StepsSinceUse(1000), got {rule!r}."
+            )
+        with on_host():
+            index = self.state.index
+            index = evict(index, rule.gone(index, jnp.zeros((0, 0)), self.step))
+            self.state = dataclasses.replace(self.state, index=index)
+            before, self.num_keys = self.num_keys, int(index.num_keys)
+        return before - self.num_keys
 
     def forget(self, new: np.ndarray) -> None:
         """See `Numbering`."""
@@ -128,6 +175,60 @@ class ByKey:
                 gone[new] = True
                 index = evict(self.state.index, jnp.asarray(gone))
                 self.state = dataclasses.replace(self.state, index=index)
+                self.num_keys = int(index.num_keys)
+
+    def in_use(self, start: int, stop: int) -> np.ndarray:
+        """See `Numbering`: those that keys have."""
+        with on_host():
+            return np.asarray(self.state.index.is_live)[start:stop]
+
+    def saved(self) -> list[np.ndarray]:
+        """See `Numbering`: the leaves of the state, and the step."""
+        return [*map(np.asarray, jax.tree.leaves(self.state)), np.asarray(self.step)]
+
+    def take_over(self, saved: Sequence[np.ndarray]) -> None:
+        """See `Numbering`."""
+        leaves, tree = jax.tree.flatten(self.state)
+        *values, step = saved
+        types = [[(each.shape, each.dtype) for each in some] for some in (values, leaves)]
+        if types[0] != types[1]:
+            raise ValueError("it is of another capacity, or another admission")
+        with on_host():
+            self.state = jax.tree.unflatten(tree, map(jnp.asarray, values))
+            self.num_keys = int(self.state.index.num_keys)
+        self.step = int(step)
+
+
+def _as_keys(batch: Any) -> tuple[Any, Any]:
+    """Keys, or a `Bag` of them; and which are meant."""
+    if isinstance(batch, Bag):
+        return dataclasses.replace(batch, ids=Keys.of(batch.ids)), None
+    keys, where = batch if isinstance(batch, tuple) else (batch, None)
+    return Keys.of(keys), where
+
+
+def _named(found: Found) -> Named:
+    # From here on it belongs to the device of the training.
+    found = jax.tree.map(np.asarray, found)
+    rows, is_new = found.rows.rows, found.rows.is_new
+
+    def in_slots(slots: np.ndarray) -> Any:
+        named = found.rows._replace(rows=slots.reshape(rows.shape))
+        return jax.tree.map(jnp.asarray, dataclasses.replace(found, rows=named))
+
+    return Named(rows.reshape(-1).astype(np.int64), in_slots, rows[is_new].astype(np.int64))
+
+
+def rows_of_config(config: EmbedConfig | DynamicConfig) -> tuple[int, Numbering, Any]:
+    """How many rows a whole table has, which ones a batch names, and how they start."""
+    if isinstance(config, DynamicConfig):
+        return config.capacity, ByKey(config), per_row(jax.nn.initializers.zeros)
+    return config.num_embeddings, ById(config), table_initializers(config)[0]
+
+
+def table_key(config: EmbedConfig | DynamicConfig, key: Key) -> Key:
+    """The key that rows are drawn from, of the one that `qrhash.init` takes."""
+    return key if isinstance(config, DynamicConfig) else jax.random.split(key, 1)[0]
 
 
 def on_host() -> Any:

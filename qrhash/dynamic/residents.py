@@ -15,6 +15,10 @@ _SCANNED = 8
 _OLD = 2**16 - 1
 
 
+class CacheFullError(ValueError):
+    """One batch names more rows than there are slots."""
+
+
 class Move(NamedTuple):
     """What one batch changes.
 
@@ -71,7 +75,7 @@ class Residents:
           were there already.
 
         Raises:
-          ValueError: they are more than there are slots; nothing moves then.
+          CacheFullError: they are more than there are slots; nothing moves then.
         """
         is_row = (rows >= 0) & (rows < len(self._where))
         rows = np.where(is_row, rows, 0)
@@ -85,7 +89,7 @@ class Residents:
         slots = self._oldest_slots(len(needed), number)
         if slots is None:
             count = len(_distinct(here)) + len(needed)
-            raise ValueError(
+            raise CacheFullError(
                 f"cache_rows must be at least the {count} rows that one batch names, got "
                 f"{self.num_slots}: make the cache larger or the batch smaller."
             )

@@ -17,10 +17,10 @@ import collections
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -28,28 +28,12 @@ from qrhash.arithmetic import as_size
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.cached import cached, check_tiered
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.dynamic.numbering import ById, ByKey, Numbering
-from qrhash.dynamic.records import Records, RowArrays, only_table, padded, rows_of, swap_rows
-from qrhash.dynamic.residents import Move, Residents
+from qrhash.dynamic.numbering import ByKey, rows_of_config, table_key
+from qrhash.dynamic.records import Records, RowArrays, only_table, rows_of, swap_rows
 from qrhash.dynamic.store import Store
-from qrhash.initializers import per_row, table_initializers
+from qrhash.dynamic.tier_files import read_tier, write_tier
+from qrhash.dynamic.traffic import Fetched, Traffic
 from qrhash.types import Key, PyTree
-
-
-class Fetched(NamedTuple):
-    """What is to be on the device for a batch, as `Tiered.swap` takes it.
-
-    Attributes:
-      move: which rows come to which slots, and which ones make room.
-      slots: the same slots on the device, int32 [k]; behind the n that are meant, one past the end.
-      values: rows of the table and of its optimizer state, each [k, ...].
-      new: of a dynamic table, the rows of the store that keys have just got, int64.
-    """
-
-    move: Move
-    slots: Any
-    values: tuple[Any, ...]
-    new: np.ndarray
 
 
 class Tiered:
@@ -70,11 +54,8 @@ class Tiered:
     Attributes:
       config: `cached(config, cache_rows)`.
       store: the store.
-      keys: of a dynamic table: `keys.state` is the `State` on the host, which key has which row of
-        the store, and `keys.step` the number of the next step.
-      looked_up: how many ids have been looked up so far, in the batches planned.
-      hits: how many of them found their row on the device.
-      bytes_moved: how many bytes of records have been read from the store and written to it.
+      traffic: counts of what went between the two: of ids `looked_up`, those of them that found
+        their row on the device, `hits`, and `bytes_moved`.
 
     Raises:
       ValueError: an argument breaks its rule; as `cached`; `tx` keeps state for the table that does
@@ -102,37 +83,32 @@ class Tiered:
                 "cached(config, cache_rows)."
             )
         self._depth = as_size("depth", depth)
-        self._numbering: Numbering
-        initializer: Any
+        num_rows, numbering, start = rows_of_config(config)
         key = jax.random.key(0) if key is None else key
-        if isinstance(config, DynamicConfig):
-            self._numbering, num_rows = ByKey(config), config.capacity
-            initializer = per_row(jax.nn.initializers.zeros)
-        else:
-            self._numbering, num_rows = ById(config), config.num_embeddings
-            (initializer,) = table_initializers(config)
-            key = jax.random.split(key, 1)[0]
-        self._records = Records(self._arrays, initializer, key)
-        self.store = store(num_rows, self._records.width)
-        self._residents = Residents(num_rows, cache_rows)
-        self._flushed = self._steps = 0
+        records = Records(self._arrays, start, table_key(config, key))
+        self.store = store(num_rows, records.width)
+        self.traffic = Traffic(numbering, records, self.store, cache_rows)
+        self._flushed = 0
         self._worker: threading.Thread | None = None
         self._loop: Generator[tuple[Any, Fetched], None, None] | None = None
         self._backs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._to_swap: collections.deque[Fetched] = collections.deque()
-        self.looked_up = self.hits = self.bytes_moved = 0
 
     @property
     def keys(self) -> ByKey:
-        """See `Tiered`; to be read, or set from a checkpoint, between the loops."""
-        if not isinstance(self._numbering, ByKey):
+        """Of a dynamic table, to be read between the loops: which key has which row.
+
+        `keys.state` is the `State` on the host, of the rows of the store, `keys.num_keys` how many
+        keys have a row, and `keys.step` the number of the next step.
+        """
+        if not isinstance(self.traffic.numbering, ByKey):
             raise ValueError("keys are those of a DynamicConfig: this table is one of ids.")
-        return self._numbering
+        return self.traffic.numbering
 
     @property
     def hit_rate(self) -> float:
         """Of the ids looked up so far, how many found their row on the device: in [0, 1]."""
-        return self.hits / max(self.looked_up, 1)
+        return self.traffic.hits / max(self.traffic.looked_up, 1)
 
     # --- the loop -------------------------------------------------------------------------------
 
@@ -145,7 +121,8 @@ class Tiered:
 
         Args:
           batches: ids [*shape], integers of NumPy, or a `qrhash.Bag` of such; of a dynamic table
-            keys, as `dynamic.assign` takes them. Or mappings in which such an entry stands.
+            keys, as `dynamic.assign` takes them, or pairs of keys and of which are meant, bool
+            [*shape]. Or mappings in which such an entry stands.
           name: of mappings, which entry it is.
 
         Yields:
@@ -216,6 +193,40 @@ class Tiered:
         self._backs.put((fetched.move, old))
         return self._arrays.put(params, opt_state, arrays)
 
+    def look(self, batch: Any) -> tuple[Any, Fetched]:
+        """What `ahead` gives, of one batch outside of the training, and without looking ahead.
+
+        No key gets a row, and nothing is counted, neither of keys nor of hits.
+
+        Args:
+          batch: as one of those of `ahead`.
+
+        Returns:
+          The batch in slots, and what `swap` takes; it must be called next.
+
+        Raises:
+          ValueError: as in `ahead`.
+        """
+        self._check_idle("look")
+        self._take_all_back()
+        in_slots, move, new = self.traffic.plan(batch, is_training=False)
+        fetched = self.traffic.fetch(move, new)
+        self._to_swap.append(fetched)
+        return in_slots, fetched
+
+    def evict(self) -> int:
+        """Takes rows back from the keys that the config's eviction names; see `dynamic.evict`.
+
+        Returns:
+          How many keys have lost their row.
+
+        Raises:
+          ValueError: a loop is under way; the table is one of ids; or the config has no eviction,
+            or one that goes by the values of the rows, of which most are in the store.
+        """
+        self._check_idle("evict")
+        return self.keys.evict()
+
     def flush(self, params: PyTree, opt_state: PyTree) -> None:
         """Writes what has changed on the device to the store, and flushes that.
 
@@ -226,12 +237,43 @@ class Tiered:
           ValueError: a loop is under way.
         """
         self._check_idle("flush")
-        slots = self._residents.used_since(self._flushed)
+        self._take_all_back()
+        residents = self.traffic.residents
         arrays = self._arrays.of(params, opt_state)
-        for some, values in rows_of(arrays, slots):
-            self._write(self._residents.rows_in(some), self._records.pack(values))
-        self._flushed = self._residents.number
+        for some, values in rows_of(arrays, residents.used_since(self._flushed)):
+            self.traffic.write(residents.rows_in(some), self.traffic.records.pack(values))
+        self._flushed = residents.number
         self.store.flush()
+
+    def save(self, path: str | Path, params: PyTree, opt_state: PyTree) -> None:
+        """Flushes, and writes all rows that were ever in use to a file, and which key has which.
+
+        The file is read by `restore`, and goes into a checkpoint: `files` of `Checkpoints.save`.
+        It is written piece by piece, and takes no memory.
+
+        Args:
+          path: of the file; one that is there is overwritten.
+          params: the parameters.
+          opt_state: the state of the optimizer.
+
+        Raises:
+          ValueError: a loop is under way.
+        """
+        self.flush(params, opt_state)
+        write_tier(Path(path), self.traffic.numbering, self.store)
+
+    def restore(self, path: str | Path) -> None:
+        """Stands where `save` wrote a file: rows, their state, and which key has which.
+
+        The store must be new, and no loop have run: nothing is on the device then.
+
+        Raises:
+          ValueError: a loop has run; or the file is of another table, or damaged.
+        """
+        self._check_idle("restore")
+        if self.traffic.residents.number:
+            raise ValueError("restore must come before the first loop: make a new Tiered.")
+        read_tier(Path(path), self.traffic.numbering, self.store)
 
     def read(self, rows: Any) -> list[np.ndarray]:
         """Rows of the table as the last `flush` wrote them, and their optimizer state.
@@ -250,14 +292,20 @@ class Tiered:
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.store.num_rows:
             raise ValueError(f"rows must be in [0, {self.store.num_rows}), got {rows!r:.200}.")
-        records = self.store.read(rows)
-        self._records.start_those_never_written(records, rows)
-        return list(self._records.unpack(records, len(rows)))
+        self._take_all_back()
+        return list(self.traffic.read(rows, len(rows)))
 
     def stop(self) -> None:
         """Ends a loop that was left by an exception, and its worker, if they are still there."""
         if self._loop is not None:
             self._loop.close()
+
+    def _take_all_back(self) -> None:
+        """Records that came out of the cache go to the store."""
+        while not self._backs.empty():
+            back = self._backs.get()
+            if back is not None:
+                self.traffic.take_back(*back)
 
     def _check_idle(self, name: str) -> None:
         if self._worker is not None:
@@ -274,18 +322,19 @@ class Tiered:
             for batch in batches:
                 if stop.is_set():
                     return
-                slots, move, new = self._plan(batch if name is None else batch[name])
+                named = batch if name is None else batch[name]
+                slots, move, new = self.traffic.plan(named)
                 # Behind a plan that this one waits for, no others come: the loop goes on to swap.
                 while not self._backs.empty() or arrived < move.waits_for:
                     back = self._backs.get()
                     if back is None:
-                        self._undo_one(move, new)
+                        self.traffic.undo(move, new)
                         return
-                    arrived = self._take_back(*back)
+                    arrived = self.traffic.take_back(*back)
                 try:
-                    fetched = self._fetch(move, new)
+                    fetched = self.traffic.fetch(move, new)
                 except BaseException:
-                    self._undo_one(move, new)
+                    self.traffic.undo(move, new)
                     raise
                 batch = slots if name is None else {**batch, name: slots}
                 planned.put((batch, fetched, None))
@@ -293,61 +342,14 @@ class Tiered:
         except BaseException as error:
             planned.put((None, None, error))
 
-    def _plan(self, batch: Any) -> tuple[Any, Move, np.ndarray]:
-        """The batch in slots; what moves; which rows keys have just got."""
-        named = self._numbering.name(batch)
-        try:
-            slots, move, hits = self._residents.plan(named.rows)
-        except ValueError:
-            self._numbering.forget(named.new)
-            raise
-        self.hits += hits
-        self.looked_up += int(np.sum(slots < self._residents.num_slots))
-        return named.in_slots(slots), move, named.new
-
-    def _fetch(self, move: Move, new: np.ndarray) -> Fetched:
-        count = len(move.rows)
-        if not count:
-            return Fetched(move, None, (), new)
-        records = self.store.read(move.rows)
-        self.bytes_moved += records.nbytes
-        self._records.start_those_never_written(records, move.rows)
-        slots = padded(move.slots, self._residents.num_slots)
-        values = self._records.unpack(records, len(slots))
-        return Fetched(move, jnp.asarray(slots), tuple(map(_on_device, values)), new)
-
-    def _take_back(self, move: Move, old: tuple[jax.Array, ...]) -> int:
-        there = move.victims >= 0
-        if there.any():
-            rows = [np.asarray(each)[: len(there)][there] for each in old]
-            self._write(move.victims[there], self._records.pack(rows))
-            self._residents.arrived(move.number, move.victims[there])
-        return move.number
-
-    def _write(self, rows: np.ndarray, records: np.ndarray) -> None:
-        self.store.write(rows, records)
-        self.bytes_moved += records.nbytes
-
     # --- a loop that is left --------------------------------------------------------------------
 
     def _undo(self) -> None:
         """After the worker has ended: records come home, and plans not swapped are undone."""
-        while not self._backs.empty():
-            back = self._backs.get()
-            if back is not None:
-                self._take_back(*back)
+        self._take_all_back()
         while self._to_swap:
             fetched = self._to_swap.pop()
-            self._undo_one(fetched.move, fetched.new)
-
-    def _undo_one(self, move: Move, new: np.ndarray) -> None:
-        self._residents.undo(move)
-        self._numbering.forget(new)
-
-
-def _on_device(array: np.ndarray) -> Any:
-    # Whether there are wide numbers may be decided for the thread of the loop alone.
-    return array if array.dtype.itemsize > 4 else jnp.asarray(array)
+            self.traffic.undo(fetched.move, fetched.new)
 
 
 def _take_all(planned: Any, to_swap: Any) -> None:

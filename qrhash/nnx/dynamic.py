@@ -26,6 +26,8 @@ class DynamicEmbed(nnx.Module):
 
     Args:
       config: the `qrhash.dynamic.DynamicConfig`.
+      has_state: whether the module knows which key has which row; else a `dynamic.Tiered` does, on
+        the host, the config is its own, and there is `start` in place of `assign` and `find`.
       rngs: random number generators; the stream "params" initialises the parameters.
 
     >>> import optax, qrhash
@@ -40,9 +42,10 @@ class DynamicEmbed(nnx.Module):
     (2, (1, 8))
     """
 
-    def __init__(self, config: DynamicConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DynamicConfig, *, has_state: bool = True, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.state = KeyState(dynamic.init_state(config))
+        if has_state:
+            self.state = KeyState(dynamic.init_state(config))
         made = dynamic.init(rngs.params(), config)
         self.table = _variable(made.table, config.own, 0)
         refused = config.refused
@@ -98,9 +101,17 @@ class DynamicEmbed(nnx.Module):
         """
         state, found = dynamic.assign(self._state, keys, self.config, step, where=where)
         self.state.set_value(state)
+        self.start(found)
+        return found
+
+    def start(self, found: Found) -> None:
+        """Writes what the rows of new keys start with: see `qrhash.dynamic.start_rows`.
+
+        Args:
+          found: the keys of a step, as `Tiered` gives them.
+        """
         started, _ = dynamic.start_rows(self.parameters, found, self.config)
         self.table.set_value(array_of(started.table))
-        return found
 
     def find(self, keys: Any, *, where: Array | None = None) -> Found:
         """The rows of keys outside of the training; see `qrhash.dynamic.find`.

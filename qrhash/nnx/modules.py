@@ -156,9 +156,7 @@ class EmbedCollection(nnx.Module):
     ((2, 8), (2, 8))
     """
 
-    def __init__(
-        self, config: CollectionConfig | Mapping[str, EmbedConfig | str], *, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: CollectionConfig | Mapping[str, Any], *, rngs: nnx.Rngs) -> None:
         self.config = as_collection_config(config)
         key = rngs.params()
         stacks = collection.init(key, self.config)

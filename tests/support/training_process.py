@@ -111,7 +111,8 @@ def command_line(*arguments, output, devices=8, before=""):
     """
     names = [*QUICK, "jax_compilation_cache_dir"]
     env = {name.upper(): str(jax.config.values[name]) for name in names}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    of_devices = "--xla_force_host_platform_device_count="
+    env["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(f"{of_devices}8", f"{of_devices}{devices}")
     code = f"{before}\nfrom qrhash.cli import main; main()"
     with Path(output).open("w") as file:
         return subprocess.Popen(

@@ -10,9 +10,9 @@ goes by the operation: "concat" has rows of half the width, "project" of a quart
 whatever the operation. Columns that are not compressed are paid first, and so are the projections;
 the others share the rest in proportion to their full tables.
 
-A column without a vocabulary has tables of digits of its keys, whatever was met: `key_bits` and
-`num_tables` give their sizes, and neither of the amounts above has a meaning there. Or it has rows
-that keys get as they come (`room`).
+Columns without a vocabulary have tables of digits of their keys, whatever was met, which they share
+(`pools`): `key_bits` and `num_tables` give their sizes, and neither of the amounts above has a
+meaning there. Or they have rows that keys get as they come (`room`).
 
 Ids are numbered by falling frequency, and the largest table is indexed by id mod ceil(n / c):
 the ids that share a row are far apart, a frequent one with rare ones. Measured on Criteo, that
@@ -45,12 +45,19 @@ from qrhash.ctr.column_settings import (
     OF_LISTS,
     ColumnSettings,
 )
+from qrhash.ctr.data.inference import split_names
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.pools import in_pool, pools
 from qrhash.ctr.model.room import ColumnConfig, dynamic_configs, dynamic_tables, num_bytes, unsized
 from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.
 SHARED = frozenset({"min_count", "hash_size", "init_stddev", "kind", "ids", *OF_LISTS})
+
+# Those with which a column of keys has tables of its own.
+OF_KEYS = frozenset(
+    {"key_bits", "num_tables", "operation", "widths", "init_stddev", "param_dtype", "use_bias"}
+)
 
 FULL_DTYPE = np.dtype("float32")  # of the full tables to compare with
 
@@ -77,6 +84,7 @@ def embed_configs(
     configs: dict[str, EmbedConfig] = {}
     of_keys: dict[str, EmbedConfig] = {}
     growing: list[str] = []
+    items = split_names(settings.items)
     for name, size in sizes.items():
         section, options = settings.columns.get(name, {}), settings.column(name)
         if size is None:
@@ -85,7 +93,9 @@ def embed_configs(
             if options.is_dynamic:
                 growing.append(name)
             else:
-                of_keys[name] = _of_keys(name, settings.features, options)
+                own = _of_keys(name, settings.features, options)
+                is_shared = OF_KEYS.isdisjoint(section)
+                of_keys[name] = in_pool(own, name, int(name in items)) if is_shared else own
             continue
         is_named = not SHARED.issuperset(section)
         if not is_named and size <= settings.threshold:
@@ -131,7 +141,12 @@ def tables_of(
     configs: Mapping[str, ColumnConfig],
 ) -> list[ColumnConfig]:
     """The configs of columns: of those that share a table one."""
-    fixed = [config for config in configs.values() if isinstance(config, EmbedConfig)]
+    sharing = {name for _, *others in pools(configs).values() for name in others}
+    fixed = [
+        config
+        for name, config in configs.items()
+        if isinstance(config, EmbedConfig) and name not in sharing
+    ]
     return [*fixed, *dynamic_tables(configs)]
 
 

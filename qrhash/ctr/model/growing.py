@@ -44,6 +44,7 @@ class GrowingColumns(nnx.Module):
       config: of the table.
       combiners: column name -> how the vectors of a list are pooled.
       lists: which of the columns are of lists.
+      in_store: whether rows come from a store, and the host knows which key has which.
       rngs: random number generators.
     """
 
@@ -53,11 +54,13 @@ class GrowingColumns(nnx.Module):
         combiners: Mapping[str, str],
         *,
         lists: Collection[str] = (),
+        in_store: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         self.single = tuple(name for name in combiners if name not in lists)
         self.of_lists = tuple((name, how) for name, how in combiners.items() if name in lists)
-        self.table = DynamicEmbed(config, rngs=rngs)
+        self.in_store = in_store
+        self.table = DynamicEmbed(config, has_state=not in_store, rngs=rngs)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,8 +81,15 @@ class GrowingColumns(nnx.Module):
         Returns:
           The keys with their rows, as the module takes them, and what became of them.
         """
-        every, meant = self._joined(keys, lists)
-        found = self.table.assign(every, step, where=meant & where[:, None])
+        every, meant = self.joined(keys, lists)
+        return self._counted(self.table.assign(every, step, where=meant & where[:, None]))
+
+    def start(self, found: Found) -> tuple[Found, Counts]:
+        """Starts the rows of new keys, where a store gave them rows; gives what `assign` does."""
+        self.table.start(found)
+        return self._counted(found)
+
+    def _counted(self, found: Found) -> tuple[Found, Counts]:
         in_rows = found.meant & (found.rows.rows < self.table.config.capacity)
         looked_up, has_row, admitted = (
             jnp.sum(each, dtype=jnp.int32) for each in (found.meant, in_rows, found.rows.is_new)
@@ -88,7 +98,7 @@ class GrowingColumns(nnx.Module):
 
     def find(self, keys: Mapping[str, Keys], lists: Mapping[str, Padded]) -> Found:
         """The keys with the rows that they have; elsewhere than in a training, as `assign`."""
-        every, meant = self._joined(keys, lists)
+        every, meant = self.joined(keys, lists)
         return self.table.find(every, where=meant)
 
     def __call__(self, found: Found, lists: Mapping[str, Padded]) -> dict[str, jax.Array]:
@@ -124,7 +134,7 @@ class GrowingColumns(nnx.Module):
         found = self.table.find(of_column(name, keys))
         return self.table(found), found.rows.rows < self.table.config.capacity
 
-    def _joined(
+    def joined(
         self, keys: Mapping[str, Keys], lists: Mapping[str, Padded]
     ) -> tuple[Keys, jax.Array]:
         """The keys of all columns [batch, places], and which of them are meant."""

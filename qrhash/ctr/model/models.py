@@ -17,9 +17,10 @@ from flax import nnx
 from qrhash import Bag, EmbedConfig, Keys
 from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.model.growing import Counts, GrowingColumns
-from qrhash.ctr.model.room import ColumnConfig, dynamic_tables
+from qrhash.ctr.model.pools import as_embeddings
+from qrhash.ctr.model.room import ColumnConfig, dynamic_tables, stored_table
 from qrhash.ctr.settings import Settings, widths
-from qrhash.dynamic import DynamicConfig, Found
+from qrhash.dynamic import DynamicConfig, Found, cached
 from qrhash.nnx import EmbedCollection
 
 
@@ -40,8 +41,10 @@ class Embeddings(nnx.Module):
     """One embedding for each column, all of them in few stacked tables, or in tables that grow.
 
     Args:
-      configs: of the columns, by name; columns of equal `DynamicConfig`s share one table.
+      configs: of the columns, by name; columns of equal `DynamicConfig`s share one table, those in
+        a pool its tables.
       lists: which of them are of lists: the vectors of their elements are pooled.
+      cache_rows: how many rows of a table that grows the model has, where a store has them all.
       rngs: random number generators.
     """
 
@@ -50,6 +53,7 @@ class Embeddings(nnx.Module):
         configs: Mapping[str, ColumnConfig],
         *,
         lists: Collection[str] = (),
+        cache_rows: int | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.names = tuple(configs)
@@ -61,10 +65,14 @@ class Embeddings(nnx.Module):
         fixed = {name: each for name, each in configs.items() if isinstance(each, EmbedConfig)}
         self.fixed = tuple(fixed)
         if fixed:
-            self.columns = EmbedCollection(fixed, rngs=rngs)
+            self.columns = EmbedCollection(as_embeddings(fixed), rngs=rngs)
         self.growing = nnx.List(
             GrowingColumns(
-                table, {name: configs[name].combiner for name in names}, lists=lists, rngs=rngs
+                table if cache_rows is None else cached(table, cache_rows),
+                {name: configs[name].combiner for name in names},
+                lists=lists,
+                in_store=cache_rows is not None,
+                rngs=rngs,
             )
             for table, names in dynamic_tables(configs).items()
         )
@@ -84,6 +92,18 @@ class Embeddings(nnx.Module):
         del ids
         of_keys, of_lists = self._keys(keys), self._lists(lists)
         return [table.assign(of_keys, of_lists, where, step) for table in self.growing]
+
+    def start(self, found: Sequence[Found]) -> list[tuple[Found, Counts]]:
+        """Starts the rows that a store gave to new keys; gives what `assign` does."""
+        return [table.start(each) for table, each in zip(self.growing, found, strict=True)]
+
+    def keys_of_growing(
+        self, ids: Any, keys: Keys | None, lists: Sequence[Padded]
+    ) -> list[tuple[Keys, jax.Array]]:
+        """The keys [batch, places] of each table that grows, and which of them are meant."""
+        del ids
+        of_keys, of_lists = self._keys(keys), self._lists(lists)
+        return [table.joined(of_keys, of_lists) for table in self.growing]
 
     def __call__(
         self,
@@ -184,6 +204,14 @@ class _Clicks(nnx.Module):
         """See `Embeddings.assign`."""
         return self.embeddings.assign(*inputs)
 
+    def start(self, found: Sequence[Found]) -> list[tuple[Found, Counts]]:
+        """See `Embeddings.start`."""
+        return self.embeddings.start(found)
+
+    def keys_of_growing(self, *inputs: Any) -> list[tuple[Keys, jax.Array]]:
+        """See `Embeddings.keys_of_growing`."""
+        return self.embeddings.keys_of_growing(*inputs)
+
 
 class DLRM(_Clicks):
     """The deep learning recommendation model.
@@ -196,6 +224,7 @@ class DLRM(_Clicks):
       bottom: hidden widths of the bottom MLP.
       top: hidden widths of the top MLP.
       lists: which of the columns are of lists.
+      cache_rows: see `Embeddings`.
       rngs: random number generators.
     """
 
@@ -208,10 +237,11 @@ class DLRM(_Clicks):
         bottom: Sequence[int],
         top: Sequence[int],
         lists: Collection[str] = (),
+        cache_rows: int | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         vectors = len(configs) + bool(num_numbers)
-        self.embeddings = Embeddings(configs, lists=lists, rngs=rngs)
+        self.embeddings = Embeddings(configs, lists=lists, cache_rows=cache_rows, rngs=rngs)
         if num_numbers:
             self.bottom = MLP((num_numbers, *bottom, features), rngs=rngs)
         direct = features if num_numbers else vectors * features
@@ -252,6 +282,7 @@ class DCN(_Clicks):
       cross_layers: number of cross layers.
       deep: hidden widths of the MLP beside them.
       lists: which of the columns are of lists.
+      cache_rows: see `Embeddings`.
       rngs: random number generators.
     """
 
@@ -263,11 +294,12 @@ class DCN(_Clicks):
         cross_layers: int,
         deep: Sequence[int],
         lists: Collection[str] = (),
+        cache_rows: int | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         inputs = num_numbers + sum(config.features for config in configs.values())
         deep_sizes = (inputs, *deep)
-        self.embeddings = Embeddings(configs, lists=lists, rngs=rngs)
+        self.embeddings = Embeddings(configs, lists=lists, cache_rows=cache_rows, rngs=rngs)
         self.cross = nnx.List(nnx.Linear(inputs, inputs, rngs=rngs) for _ in range(cross_layers))
         self.deep = MLP(deep_sizes, rngs=rngs)
         self.logit = nnx.Linear(inputs + deep_sizes[-1], 1, rngs=rngs)
@@ -300,6 +332,8 @@ def build_model(
 ) -> DLRM | DCN:
     """The model the settings name, with the embeddings of `configs`, `lists` among them."""
     rngs = nnx.Rngs(settings.seed)
+    stored = stored_table(settings, configs)
+    cache_rows = None if stored is None else settings.cache_rows
     if settings.model == "dcn":
         return DCN(
             configs,
@@ -307,6 +341,7 @@ def build_model(
             cross_layers=settings.cross_layers,
             deep=widths("deep_mlp", settings.deep_mlp),
             lists=lists,
+            cache_rows=cache_rows,
             rngs=rngs,
         )
     return DLRM(
@@ -316,5 +351,6 @@ def build_model(
         bottom=widths("bottom_mlp", settings.bottom_mlp),
         top=widths("top_mlp", settings.top_mlp),
         lists=lists,
+        cache_rows=cache_rows,
         rngs=rngs,
     )

@@ -78,6 +78,14 @@ def dynamic_tables(configs: Mapping[str, Any]) -> dict[DynamicConfig, list[str]]
     return tables
 
 
+def stored_table(settings: Settings, configs: Mapping[str, Any]) -> DynamicConfig | None:
+    """The one table that grows, if it has more rows than are to be on the device."""
+    tables = list(dynamic_tables(configs))
+    if settings.cache_rows is None or not tables or tables[0].capacity <= settings.cache_rows:
+        return None
+    return tables[0]
+
+
 def unsized(options: ColumnSettings) -> dict[str, Any]:
     """What of a config does not go by its size."""
     return {

@@ -17,7 +17,7 @@ from qrhash.ctr.data.vocabulary import Ids, build_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Judged, constant_logit, scores
 from qrhash.ctr.model.models import build_model
-from qrhash.ctr.model.room import ColumnConfig
+from qrhash.ctr.model.room import ColumnConfig, stored_table
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.progress import collect
 from qrhash.ctr.run.retrieval import Retrieval
@@ -134,6 +134,7 @@ class Clicks:
             self._settings,
             num_steps=num_steps,
             layout=layout,
+            stored=stored_table(self._settings, configs),
         )
 
     def running(self, labels: np.ndarray, outputs: np.ndarray) -> Judged:

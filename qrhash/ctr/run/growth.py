@@ -12,20 +12,24 @@ from flax import nnx
 from qrhash import reset_rows
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.growing import Counts, GrowingColumns
+from qrhash.dynamic import DynamicConfig
 from qrhash.dynamic.embedding import new_rows
 from qrhash.nnx import as_table
 from qrhash.nnx.variables import is_variable
 
 
 def assign_rows(model: Any, batch: Batch, step: Any) -> tuple[Batch, Counts, dict[Any, jax.Array]]:
-    """Gives rows to the new keys of a batch, in the model itself.
+    """Gives rows to the new keys of a batch, in the model itself, unless a store gave them.
 
     Returns:
       The batch with its keys' rows; what became of them, [tables] each; and by the path of each
       table the rows that are new, as `reset` takes them.
     """
-    inputs = (batch.ids, batch.keys, batch.lists, jnp.asarray(batch.weights) > 0, step)
-    of_tables = model.assign(*inputs)
+    if batch.found is None:
+        inputs = (batch.ids, batch.keys, batch.lists, jnp.asarray(batch.weights) > 0, step)
+        of_tables = model.assign(*inputs)
+    else:
+        of_tables = model.start(batch.found)
     found = [each for each, _ in of_tables]
     counts = jax.tree.map(lambda *each: jnp.stack(each), *(each for _, each in of_tables))
     new = {
@@ -35,10 +39,20 @@ def assign_rows(model: Any, batch: Batch, step: Any) -> tuple[Batch, Counts, dic
     return batch._replace(found=found), counts, new
 
 
+def table_paths(model: Any) -> list[Any]:
+    """Where in a model's tables those that grow are, in its order."""
+    return [path for path, _ in _tables(model)]
+
+
 def _tables(model: Any) -> list[tuple[Any, GrowingColumns]]:
     """The tables that grow in a model, in its order, and the path of each one's variable."""
     paths = {id(node): path for path, node in nnx.iter_graph(model)}
     return [((*paths[id(each)], "table", "table"), each) for each in model.growing]
+
+
+def as_arrays(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as optimizers know them by rows: arrays in place of variables."""
+    return jax.tree.map(as_table, dict(params), is_leaf=is_variable)
 
 
 def reset(
@@ -57,15 +71,14 @@ def reset(
     """
     flat = {path: new.get(path) for path, _ in nnx.to_flat_state(params["tables"])}
     rows = dict.fromkeys(params) | {"tables": nnx.from_flat_state(flat)}
-    tables = jax.tree.map(as_table, dict(params), is_leaf=is_variable)
-    return reset_rows(tx, state, tables, rows)
+    return reset_rows(tx, state, as_arrays(params), rows)
 
 
 class Growth:
     """What became of the keys of a run so far.
 
     Args:
-      tables: the tables that grow.
+      configs: of the tables that grow.
 
     Attributes:
       totals: name of a count -> its sum over all steps and tables.
@@ -73,9 +86,9 @@ class Growth:
       capacity: how many can have one.
     """
 
-    def __init__(self, tables: Sequence[GrowingColumns]) -> None:
-        self._num_tables = len(tables)
-        self.capacity = sum(each.table.config.capacity for each in tables)
+    def __init__(self, configs: Sequence[DynamicConfig]) -> None:
+        self._num_tables = len(configs)
+        self.capacity = sum(config.capacity for config in configs)
         self.num_keys = 0
         self.totals = dict.fromkeys(Counts._fields, 0)
         self._last = self.totals
@@ -84,13 +97,12 @@ class Growth:
         """Counts of no steps, int32 [tables]."""
         return Counts(*(np.zeros(self._num_tables, np.int32) for _ in Counts._fields))
 
-    def add(self, counts: Counts, keys: Any) -> None:
-        """Takes note of some steps, by sums of their counts, and of which key has which row."""
+    def add(self, counts: Counts, num_keys: int) -> None:
+        """Takes note of some steps, by sums of their counts, and of how many keys have a row."""
         found = {name: int(np.sum(value)) for name, value in counts._asdict().items()}
         self.totals = {name: value + found[name] for name, value in self.totals.items()}
         self._last = found if found["looked_up"] else self._last
-        states = [each.get_value() for _, each in nnx.to_flat_state(keys)]
-        self.num_keys = sum(int(state.index.num_keys) for state in states)
+        self.num_keys = num_keys
 
     @property
     def note(self) -> str:

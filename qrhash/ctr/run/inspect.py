@@ -22,6 +22,7 @@ from qrhash.ctr.data.vocabulary import Vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.growing import of_column
 from qrhash.ctr.model.models import column_vectors
+from qrhash.ctr.model.pools import pools
 from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.run.again import Read, counted, opened
 from qrhash.ctr.run.by_frequency import by_frequency
@@ -67,6 +68,11 @@ def inspect(
     bad_lines = BadLines(kept.settings.max_bad_lines, display.line)
     read = opened(kept, data, bad_lines, display)
     trained = load_trained(kept, display)
+    if trained.learner.store is not None:
+        raise UserError(
+            f"{run} was trained with --cache-rows: its rows are in a store, and inspect looks at "
+            "those on a device only. predict works."
+        )
     pairs = [_asked(text, trained) for text in neighbours]
     wanted = _columns(columns, trained, {name for name, _ in pairs})
     populations, num_counted = counted(kept, trained, read, display)
@@ -75,10 +81,11 @@ def inspect(
     vectors = {name: _vectors(trained, name) for name in wanted}
     reports = []
     display.phase("looking at the vectors", len(wanted))
+    sharing = {name: names for names in pools(trained.configs).values() for name in names}
     for number, name in enumerate(wanted):
-        reports.append(
-            _report(name, trained.configs[name], vectors[name], populations[name], compared)
-        )
+        others = [other for other in sharing.get(name, ()) if other != name]
+        given = trained.configs[name], vectors[name], populations[name], compared, others
+        reports.append(_report(name, *given))
         display.move(number + 1)
     scores, scored = None, f"a run of {TWO_TOWER} has no clicks to score"
     if kept.settings.model != TWO_TOWER:
@@ -160,9 +167,17 @@ def _vectors(trained: Trained, name: str) -> _Vectors:
 
 
 def _report(
-    name: str, config: ColumnConfig, both: _Vectors, ids: Population, compared: int
+    name: str,
+    config: ColumnConfig,
+    both: _Vectors,
+    ids: Population,
+    compared: int,
+    others: Sequence[str],
 ) -> ColumnReport:
     notes: tuple[str, ...] = ()
+    if others:
+        shared = f"its tables are those of {listed(others)} too"
+        notes += (f"{shared}: rows that none of its own look-ups goes to may be theirs",)
 
     def vectors(taken: Any) -> Any:
         return both(taken)[0]

@@ -10,8 +10,10 @@ freeze the tables. All other parameters learn by Adam, at a rate that falls line
 noise of the last batches then averages out.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +30,9 @@ from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.growing import Counts
 from qrhash.ctr.model.losses import ClickLoss, Objective
 from qrhash.ctr.run.growth import Growth, assign_rows, reset
+from qrhash.ctr.run.stored import StoredRows
 from qrhash.ctr.settings import Settings
+from qrhash.dynamic import DynamicConfig
 from qrhash.nnx import KeyState, Table, as_table, shardings
 
 # What of a model is trained by rows, what says which key has which row, and what is dense.
@@ -48,6 +52,8 @@ class Learner:
       objective: what to make less of; by default the log loss of clicks.
       num_steps: how many steps there will be: Adam's learning rate falls to zero over them.
       layout: how large tables and the batch are split over devices.
+      stored: the config of the table that grows, if its rows are in a store: the model that `build`
+        makes has those on the device.
 
     Attributes:
       params: {"tables": tables, "dense": all other parameters}.
@@ -63,8 +69,10 @@ class Learner:
         objective: Objective | None = None,
         num_steps: int,
         layout: MeshLayout | None = None,
+        stored: DynamicConfig | None = None,
     ) -> None:
-        self._graph, *shapes = nnx.split(nnx.eval_shape(build), *_GROUPS)
+        abstract: Any = nnx.eval_shape(build)
+        self._graph, *shapes = nnx.split(abstract, *_GROUPS)
         places = None if layout is None else tuple(shardings(each, layout) for each in shapes)
 
         create = jax.jit(lambda: _groups_of(build()), out_shardings=places)
@@ -92,7 +100,13 @@ class Learner:
         everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         self._everywhere = everywhere
         self._kept = jax.jit(self._objective.init, out_shardings=everywhere)()
-        self.growth = Growth(self._model(self.params).growing)
+        self._stored = None
+        if stored is None:
+            growing = [each.table.config for each in abstract.growing]
+        else:
+            growing = [stored]
+            self._stored = StoredRows(stored, abstract, self.params, optimizer, settings)
+        self.growth = Growth(growing)
         self._evict_every = settings.evict_every
         self._count_every = max(1, min(_STEPS_COUNTED, _ROWS_COUNTED // settings.batch_size))
         self._counts = jax.device_put(self.growth.nothing(), everywhere)
@@ -104,7 +118,9 @@ class Learner:
         self._step = jax.jit(self._stepped, donate_argnums=(0, 1, 2, 3, 4), out_shardings=to[0])
         self._evict = jax.jit(self._evicted, donate_argnums=(1, 2), out_shardings=to[1])
         self._logits = self.compiled(
-            lambda model, batch, _: model(batch.numbers, batch.ids, batch.keys, batch.lists)
+            lambda model, batch, _: model(
+                batch.numbers, batch.ids, batch.keys, batch.lists, batch.found
+            )
         )
 
     def _loss(self, params: Any, keys: Any, kept: Any, batch: Batch) -> tuple[jax.Array, Any]:
@@ -120,7 +136,7 @@ class Learner:
     def _stepped(
         self, params: Any, state: Any, keys: Any, kept: Any, counts: Any, batch: Any, number: Any
     ) -> tuple[Any, ...]:
-        if keys:
+        if self.growth.capacity:
             model = self._model(params, keys)
             batch, of_batch, new = assign_rows(model, batch, number)
             tables, keys = _groups_of(model)[:2]
@@ -137,27 +153,76 @@ class Learner:
         keys = _groups_of(model)[1]
         return keys, counts._replace(evicted=counts.evicted + evicted)
 
+    def ahead(self, batches: Any, is_stop: Callable[[Batch], bool]) -> Iterator[Batch]:
+        """The batches of the training, each when it can be learnt from.
+
+        Args:
+          batches: of the pipeline.
+          is_stop: whether somebody asks for scores, or saves, after a batch: behind it none is
+            taken from the pipeline before the next one is asked for. Asked of each in their order.
+        """
+        if self._stored is None:
+            return iter(batches)
+        steps = itertools.count(self.steps + 1)
+
+        def is_last(batch: Batch) -> bool:
+            is_due = next(steps) % self._evict_every == 0
+            return is_stop(batch) or is_due
+
+        return self._stored.ahead(iter(batches), is_last, self._swap)
+
+    def _swap(self, swap: Callable[..., Any]) -> None:
+        self.params, self._state = swap(self.params, self._state)
+
     def step(self, batch: Batch) -> jax.Array:
         """Learns from a batch; returns what the objective gives, [batch]: logits, from before."""
         carried = (self.params, self._state, self._keys, self._kept, self._counts)
         *carried, outputs = self._step(*carried, self._on_devices(batch), np.int32(self.steps))
         self.params, self._state, self._keys, self._kept, self._counts = carried
         self.steps += 1
-        if self._keys and self.steps % self._evict_every == 0:
-            number = np.int32(self.steps)
-            self._keys, self._counts = self._evict(self.params, self._keys, self._counts, number)
+        if self.growth.capacity and self.steps % self._evict_every == 0:
+            self._take_rows_back()
         if self.steps % self._count_every == 0:
             self.count_keys()
         return outputs
 
+    def _take_rows_back(self) -> None:
+        """Evicts keys."""
+        if self._stored is None:
+            number = np.int32(self.steps)
+            self._keys, self._counts = self._evict(self.params, self._keys, self._counts, number)
+        else:
+            evicted = self._counts.evicted + self._stored.evict()
+            self._counts = self._counts._replace(evicted=evicted)
+
     def count_keys(self) -> None:
         """Brings `growth` up to now; of several processes all call it, after the same step."""
-        if self._keys:
-            self.growth.add(self._counts, self._keys)
+        if self.growth.capacity:
+            self.growth.add(self._counts, self._num_keys())
             self._counts = jax.device_put(self.growth.nothing(), self._everywhere)
+
+    def _num_keys(self) -> int:
+        if self._stored is not None:
+            return self._stored.num_keys
+        states = [each.get_value() for _, each in nnx.to_flat_state(self._keys)]
+        return sum(int(state.index.num_keys) for state in states)
+
+    @property
+    def note(self) -> str:
+        """What there is to say of tables that grow, in words."""
+        of_store = "" if self._stored is None else self._stored.note
+        return "  ".join(filter(None, (self.growth.note, of_store)))
+
+    @property
+    def store(self) -> dict[str, Any] | None:
+        """What went between store and device, as JSON can hold it; None without a store."""
+        return None if self._stored is None else self._stored.as_dict()
 
     def logits(self, batch: Batch) -> jax.Array:
         """The logits [batch] of a batch."""
+        if self._stored is not None:
+            batch, swap = self._stored.look(batch)
+            self._swap(swap)
         return self._logits(batch)
 
     def compiled(self, function: Callable[[Any, Any, Any], Any]) -> Callable[[Any], Any]:
@@ -187,7 +252,10 @@ class Learner:
 
     def save(self, checkpoints: Checkpoints, extra: Any) -> None:
         """Saves parameters, optimizer state and number of steps, and what is given beside them."""
-        checkpoints.save(self.steps, self._all, extra)
+        files = None
+        if self._stored is not None:
+            files = partial(self._stored.save, params=self.params, state=self._state)
+        checkpoints.save(self.steps, self._all, extra, files=files)
 
     def restore(self, checkpoints: Checkpoints) -> Restored:
         """Takes over the last checkpoint that can be read."""
@@ -196,7 +264,8 @@ class Learner:
             self._all,
         )
         jax.tree.map(lambda array: array.delete(), self._all)
-        restored = checkpoints.restore(like)
+        files = None if self._stored is None else self._stored.restore
+        restored = checkpoints.restore(like, files=files)
         self.params, self._state, *others = restored.state
         if self._keys:
             self._keys = others.pop()
@@ -224,7 +293,11 @@ class Learner:
         variables = jax.tree.leaves(
             self.params, is_leaf=lambda node: isinstance(node, nnx.Variable)
         )
-        return sum(math.prod(as_table(variable).shape) for variable in variables)
+        there = sum(math.prod(as_table(variable).shape) for variable in variables)
+        if self._stored is None:
+            return there
+        own = self._stored.config.own
+        return there + (own.num_embeddings - self._stored.cache_rows) * own.features
 
 
 def _groups_of(model: Any) -> tuple[Any, ...]:

@@ -24,6 +24,7 @@ class Summary:
       embedding_bytes: their memory.
       index_bytes: that of the index of keys, of tables that grow.
       growth: what became of their keys; None without such tables.
+      store: where rows are in a store, the share found on the device, and bytes; else None.
       full_params: parameters of full tables for all columns; None, if one has no vocabulary.
       full_rows: rows of such tables.
       full_bytes: their memory in float32.
@@ -43,6 +44,7 @@ class Summary:
     embedding_bytes: int
     index_bytes: int = 0
     growth: Growth | None = None
+    store: Mapping[str, Any] | None = None
     full_params: int | None
     full_rows: int | None
     full_bytes: int | None
@@ -58,6 +60,9 @@ class Summary:
         growth = values.pop("growth")
         if growth is not None:
             values |= {f"dynamic_{name}": value for name, value in growth.as_dict().items()}
+        store = values.pop("store")
+        if store is not None:
+            values |= {f"store_{name}": value for name, value in store.items()}
         for name in ("test", "constant", "truth"):
             part = values.pop(name)
             if part is not None:

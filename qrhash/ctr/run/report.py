@@ -249,6 +249,9 @@ def _add_growth(table: Table, summary: Summary) -> None:
     table.add_row("keys admitted", f"{totals['admitted']:,}", gone)
     table.add_row("keys met in a row of their own", f"{share:.1%}", "of all that were trained on")
     table.add_row("bytes of the index of keys", f"{summary.index_bytes:,}", "")
+    if summary.store is not None:
+        moved = f"{summary.store['bytes_moved']:,} bytes moved to and from the store"
+        table.add_row("rows found on the device", f"{summary.store['hit_rate']:.1%}", moved)
 
 
 def _drawn(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

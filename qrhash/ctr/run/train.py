@@ -7,7 +7,7 @@ processes each reads its share of the rows (`data/shares`).
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from qrhash.arithmetic import ceil_div
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.data.block import Source
 from qrhash.ctr.data.files import BadLines
+from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
@@ -98,6 +99,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         embedding_bytes=sum(map(num_bytes, tables)),
         index_bytes=sum(map(index_bytes, dynamic_tables(configs))),
         growth=learner.growth if learner.growth.capacity else None,
+        store=learner.store,
         dense_params=learner.num_params - embedding_params,
         rows_per_second=rows_per_second,
         test=test,
@@ -190,10 +192,11 @@ def _train(
                 stream.set_state(position)
                 position = None
             where = _Position(epoch, stream)
-            for batch in stream:
+            stops = _stops(settings, points, progress.rows, learner.steps)
+            for batch in learner.ahead(stream, stops):
                 progress.add(batch, learner.step(batch))
                 if display.is_due:
-                    notes = (progress.note(), learner.growth.note)
+                    notes = (progress.note(), learner.note)
                     display.update(progress.rows, "  ".join(filter(None, notes)))
                 is_point = bool(points) and progress.rows >= points[0]
                 if is_point:
@@ -224,6 +227,20 @@ class _Position(NamedTuple):
 
     epoch: int
     stream: Any
+
+
+def _stops(
+    settings: Settings, points: Sequence[int], rows: int, steps: int
+) -> Callable[[Batch], bool]:
+    """Whether the training stands still after a batch, of batches that come in their order."""
+
+    def is_stop(batch: Batch) -> bool:
+        nonlocal rows, steps
+        before, rows, steps = rows, rows + int(batch.weights.sum()), steps + 1
+        is_point = any(before < point <= rows for point in points)
+        return is_point or _is_due(settings.checkpoint_every, steps, is_point)
+
+    return is_stop
 
 
 def _is_due(every: int | None, step: int, is_point: bool) -> bool:
