@@ -301,6 +301,7 @@ WRONG = {
     "no value": (["RUN", "--neighbours=user"], "--neighbours must be COLUMN=VALUE, such as user"),
     "value": (["RUN", "--neighbours=user=me"], "user was 'me' in no row that was counted."),
     "tested": (["RUN", "--neighbours=user=visitor"], "user was 'visitor' in no row that was"),
+    "output": (["RUN", "--output-dir=RUN/ids.npz/x"], "ids.npz is no directory: choose another"),
     "data": (["RUN", "--data=absent.csv"], "There is no file absent.csv"),
 }
 
@@ -309,7 +310,7 @@ WRONG = {
 def test_what_cannot_be_is_one_sentence(name, made):
     path, (arguments, sentence) = made[0], WRONG[name]
     run = str(path / "run")
-    result = _inspect(*(run if each == "RUN" else each for each in arguments))
+    result = _inspect(*(each.replace("RUN", run) for each in arguments))
     assert result.exit_code == 1
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert sentence in error

@@ -12,8 +12,6 @@ import qrhash
 from qrhash import inspection
 from qrhash.inspection import blocks
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled")
-
 PARTITIONS = {
     "full": qrhash.FullTable(60),
     "hash trick": qrhash.HashTrick(60, 13),

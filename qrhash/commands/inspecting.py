@@ -73,14 +73,15 @@ def _inspect(
 ) -> int:
     """Looks, and writes what was seen; returns the exit code."""
     from qrhash.ctr.run.inspect import inspect
-    from qrhash.ctr.run.inspect_report import FIGURES, PICTURE, write
+    from qrhash.ctr.run.inspect_report import FIGURES, PICTURE, check_output, write
     from qrhash.ctr.run.inspect_report import shown as tables_of
 
     def look(display: Display) -> None:
         path = run_of(directory, run)
+        output = output_dir or path
+        check_output(output)
         with display:
             found = inspect(path, display, **options)
-        output = output_dir or path
         write(found, output)
         for each in tables_of(found):
             Console().print(each)

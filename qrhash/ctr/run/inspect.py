@@ -185,10 +185,10 @@ def _report(
     met = ids.ids[: min(ids.num_met, _MOST_IDS)]
     counts = ids.counts[: len(met)]
     if len(met) < ids.num_met:
-        notes += (f"twins are those of its {len(met):,} most frequent ids",)
+        notes += (f"twins are those of the {len(met):,} most frequent ids",)
     some = min(len(met), compared)
     if some < ids.num_met:
-        notes += (f"near twins are those of its {some:,} most frequent ids",)
+        notes += (f"near twins are those of the {some:,} most frequent ids",)
     n = len(ids.counts)
     sampled = np.unique(np.linspace(0, max(0, n - 1), min(n, _MOST_IDS)).astype(np.int64))
     has_row: np.ndarray | None = None
@@ -208,7 +208,7 @@ def _report(
             equal = inspection.twins(config.refused.partition, without, counts[~has_row])
             places = np.flatnonzero(~has_row)
             equal = equal._replace(sets=tuple(places[each] for each in equal.sets))
-            notes += ("twins are those of its keys without a row",)
+            notes += ("twins are those of the keys without a row",)
     return ColumnReport(
         name=name,
         config=config,

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qrhash import EmbedConfig
+from qrhash.ctr.errors import UserError
 from qrhash.ctr.run.by_frequency import Judged
 from qrhash.ctr.run.inspect_figures import as_figures
 from qrhash.ctr.run.inspect_picture import draw
@@ -67,17 +68,27 @@ def shown(found: Inspected) -> Iterator[RenderableType]:
         yield Text(f"The {_MOST_COLUMNS} columns of most ids are shown; {FIGURES} has all.")
 
 
+def check_output(directory: Path) -> None:
+    """Raises a UserError if something that is no directory is in the way."""
+    first = next((each for each in (directory, *directory.parents) if each.exists()), directory)
+    if first.exists() and not first.is_dir():
+        raise UserError(f"{first} is no directory: choose another --output-dir.")
+
+
 def write(found: Inspected, directory: Path) -> None:
     """Writes the figures and the picture, each whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(as_figures(found), ensure_ascii=False, indent=1)
-    for name, put in (
-        (FIGURES, lambda path: path.write_text(text)),
-        (PICTURE, lambda path: draw(found, path)),
-    ):
-        part = directory / f"part-{name}"
-        put(part)
-        part.replace(directory / name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, put in (
+            (FIGURES, lambda path: path.write_text(text)),
+            (PICTURE, lambda path: draw(found, path)),
+        ):
+            part = directory / f"part-{name}"
+            put(part)
+            part.replace(directory / name)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}.") from error
 
 
 _LONG, _TWINS = "the most frequent of them", "the most frequent"  # cells of several lines
