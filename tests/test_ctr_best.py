@@ -17,7 +17,7 @@ from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.progress import collect
 from qrhash.ctr.settings import Settings
 from support import ctr_files
-from support.training_process import assert_same_curve, compiled_once, numbers_of, train
+from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
@@ -26,12 +26,6 @@ UNCHECKED_KEYS = True
 SMALL = ["--features=4", "--bottom-mlp=32", "--top-mlp=32", "--batch-size=32", "--evaluations=32"]
 SMALL += ["--dense-lr=0.02", "--table-lr=0.3", "--init-stddev=0.3", "--test-rows=175", "--epochs=8"]
 SMALL += ["--validation-fraction=0.2", "--threshold=10", "--large-table-rows=10"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

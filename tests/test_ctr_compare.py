@@ -17,7 +17,6 @@ from qrhash.ctr.run.compare_report import FIGURES, PICTURE, compared, table_of, 
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.settings import Settings
 from support import ctr_files
-from support.training_process import compiled_once
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
@@ -33,12 +32,6 @@ SMALL = {
     "eval_rows": 64,
     "columns": LEFT_OUT,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from support.training_process import (
     assert_same_curve,
     assert_same_to_the_last_bit,
     command_line,
-    compiled_once,
     numbers_of,
     small_run,
     train,
@@ -199,8 +198,7 @@ def _train(*arguments):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield small_run(tmp_path_factory.mktemp("data"))
+    return small_run(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
 from qrhash.keys import cross
 from support import ctr_files
-from support.training_process import assert_same_curve, compiled_once, numbers_of, train
+from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
@@ -33,12 +33,6 @@ SMALL = [
     *("--evaluations=2", "--eval-rows=100", "--evict-every=5", "--large-table-rows=16"),
     *("--init-stddev=0.35", "--table-lr=0.3", "--dense-lr=0.01"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 # --- options --------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from qrhash.ctr.run.inspect_report import FIGURES, PICTURE
 from qrhash.ctr.run.trained import kept_of, load_trained
 from qrhash.strings import hash_strings
 from support import ctr_files
-from support.training_process import compiled_once, numbers_of, train
+from support.training_process import numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 
@@ -81,20 +81,19 @@ def made(tmp_path_factory):
     events = _events()
     data = ctr_files.write_table(path / "events.parquet", events)
     (path / "config.toml").write_text(CONFIG)
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        categories = "--categories=user,item,page,device,visit"
-        options = [f"--config={path / 'config.toml'}", "--data", data, categories]
-        result = train(*options, "--output-dir", path / "run")
-        assert result.exit_code == 0, result.output
-        asked = ["--neighbours=user=user-3", "--neighbours=item=-3", "--neighbours=visit=visit-1"]
-        said = _inspect(path / "run", *asked, "--top=5")
-        assert said.exit_code == 0, said.output
-        scores = path / "scores.parquet"
-        arguments = ["predict", str(path / "run"), "--data", str(data), "--output", str(scores)]
-        assert CliRunner().invoke(cli.build_app(), arguments).exit_code == 0
-        found = json.loads((path / "run" / FIGURES).read_text())
-        logits = pyarrow.parquet.read_table(scores)["logit"].to_numpy()
-        yield path, events, found, said, logits
+    categories = "--categories=user,item,page,device,visit"
+    options = [f"--config={path / 'config.toml'}", "--data", data, categories]
+    result = train(*options, "--output-dir", path / "run")
+    assert result.exit_code == 0, result.output
+    asked = ["--neighbours=user=user-3", "--neighbours=item=-3", "--neighbours=visit=visit-1"]
+    said = _inspect(path / "run", *asked, "--top=5")
+    assert said.exit_code == 0, said.output
+    scores = path / "scores.parquet"
+    arguments = ["predict", str(path / "run"), "--data", str(data), "--output", str(scores)]
+    assert CliRunner().invoke(cli.build_app(), arguments).exit_code == 0
+    found = json.loads((path / "run" / FIGURES).read_text())
+    logits = pyarrow.parquet.read_table(scores)["logit"].to_numpy()
+    return path, events, found, said, logits
 
 
 def _counts(events, column):

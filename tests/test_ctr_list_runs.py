@@ -15,7 +15,7 @@ from qrhash.ctr.run import goals
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.progress import collect
 from support import ctr_files
-from support.training_process import assert_same_curve, compiled_once, numbers_of, train
+from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
@@ -87,12 +87,6 @@ OPTIONS = {
     "large": ["--combiner=sqrtn", "--large-table-rows=10", "--threshold=10", "--collisions=2"],
     "dcn": ["--model=dcn", "--hash-size=50"],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from qrhash.ctr.run import predict as predicting
 from qrhash.ctr.run.progress import collect
 from qrhash.ctr.settings import Settings
 from support import ctr_files
-from support.training_process import compiled_once, numbers_of, small_run, train
+from support.training_process import numbers_of, small_run, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
@@ -43,12 +43,6 @@ def _scores(run, data, output, *arguments):
     result = _predict(run, data, output, *arguments)
     assert result.exit_code == 0, result.output
     return pyarrow.parquet.read_table(output).to_pydict(), result
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 def _run(path, events, *arguments):

@@ -14,7 +14,6 @@ from support import ctr_files
 from support.training_process import (
     assert_same_curve,
     command_line,
-    compiled_once,
     numbers_of,
     small_run,
     train,
@@ -29,8 +28,7 @@ MESH = "--mesh=data=2,model=4"
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield small_run(tmp_path_factory.mktemp("data"))
+    return small_run(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 from qrhash.strings import hash_strings
 from support import ctr_files
-from support.training_process import assert_same_curve, compiled_once, numbers_of, train
+from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
@@ -470,12 +470,6 @@ def test_rows_without_a_time_are_malformed(tmp_path):
 
 SMALL = ["--features=4", "--bottom-mlp=8", "--top-mlp=8", "--batch-size=32", "--evaluations=2"]
 SMALL += ["--dense-lr=0.02", "--table-lr=0.3", "--init-stddev=0.3"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 def _train(*arguments):

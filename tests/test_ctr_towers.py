@@ -21,16 +21,10 @@ from qrhash.ctr.model.towers import build_towers
 from qrhash.ctr.run import retrieval
 from qrhash.ctr.settings import Settings
 from support import ctr_files
-from support.training_process import assert_same_curve, compiled_once, numbers_of, train
+from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 UNCHECKED_KEYS = True
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 # --- the model ------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from qrhash.ctr.run.rows import split_line
 from qrhash.ctr.run.train import fit
 from qrhash.ctr.settings import Settings
 from support import ctr_files
-from support.training_process import compiled_once
 
 STANDARD_PROMOTION = True  # optax.adam needs it
 
@@ -54,12 +53,6 @@ LEARNS = {  # in the few steps of a test
     "dense_lr": 0.01,
     "table_lr": 0.3,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 def _fit(**options):

@@ -13,18 +13,12 @@ from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.predict import predict
 from qrhash.ctr.settings import Settings
 from support import ctr_files
-from support.training_process import compiled_once, numbers_of, train
+from support.training_process import numbers_of, train
 
 STANDARD_PROMOTION = True  # for schedules
 UNCHECKED_KEYS = True
 SMALL = ["--features=4", "--bottom-mlp=8", "--top-mlp=8", "--batch-size=32", "--evaluations=2"]
 SMALL += ["--epochs=3", "--dense-lr=0.02", "--table-lr=0.3", "--init-stddev=0.3", "--test-rows=100"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 def _events(weights):
