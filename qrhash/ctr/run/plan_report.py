@@ -86,7 +86,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     names = [name for name, _ in drawn]
     ways = dict.fromkeys(described(each.config) for _, each in ordered)
     colours = dict(zip(sorted(ways, key=lambda way: way != "full"), _colours(), strict=False))
-    figure = Figure(figsize=(12, 2.2 + 0.26 * len(drawn)), layout="constrained")
+    figure = Figure(figsize=(12, 2.5 + 0.26 * len(drawn)), layout="constrained")
     sizes, losses = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     sizes.barh(
         names, [each.full_bytes for _, each in drawn], color="#dddddd", label="as a full table"
@@ -106,7 +106,8 @@ def draw_plan(plan: Plan, path: Path) -> None:
     sizes.xaxis.set_minor_formatter(NullFormatter())
     sizes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: megabytes(int(value))))
     sizes.set_ylim(len(drawn) - 0.4, -0.6)
-    sizes.legend(loc="lower right", fontsize=8)
+    named = sizes.get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=4, fontsize=8)
     most = max((each.loss for _, each in drawn), default=0.0)
     losses.set(xlabel="expected to be lost of what a full table would know")
     losses.set_xlim(0, max(0.01, most) * 1.5)
