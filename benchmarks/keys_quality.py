@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=8000)
     parser.add_argument("--key-bits", type=int, nargs="+", default=[24, 26])
     parser.add_argument("--num-tables", type=int, default=2)
-    parser.add_argument("--operation", default="add", help="of the keys")
+    parser.add_argument("--operation", default="concat", help="of the keys")
     parser.add_argument("--ids-operation", default="mult", help="of the ids of the vocabulary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--config", type=Path, help="TOML file with other options of qrhash train")

@@ -39,6 +39,8 @@ class Shared:
 
     def of(self, config: EmbedConfig) -> EmbedConfig:
         """The config, given the owner's."""
+        if self.partition is None and self.combiner is None:
+            return config
         return dataclasses.replace(
             config,
             partition=self.partition or config.partition,
