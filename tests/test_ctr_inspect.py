@@ -29,6 +29,7 @@ from support import ctr_files
 from support.training_process import numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
+UNCHECKED_KEYS = True
 
 ROWS, TESTED = 800, 200
 CONFIG = """

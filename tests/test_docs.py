@@ -26,9 +26,14 @@ REFERENCE = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.name)
 @pytest.mark.filterwarnings("default")  # Jupyter's own warnings are not ours.
-def test_notebook_runs(path, monkeypatch):
+def test_notebook_runs(path, monkeypatch, tmp_path_factory):
     # The kernel is one more process: it sees one device, as a user's does.
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    # What one notebook compiles, the others take over.
+    cache = tmp_path_factory.getbasetemp() / "notebooks"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
     notebook = nbformat.read(path, as_version=4)
     shown = _pictures(notebook)
     client = nbclient.NotebookClient(

@@ -23,6 +23,8 @@ from qrhash.dynamic import (
 )
 from support.cases import OPTIMIZED
 
+UNCHECKED_KEYS = True
+
 RATE, START = 0.1, 0.5
 WIDTH = 4
 
@@ -516,7 +518,7 @@ def test_a_large_threshold_of_a_sketch_counts_beyond_a_byte():
     assert _admitted(SketchCount(300, 400), [[1] * 299, [1]])[0] == [[], [1]]
 
 
-def test_by_chance(rng):
+def test_by_chance(rng, keys_used_once):
     keys = np.arange(20_000)
     config = DynamicConfig(40_000, 1, admission=AdmitByChance(0.1))
     state, _ = dynamic.assign(dynamic.init_state(config), np.repeat(keys, 3), config, 0)

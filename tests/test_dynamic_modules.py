@@ -18,6 +18,7 @@ from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed
 from support.meshes import layout_2x4
 
 STANDARD_PROMOTION = True  # optax's Adam
+UNCHECKED_KEYS = True
 
 WIDTH = 4
 ADAM = optax.adam(0.1)

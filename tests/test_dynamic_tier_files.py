@@ -21,6 +21,7 @@ from qrhash import dynamic
 from qrhash.checkpoint import Checkpoints, MismatchError
 
 STANDARD_PROMOTION = True  # optax's Adam
+UNCHECKED_KEYS = True
 
 
 def test_a_look_gives_the_vectors_and_changes_no_number():

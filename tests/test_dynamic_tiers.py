@@ -23,6 +23,7 @@ from qrhash.dynamic.residents import Residents
 from support.cases import OPTIMIZED
 
 STANDARD_PROMOTION = True  # optax's Adam
+UNCHECKED_KEYS = True
 
 NUM_ROWS, CACHE_ROWS, BATCH, FEATURES = 2000, 70, 24, 4
 KEY = jax.random.key(3)
