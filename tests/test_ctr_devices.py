@@ -336,6 +336,7 @@ def test_one_process_goes_on_with_what_two_began(options, tmp_path, logs):
     assert_same_to_the_last_bit(output, alone)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began(options, tmp_path, logs):
     """Without a vocabulary: to find the malformed rows they look at all of them first."""
     run = [options[0], f"--data={_spoilt_parquet(tmp_path)}", "--ids=keys", "--key-bits=10"]
@@ -362,6 +363,7 @@ def test_two_processes_give_keys_the_rows_that_one_gives(options, tmp_path, logs
     assert counts[0][-1] > 0
 
 
+@pytest.mark.slow
 def test_a_limit_of_malformed_lines_holds_for_all_processes(options, tmp_path, logs):
     """Each meets half of them, and says what one would that meets all."""
     run = [options[0], f"--data={_spoilt_text(tmp_path)}", "--max-bad-lines=9"]

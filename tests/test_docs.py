@@ -24,7 +24,17 @@ EXAMPLES = [
 REFERENCE = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.name)
+# What they show has tests of its own; each takes half a minute.
+SLOW_NOTEBOOKS = ("02_training_by_rows", "03_mesh", "05_items_that_come_and_go")
+NOTEBOOKS = [
+    pytest.param(
+        path, id=path.name, marks=[pytest.mark.slow] if path.stem in SLOW_NOTEBOOKS else []
+    )
+    for path in sorted(ROOT.glob("notebooks/*.ipynb"))
+]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
 @pytest.mark.filterwarnings("default")  # Jupyter's own warnings are not ours.
 def test_notebook_runs(path, monkeypatch, tmp_path_factory):
     # The kernel is one more process: it sees one device, as a user's does.
