@@ -7,7 +7,7 @@ top of each other. Which rows of a stack are a feature's own is known when the c
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,15 @@ class Shared:
             partition=self.partition or config.partition,
             combiner=self.combiner or config.combiner,
         )
+
+
+_OfKeys = TypeVar("_OfKeys", bound=KeyDigits | MultiHash)
+
+
+def of_feature(partition: _OfKeys, name: str) -> _OfKeys:
+    """The partition by hashes of a feature's own, in a pool; of that one, the pool's again."""
+    hashed = int(hash_strings([name])[0]) % 2**32
+    return dataclasses.replace(partition, seed=partition.seed ^ hashed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +139,11 @@ class CollectionConfig:
                 f"{partition!r}."
             )
 
-        def of(name: str) -> Partition:
-            hashed = int(hash_strings([name])[0]) % 2**32
-            return dataclasses.replace(partition, seed=partition.seed ^ hashed)
-
-        own = dataclasses.replace(config, partition=of(names[0]))
-        return cls({names[0]: own} | {name: Shared(names[0], of(name)) for name in names[1:]})
+        own, *others = (of_feature(partition, name) for name in names)
+        embeddings: dict[str, Any] = {names[0]: dataclasses.replace(config, partition=own)}
+        for name, other in zip(names[1:], others, strict=True):
+            embeddings[name] = Shared(names[0], other)
+        return cls(embeddings)
 
     @property
     def own_configs(self) -> dict[str, EmbedConfig]:

@@ -12,9 +12,17 @@ import numpy as np
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.dynamic.embedding import Found, State, assign, find, init_state
+from qrhash.dynamic.embedding import (
+    Found,
+    Parameters,
+    State,
+    assign,
+    evict,
+    find,
+    init_state,
+)
 from qrhash.dynamic.eviction import SmallNorm
-from qrhash.dynamic.upkeep import evict
+from qrhash.dynamic.upkeep import evict as evict_rows
 from qrhash.initializers import per_row, table_initializers
 from qrhash.keys import Keys
 from qrhash.policies import PADDING
@@ -161,11 +169,10 @@ class ByKey:
                 f"StepsSinceUse(1000), got {rule!r}."
             )
         with on_host():
-            index = self.state.index
-            index = evict(index, rule.gone(index, jnp.zeros((0, 0)), self.step))
-            self.state = dataclasses.replace(self.state, index=index)
-            before, self.num_keys = self.num_keys, int(index.num_keys)
-        return before - self.num_keys
+            nothing = Parameters(jnp.zeros((0, 0)))
+            self.state, count = evict(self.state, nothing, self._config, self.step)
+        self.num_keys -= int(count)
+        return int(count)
 
     def forget(self, new: np.ndarray) -> None:
         """See `Numbering`."""
@@ -173,14 +180,15 @@ class ByKey:
             with on_host():
                 gone = np.zeros(self.state.index.capacity, bool)
                 gone[new] = True
-                index = evict(self.state.index, jnp.asarray(gone))
+                index = evict_rows(self.state.index, jnp.asarray(gone))
                 self.state = dataclasses.replace(self.state, index=index)
                 self.num_keys = int(index.num_keys)
 
     def in_use(self, start: int, stop: int) -> np.ndarray:
         """See `Numbering`: those that keys have."""
-        with on_host():
-            return np.asarray(self.state.index.is_live)[start:stop]
+        index = self.state.index
+        # Of these rows alone: it is asked for piece by piece.
+        return index.replace(last_steps=np.asarray(index.last_steps)[start:stop]).is_live
 
     def saved(self) -> list[np.ndarray]:
         """See `Numbering`: the leaves of the state, and the step."""

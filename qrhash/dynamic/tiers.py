@@ -331,11 +331,7 @@ class Tiered:
                         self.traffic.undo(move, new)
                         return
                     arrived = self.traffic.take_back(*back)
-                try:
-                    fetched = self.traffic.fetch(move, new)
-                except BaseException:
-                    self.traffic.undo(move, new)
-                    raise
+                fetched = self.traffic.fetch(move, new)
                 batch = slots if name is None else {**batch, name: slots}
                 planned.put((batch, fetched, None))
             planned.put((None, None, None))

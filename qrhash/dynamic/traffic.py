@@ -68,13 +68,17 @@ class Traffic:
         return named.in_slots(slots), move, named.new
 
     def fetch(self, move: Move, new: np.ndarray) -> Fetched:
-        """The rows that come to the device."""
+        """The rows that come to the device; what goes wrong undoes the plan."""
         if not len(move.rows):
             return Fetched(move, None, (), new)
-        slots = padded(move.slots, self.residents.num_slots)
-        values = self.read(move.rows, len(slots))
-        self.bytes_moved += len(move.rows) * self.records.width
-        return Fetched(move, jnp.asarray(slots), tuple(map(_on_device, values)), new)
+        try:
+            slots = padded(move.slots, self.residents.num_slots)
+            values = self.read(move.rows, len(slots))
+            self.bytes_moved += len(move.rows) * self.records.width
+            return Fetched(move, jnp.asarray(slots), tuple(map(_on_device, values)), new)
+        except BaseException:
+            self.undo(move, new)
+            raise
 
     def read(self, rows: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
         """What the store has of rows [n]: of each array [size, ...], behind the n anything."""

@@ -59,7 +59,6 @@ class GrowingColumns(nnx.Module):
     ) -> None:
         self.single = tuple(name for name in combiners if name not in lists)
         self.of_lists = tuple((name, how) for name, how in combiners.items() if name in lists)
-        self.in_store = in_store
         self.table = DynamicEmbed(config, has_state=not in_store, rngs=rngs)
 
     @property

@@ -98,10 +98,9 @@ class Embeddings(nnx.Module):
         return [table.start(each) for table, each in zip(self.growing, found, strict=True)]
 
     def keys_of_growing(
-        self, ids: Any, keys: Keys | None, lists: Sequence[Padded]
+        self, keys: Keys | None, lists: Sequence[Padded]
     ) -> list[tuple[Keys, jax.Array]]:
         """The keys [batch, places] of each table that grows, and which of them are meant."""
-        del ids
         of_keys, of_lists = self._keys(keys), self._lists(lists)
         return [table.joined(of_keys, of_lists) for table in self.growing]
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from qrhash import EmbedConfig, KeyDigits
-from qrhash.stacks import Shared
-from qrhash.strings import hash_strings
+from qrhash.stacks import Shared, of_feature
 
 # The seeds of pools, before a column's name is mixed in: of two towers each has one.
 _SEEDS = (1, 2)
@@ -18,7 +17,9 @@ _SEEDS = (1, 2)
 
 def in_pool(config: EmbedConfig, name: str, pool: int) -> EmbedConfig:
     """The config of a column in a pool, 0 or 1."""
-    return _with_seed(config, _SEEDS[pool] ^ _hash(name))
+    assert isinstance(config.partition, KeyDigits)  # What a pool is made of.
+    partition = replace(config.partition, seed=_SEEDS[pool])
+    return replace(config, partition=of_feature(partition, name))
 
 
 def pools(configs: Mapping[str, Any]) -> dict[EmbedConfig, list[str]]:
@@ -26,10 +27,10 @@ def pools(configs: Mapping[str, Any]) -> dict[EmbedConfig, list[str]]:
     found: dict[EmbedConfig, list[str]] = {}
     for name, config in configs.items():
         if isinstance(config, EmbedConfig) and isinstance(config.partition, KeyDigits):
-            seed = config.partition.seed ^ _hash(name)
-            if seed in _SEEDS:
+            partition = of_feature(config.partition, name)
+            if partition.seed in _SEEDS:
                 # How the vectors of a list are pooled is a column's own affair.
-                alike = replace(_with_seed(config, seed), combiner="sum")
+                alike = replace(config, partition=partition, combiner="sum")
                 found.setdefault(alike, []).append(name)
     return found
 
@@ -42,13 +43,3 @@ def as_embeddings(configs: Mapping[str, EmbedConfig]) -> dict[str, EmbedConfig |
             config = configs[name]
             embeddings[name] = Shared(owner, config.partition, config.combiner)
     return embeddings
-
-
-def _with_seed(config: EmbedConfig, seed: int) -> EmbedConfig:
-    partition = config.partition
-    assert isinstance(partition, KeyDigits)  # What a pool is made of.
-    return replace(config, partition=replace(partition, seed=seed))
-
-
-def _hash(name: str) -> int:
-    return int(hash_strings([name])[0]) % 2**32

@@ -294,10 +294,7 @@ class Learner:
             self.params, is_leaf=lambda node: isinstance(node, nnx.Variable)
         )
         there = sum(math.prod(as_table(variable).shape) for variable in variables)
-        if self._stored is None:
-            return there
-        own = self._stored.config.own
-        return there + (own.num_embeddings - self._stored.cache_rows) * own.features
+        return there if self._stored is None else there + self._stored.num_params_elsewhere
 
 
 def _groups_of(model: Any) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class StoredRows:
         settings: Settings,
     ) -> None:
         (path,) = table_paths(model)
-        self.config = config
+        self._config = config
         types = jax.eval_shape(as_arrays, params)
 
         def make() -> Tiered:
@@ -54,9 +54,7 @@ class StoredRows:
             return Tiered(config, types, tx, store, table=lambda tree: _at(tree["tables"], path))
 
         self._make, self._tier = make, make()
-        self._keys_of = jax.jit(
-            lambda batch: model.keys_of_growing(batch.ids, batch.keys, batch.lists)
-        )
+        self._keys_of = jax.jit(lambda keys, lists: model.keys_of_growing(keys, lists))
 
     def ahead(
         self,
@@ -107,7 +105,7 @@ class StoredRows:
     def _named(self, batch: Batch) -> Any:
         """The keys of a batch, and which of them are meant."""
         with on_host():
-            ((keys, meant),) = self._keys_of(batch._replace(items=None, importance=None))
+            ((keys, meant),) = self._keys_of(batch.keys, batch.lists)
             return keys, meant & (jnp.asarray(batch.weights) > 0)[:, None]
 
     def evict(self) -> int:
@@ -115,9 +113,9 @@ class StoredRows:
         return self._tier.evict()
 
     @property
-    def cache_rows(self) -> int:
-        """How many rows are on the device."""
-        return self._tier.config.capacity
+    def num_params_elsewhere(self) -> int:
+        """Parameters of the table that the model, which has some of the rows, has not."""
+        return self._config.num_params - self._tier.config.num_params
 
     @property
     def num_keys(self) -> int:
