@@ -13,6 +13,8 @@ import numpy as np
 # NumPy or JAX integer arrays; this module and the partitions stay free of either's types.
 Array = Any
 
+INT32_MAX = 2**31 - 1
+
 _SEARCH_BUDGET = 20_000
 
 

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qrhash.arithmetic import as_size
+from qrhash.lengths import checked_lengths, short
 from qrhash.ragged import (
     Ids,
     as_weights,
     behind,
-    checked_lengths,
     flat_ids,
     ids_of,
-    short,
     taken_places,
     unpacked,
     zero_where,

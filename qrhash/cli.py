@@ -1,4 +1,4 @@
-"""The command line: `qrhash train`, `predict`, `inspect`, `plan` and `compare`.
+"""The command line: `qrhash train`, `predict`, `inspect`, `export`, `plan` and `compare`.
 
 The options of `train` are the fields of `qrhash.ctr.settings.Settings`; an option that is not given
 leaves the word to the configuration file, and then to the default.
@@ -15,7 +15,7 @@ from qrhash.commands.interrupts import INTERRUPTED, interrupted_early, leave
 if TYPE_CHECKING:
     import typer
 
-_TRAIN_EXTRA = ("grain", "matplotlib", "pyarrow", "rich", "typer")
+_TRAIN_EXTRA = ("flatbuffers", "grain", "matplotlib", "pyarrow", "rich", "safetensors", "typer")
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def build_app() -> "typer.Typer":
     import typer
 
     from qrhash.commands.choosing import compare_command, plan_command
+    from qrhash.commands.exporting import export_command
     from qrhash.commands.inspecting import inspect_command
     from qrhash.commands.training import predict_command, train_command
 
@@ -66,7 +67,10 @@ def build_app() -> "typer.Typer":
     ) -> None:
         pass
 
-    commands = (train_command, predict_command, inspect_command, plan_command, compare_command)
+    commands = (
+        *(train_command, predict_command, inspect_command, export_command),
+        *(plan_command, compare_command),
+    )
     for make in commands:
         app.command()(make())
     return app

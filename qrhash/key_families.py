@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from qrhash.arithmetic import Array, as_size
-from qrhash.keys import Keys, check_seed, scramble, unscramble
 from qrhash.partitions import Partition
+from qrhash.words import Keys, check_seed, scramble, unscramble
 
 _NUM_KEYS = 2**64
 _MOST_BITS = 31  # of a digit: row numbers are int32

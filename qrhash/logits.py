@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qrhash.arithmetic import INT32_MAX
 from qrhash.batches import as_batch
 from qrhash.config import EmbedConfig, check_config
 from qrhash.kinds import as_table
 from qrhash.operations import Projection
 from qrhash.protocol import TableLike
 from qrhash.tables import check_parameters
-from qrhash.types import INT32_MAX, Array
+from qrhash.types import Array
 from qrhash.vectors import look_up, placed, take_filled
 
 

@@ -19,9 +19,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 
-from qrhash.types import Array
+from qrhash.arithmetic import Array
 
 OPERATIONS = ("add", "mult", "concat", "project", "path", "features")
 
@@ -47,9 +47,10 @@ def combine(
     """Combines the k rows of each id into its vector.
 
     Args:
-      rows: k arrays [*shape, width_j] of one dtype; equal widths but for "concat" and "path". For
-        "path" the narrowest is the row that is mapped, the others, in their order, the maps, flat
-        and row by row: [inputs + 1, outputs], in the last line what is added.
+      rows: k arrays [*shape, width_j] of one dtype, of JAX, or of NumPy, which then makes the
+        vectors; equal widths but for "concat" and "path". For "path" the narrowest is the row that
+        is mapped, the others, in their order, the maps, flat and row by row: [inputs + 1, outputs],
+        in the last line what is added.
       operation: "add", "mult", "concat", "project", "path" or "features".
       projection: for "project" alone, its `Projection` or just the kernel.
 
@@ -65,10 +66,11 @@ def combine(
     Source: Shi et al. 2020, section 4: operation-based and path-based compositional embeddings, and
     the generation of features.
 
-    >>> q, r = jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])
+    >>> import numpy as np
+    >>> q, r = np.array([1.0, 2.0]), np.array([3.0, 4.0])
     >>> combine((q, r), "mult").tolist(), combine((q, r), "concat").tolist()
     ([3.0, 8.0], [1.0, 2.0, 3.0, 4.0])
-    >>> swapped_plus_ten = jnp.array([0.0, 1.0, 1.0, 0.0, 10.0, 10.0])
+    >>> swapped_plus_ten = np.array([0.0, 1.0, 1.0, 0.0, 10.0, 10.0])
     >>> combine((swapped_plus_ten, r), "path").tolist()
     [14.0, 13.0]
     """
@@ -78,10 +80,11 @@ def combine(
         raise ValueError("rows must hold the rows of at least one table, got none.")
     check_projection(projection, operation)
     _check_rows(rows, operation)
+    xp = _namespace(rows)
     if operation == "concat":
-        return jnp.concatenate(rows, axis=-1)
+        return xp.concat(rows, axis=-1)
     if operation == "features":
-        return jnp.stack(rows, axis=-2)
+        return xp.stack(rows, axis=-2)
     if operation == "path":
         return _along_path(rows)
     if operation == "add":
@@ -89,11 +92,17 @@ def combine(
     product = functools.reduce(operator.mul, rows)
     if operation == "mult":
         return product
-    inputs = jnp.concatenate((*rows, product), axis=-1) if len(rows) > 1 else product
+    inputs = xp.concat((*rows, product), axis=-1) if len(rows) > 1 else product
     check_projection(projection, operation, num_inputs=inputs.shape[-1])
     kernel, bias = as_projection(projection)
     vectors = inputs @ kernel
-    return vectors if bias is None else vectors + jnp.expand_dims(bias, range(vectors.ndim - 1))
+    return vectors if bias is None else vectors + bias[(None,) * (vectors.ndim - 1)]
+
+
+def _namespace(rows: Sequence[Array]) -> Any:
+    """NumPy for the host's rows alone."""
+    of_device = (row for row in rows if not isinstance(row, np.ndarray))
+    return next(of_device, rows[0]).__array_namespace__()
 
 
 class Map(NamedTuple):

@@ -14,15 +14,18 @@ are hashed by a digest (`qrhash.code_partition`). The same lines of integer arit
 import abc
 import dataclasses
 import functools
+import importlib
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from qrhash.arithmetic import Array, as_ids, as_size, build_typed, typed_fields
+from qrhash.arithmetic import INT32_MAX, Array, as_ids, as_size, build_typed, typed_fields
 
-_INT32_MAX = 2**31 - 1
+# Where the families are: known once they are imported.
+_FAMILIES = ("families", "key_families", "code_partition")
+
 _MAX_NUM_EMBEDDINGS = 2**63
 _MAX_ROWS = 2**63 - 1
 
@@ -90,7 +93,7 @@ class Partition(abc.ABC):
         has_rows = (ids >= 0) & (ids <= self.num_ids_with_rows - 1)
         digits = self._digits(xp.where(has_rows, ids, 0))
         return tuple(
-            xp.where(has_rows, row, rows).astype(xp.int32 if rows <= _INT32_MAX else xp.int64)
+            xp.where(has_rows, row, rows).astype(xp.int32 if rows <= INT32_MAX else xp.int64)
             for row, rows in zip(digits, self.num_rows, strict=True)
         )
 
@@ -154,6 +157,8 @@ class Partition(abc.ABC):
         >>> Partition.from_dict({"type": "FullTable", "num_embeddings": 10})
         FullTable(num_embeddings=10)
         """
+        for room in _FAMILIES:
+            importlib.import_module(f"qrhash.{room}")
         made: Partition = build_typed("partition", Partition, values)
         return made
 
@@ -177,7 +182,7 @@ class Partition(abc.ABC):
         xp = ids.__array_namespace__()
         if ids.dtype.itemsize == 8:
             return ids.astype(xp.int64)
-        if self.num_embeddings - 1 > _INT32_MAX or max(self.num_rows) > _INT32_MAX:
+        if self.num_embeddings - 1 > INT32_MAX or max(self.num_rows) > INT32_MAX:
             raise ValueError(
                 f"{what} are {ids.dtype} JAX integers, but {self} needs 64 bits: compute the row "
                 "numbers on the host with partition.indices(numpy_int64_ids) and pass those to "

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from qrhash.arithmetic import INT32_MAX
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.kinds import as_table
@@ -20,7 +21,7 @@ from qrhash.rows import device_index
 from qrhash.spans import Span, Stack
 from qrhash.stacks import CollectionConfig
 from qrhash.take import take
-from qrhash.types import INT32_MAX, Array
+from qrhash.types import Array
 
 
 class Block(NamedTuple):

@@ -11,15 +11,11 @@ its row number is `num_rows[j]`, one past the end, in every table. The padding i
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
-from qrhash.arithmetic import as_ids
-from qrhash.keys import Keys
+from qrhash.arithmetic import INT32_MAX, Array, as_ids
 from qrhash.partitions import Partition
-from qrhash.types import INT32_MAX, Array, Scalar
+from qrhash.words import Keys
 
 ID_POLICIES = ("raise", "nan", "zero", "clip", "wrap")
 
@@ -60,7 +56,7 @@ def _indices_of_keys(keys: Keys, partition: Partition, padding_id: int | None) -
     return tuple(xp.where(is_padding, xp.int32(PADDING), index) for index in indices)
 
 
-def fill_value(first: Array, policy: str, padding_id: int | None, dtype: Any) -> Scalar:
+def fill_value(first: Array, policy: str, padding_id: int | None, dtype: Any) -> Any:
     """What the vectors of ids without rows hold, given their first row numbers [*shape].
 
     A number; or [*shape, 1], where some are zeros, of the padding id, and others NaN.
@@ -68,11 +64,12 @@ def fill_value(first: Array, policy: str, padding_id: int | None, dtype: Any) ->
     if policy == "zero":
         return 0.0
     if padding_id is None:
-        return jnp.nan
+        return np.nan
     # Under the other policies nothing else has no row.
     if policy != "nan":
         return 0.0
-    return jnp.where(first == PADDING, 0.0, jnp.nan).astype(dtype)[..., None]
+    xp = first.__array_namespace__()
+    return xp.where(first == PADDING, 0.0, xp.nan).astype(dtype)[..., None]
 
 
 def fill_kind(policy: str, padding_id: int | None) -> str:
@@ -84,7 +81,7 @@ def fill_kind(policy: str, padding_id: int | None) -> str:
 
 def _is_padding(ids: Array, padding_id: int | None) -> Array | None:
     """Where ids are the padding id; None if none can be."""
-    if padding_id is None or padding_id > jnp.iinfo(ids.dtype).max:
+    if padding_id is None or padding_id > np.iinfo(ids.dtype).max:
         return None
     return ids == padding_id
 
@@ -104,11 +101,15 @@ def _within_vocabulary(ids: Array, partition: Partition, policy: str) -> Array:
 
 def _check_ids(ids: Array, has_rows: Array, partition: Partition) -> None:
     """Policy "raise"."""
-    if isinstance(ids, jax.core.Tracer):
-        if ids.size:
-            first = ids.reshape(-1)[jnp.argmin(has_rows)]
-            checkify.check(jnp.all(has_rows), f"id {{id}} has no row in {partition}", id=first)
-        return
+    if not isinstance(ids, np.ndarray):
+        import jax  # not needed where tables are only looked up, by NumPy
+        from jax.experimental import checkify
+
+        if isinstance(ids, jax.core.Tracer):
+            if ids.size:
+                first = ids.reshape(-1)[has_rows.argmin()]
+                checkify.check(has_rows.all(), f"id {{id}} has no row in {partition}", id=first)
+            return
     # Constants of a jitted function are concrete, what is computed of them there is not.
     ids = np.asarray(ids)
     bad = np.argwhere(partition.indices(ids)[0] == partition.num_rows[0])

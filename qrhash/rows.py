@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash.arithmetic import as_ids
-from qrhash.types import INT32_MAX, Array
+from qrhash.arithmetic import INT32_MAX, as_ids
+from qrhash.types import Array
 
 
 def device_index(index: Array, num_rows: int) -> jax.Array:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qrhash.arithmetic import INT32_MAX
 from qrhash.config import EmbedConfig
 from qrhash.layout import MeshLayout
-from qrhash.types import INT32_MAX
 
 
 class Span(NamedTuple):

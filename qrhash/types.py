@@ -1,4 +1,4 @@
-"""The aliases that all rooms use, and the two facts about numbers that they share."""
+"""The aliases that all rooms use, and in which dtype is drawn and summed."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,8 +12,6 @@ Scalar: TypeAlias = Array | float | int
 Key: TypeAlias = jax.Array  # a random key, [] or [n]
 PyTree: TypeAlias = Any  # of arrays
 Initializer: TypeAlias = Callable[..., Any]  # Flax's: (key, shape, dtype) -> array
-
-INT32_MAX = 2**31 - 1
 
 
 def wide_dtype(dtype: Any) -> Any:

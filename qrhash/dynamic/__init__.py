@@ -17,12 +17,11 @@ others: the compressed one, from a few small tables.
 ([0, 1000, 0], (3, 8))
 """
 
+from qrhash.delta_files import Delta, load_delta, save_delta
 from qrhash.dynamic.admission import AdmitByChance, ExactCount, SketchCount
 from qrhash.dynamic.cached import cached
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.dynamic.delta_files import load_delta, save_delta
 from qrhash.dynamic.deltas import (
-    Delta,
     Published,
     Served,
     apply_delta,

@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-from qrhash.arithmetic import as_size
+from qrhash.arithmetic import INT32_MAX, as_size
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.families import FullTable
 from qrhash.initializers import PerRow, table_initializers
-from qrhash.types import INT32_MAX
 
 
 def cached(config: Any, cache_rows: int) -> Any:

@@ -22,17 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from qrhash.arithmetic import as_size
+from qrhash.delta_files import NOTHING, Delta
 from qrhash.dynamic import index as key_index
 from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
 from qrhash.dynamic.embedding import Parameters, State, init_state
 from qrhash.dynamic.upkeep import evict
 from qrhash.keys import Keys
 from qrhash.kinds import set_table_rows, whole_table
-from qrhash.operations import Projection
 from qrhash.types import PyTree
-
-# The version of those who know nothing.
-_NOTHING = -1
 
 
 class Published(NamedTuple):
@@ -49,42 +46,11 @@ class Published(NamedTuple):
     is_live: np.ndarray
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=(
-        *("from_version", "to_version", "keys", "vectors", "counts", "last_steps"),
-        *("removed", "refused", "projection"),
-    ),
-    meta_fields=("name",),
+jax.tree_util.register_dataclass(
+    Delta,
+    data_fields=[each.name for each in dataclasses.fields(Delta) if each.name != "name"],
+    meta_fields=["name"],
 )
-@dataclasses.dataclass(frozen=True, eq=False)
-class Delta:
-    """What changed from one version to another: NumPy arrays.
-
-    Attributes:
-      from_version: the version that it is applied to; -1: it holds everything, and is applied to
-        any older one.
-      to_version: the one that it makes of it.
-      keys: those whose rows have changed, or are new, uint64 [n].
-      vectors: what their rows hold, [n, features].
-      counts: how often they were met, int32 [n].
-      last_steps: when they were met last, int32 [n].
-      removed: keys that have lost their row, uint64 [r]; none of them is in `keys`.
-      refused: the tables of compressed vectors, whole.
-      projection: their `Projection`, whole.
-      name: of the table.
-    """
-
-    from_version: Any
-    to_version: Any
-    keys: Any
-    vectors: Any
-    counts: Any
-    last_steps: Any
-    removed: Any
-    refused: Any = ()
-    projection: Projection | None = None
-    name: str = ""
 
 
 @functools.partial(
@@ -113,7 +79,7 @@ def nothing_published(config: DynamicConfig) -> Published:
     """Before the first delta, which then holds everything."""
     check_dynamic_config(config)
     shape = config.capacity
-    return Published(np.int64(_NOTHING), np.zeros(shape, np.uint64), np.zeros(shape, bool))
+    return Published(np.int64(NOTHING), np.zeros(shape, np.uint64), np.zeros(shape, bool))
 
 
 def delta_since(
@@ -149,7 +115,7 @@ def delta_since(
     version, since = as_size("version", version), int(published.version)
     last_steps = _by_rows(state.index.last_steps, state, config)
     is_live = last_steps >= 0
-    latest = int(last_steps.max(initial=_NOTHING))
+    latest = int(last_steps.max(initial=NOTHING))
     if version <= max(since, latest):
         raise ValueError(
             f"version must be above that of the last delta, {since}, and above the last step "
@@ -217,7 +183,7 @@ def nothing_served(parameters: Parameters, config: DynamicConfig, *, name: str =
     check_dynamic_config(config)
     if config.layout is not None:
         raise ValueError(f"a copy that serves is on one device, got the layout {config.layout}.")
-    return Served(parameters, init_state(config), _NOTHING, name)
+    return Served(parameters, init_state(config), NOTHING, name)
 
 
 def apply_delta(served: Served, delta: Delta, config: DynamicConfig) -> Served:
@@ -238,12 +204,12 @@ def apply_delta(served: Served, delta: Delta, config: DynamicConfig) -> Served:
     since, to = int(delta.from_version), int(delta.to_version)
     if to <= served.version:
         return served
-    if since not in (_NOTHING, served.version):
+    if since not in (NOTHING, served.version):
         raise ValueError(
             f"delta must be from version {served.version}, that of the copy, got one from {since} "
             f"to {to}: apply those between first, or start with one of everything."
         )
-    index = key_index.create(config.capacity) if since == _NOTHING else served.state.index
+    index = key_index.create(config.capacity) if since == NOTHING else served.state.index
     gone, upserts = _as_keys(delta.removed), _as_keys(delta.keys)
     index = _without(index, *gone)
     found = np.asarray(_found(index, *upserts))[: delta.keys.size]

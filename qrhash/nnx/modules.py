@@ -180,20 +180,24 @@ class EmbedCollection(nnx.Module):
           {feature name: vectors [*shape, features]}.
         """
         stacks = {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
-        projections = {
-            name: Projection(
-                *(getattr(self, f"{name}_{field}")[...] for field in config.projection_fields)
-            )
-            for name, config in self.config.own_configs.items()
-            if config.projection_fields
-        }
-        return collection.lookup(stacks, inputs, self.config, projections)
+        return collection.lookup(stacks, inputs, self.config, self.projections)
 
     @property
     def tables(self) -> dict[str, tuple[Array, ...]]:
         """The tables [rows_j, width_j] of each feature that has its own."""
         stacks = {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
         return unstack(stacks, self.config)
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """The projections of the features with operation "project" that have their own."""
+        return {
+            name: Projection(
+                *(getattr(self, f"{name}_{field}")[...] for field in config.projection_fields)
+            )
+            for name, config in self.config.own_configs.items()
+            if config.projection_fields
+        }
 
     def set_tables(self, tables: Mapping[str, tuple[Array, ...]]) -> None:
         """Takes over the tables of each feature, as `tables` gives them.

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from qrhash.arithmetic import INT32_MAX
 from qrhash.optim.blocks import goes_in_blocks, is_row_wise, update_in_blocks, without_rows
 from qrhash.optim.checks import Arguments, Transformation, check_at_start
 from qrhash.optim.refusals import check_transformation, refuse_what_waits, refusing
 from qrhash.optim.state import owners_of, state_shardings
 from qrhash.protocol import Packed
 from qrhash.rowgrads import RowGrads, is_row_grads
-from qrhash.types import INT32_MAX, PyTree
+from qrhash.types import PyTree
 
 
 def touched_rows(

@@ -117,11 +117,7 @@ class Learner:
             to = ((*of_carried, *[everywhere] * 3), (of_carried[2], everywhere))
         self._step = jax.jit(self._stepped, donate_argnums=(0, 1, 2, 3, 4), out_shardings=to[0])
         self._evict = jax.jit(self._evicted, donate_argnums=(1, 2), out_shardings=to[1])
-        self._logits = self.compiled(
-            lambda model, batch, _: model(
-                batch.numbers, batch.ids, batch.keys, batch.lists, batch.found
-            )
-        )
+        self._logits = self.compiled(lambda model, batch, _: _logits_of(model, batch))
 
     def _loss(self, params: Any, keys: Any, kept: Any, batch: Batch) -> tuple[jax.Array, Any]:
         """The loss of a batch; what the objective gives and keeps."""
@@ -225,6 +221,15 @@ class Learner:
             self._swap(swap)
         return self._logits(batch)
 
+    @property
+    def scoring(self) -> tuple[Callable[[Any, Batch], jax.Array], Any]:
+        """The logits as a pure function of weights and a batch, and the weights as they are."""
+
+        def logits(weights: Any, batch: Batch) -> jax.Array:
+            return _logits_of(self._model(*weights), batch)
+
+        return logits, (self.params, self._keys)
+
     def compiled(self, function: Callable[[Any, Any, Any], Any]) -> Callable[[Any], Any]:
         """A function of the model as it is, made of a pure one.
 
@@ -295,6 +300,11 @@ class Learner:
         )
         there = sum(math.prod(as_table(variable).shape) for variable in variables)
         return there if self._stored is None else there + self._stored.num_params_elsewhere
+
+
+def _logits_of(model: Any, batch: Batch) -> jax.Array:
+    logits: jax.Array = model(batch.numbers, batch.ids, batch.keys, batch.lists, batch.found)
+    return logits
 
 
 def _groups_of(model: Any) -> tuple[Any, ...]:

@@ -1,5 +1,9 @@
-"""Deltas as files: NumPy's own format, whole or not there, and refused when damaged."""
+"""Deltas, and their files: NumPy's own format, whole or not there, and refused when damaged.
 
+They are made in `qrhash.dynamic.deltas`, and applied without JAX as well.
+"""
+
+import dataclasses
 import hashlib
 import json
 import os
@@ -7,15 +11,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from qrhash.dynamic.deltas import Delta
 from qrhash.operations import Projection
+
+# The version of those who know nothing.
+NOTHING = -1
 
 _FORMAT = "qrhash delta 1"
 
 _ARRAYS = ("from_version", "to_version", "keys", "vectors", "counts", "last_steps", "removed")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Delta:
+    """What changed from one version to another: NumPy arrays.
+
+    Attributes:
+      from_version: the version that it is applied to; -1: it holds everything, and is applied to
+        any older one.
+      to_version: the one that it makes of it.
+      keys: those whose rows have changed, or are new, uint64 [n].
+      vectors: what their rows hold, [n, features].
+      counts: how often they were met, int32 [n].
+      last_steps: when they were met last, int32 [n].
+      removed: keys that have lost their row, uint64 [r]; none of them is in `keys`.
+      refused: the tables of compressed vectors, whole.
+      projection: their `Projection`, whole.
+      name: of the table.
+    """
+
+    from_version: Any
+    to_version: Any
+    keys: Any
+    vectors: Any
+    counts: Any
+    last_steps: Any
+    removed: Any
+    refused: Any = ()
+    projection: Projection | None = None
+    name: str = ""
 
 
 def save_delta(path: str | Path, delta: Delta) -> None:
@@ -65,7 +100,7 @@ def load_delta(path: str | Path) -> Delta:
         header = json.loads(arrays.pop("header").tobytes())
         checksum = header.pop("checksum")
         arrays = {
-            name: array.view(jnp.dtype(header["dtypes"][name])) for name, array in arrays.items()
+            name: array.view(np.dtype(header["dtypes"][name])) for name, array in arrays.items()
         }
         is_whole = header["format"] == _FORMAT and checksum == _checksum(header, arrays)
     except FileNotFoundError:
