@@ -8,6 +8,7 @@ out to make ids fit: too many for the places are refused on the host.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Bag:
     @property
     def num_bags(self) -> int:
         """How many bags there are."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def capacity(self) -> int:
@@ -153,10 +154,13 @@ class Bag:
             raise ValueError(f"values must have shape [*shape, length], got {ids.shape}.")
         *shape, length = ids.shape
         taken = taken_places(ids, mask, lengths, padding_id)
-        bags = int(np.prod(shape, dtype=np.int64))
+        bags = math.prod(shape)
         xp = np if isinstance(taken, np.ndarray) else jnp
-        number = np.repeat(np.arange(bags, dtype=np.int32), length)
-        segments = xp.where(taken.reshape(-1), number, np.int32(bags))
+        # Of an export there may be any number of bags: then it is no constant.
+        of_all = np if isinstance(bags, int) else jnp
+        number = of_all.broadcast_to(of_all.arange(bags, dtype=np.int32)[:, None], (bags, length))
+        end = of_all.asarray(bags, dtype=np.int32)
+        segments = xp.where(taken.reshape(-1), number.reshape(-1), end)
         if weights is not None:
             weights = as_weights(weights, ids.shape).reshape(-1)
         ids = zero_where(taken.reshape(-1), ids.reshape(-1))

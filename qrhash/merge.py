@@ -89,18 +89,14 @@ def compact_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
 def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
     """For each position [m], one position of all that name the same row."""
     m = rows.shape[0]
-    is_symbol = not isinstance(m, int)
-    if not is_symbol and num_rows < tuning.SLOTS_PER_LOOKUP * m:
+    if isinstance(m, int) and num_rows < tuning.SLOTS_PER_LOOKUP * m:
         # Few rows: each has a slot of its own, and there are no collisions.
         positions = jnp.arange(m, dtype=jnp.int32)
         return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
-    num_slots = tuning.SLOTS_PER_LOOKUP * m if is_symbol else slots_for(m)
+    num_slots, slot_of = slots_for(m)
 
     def slots_of(count: jax.Array) -> jax.Array:
-        hashes = _hash(rows, count)
-        if is_symbol:
-            return hashes % jnp.asarray(num_slots, jnp.uint32)
-        return hashes >> (33 - num_slots.bit_length())  # the upper bits are mixed best
+        return slot_of(_hash(rows, count))
 
     def are_same(candidates: jax.Array) -> jax.Array:
         return rows.at[candidates].get(mode="promise_in_bounds") == rows
@@ -148,13 +144,21 @@ def representatives(
     return jax.lax.while_loop(lambda state: jnp.any(state[2]), attempt, start)[1]
 
 
-def slots_for(lookups: int) -> int:
-    """How many slots for so many look-ups: a power of two, and one for each at least."""
+def slots_for(lookups: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
+    """How many slots for so many look-ups, and the slot of a hash of 32 bits.
+
+    A power of two, and one for each at least. Of an export there may be any number of look-ups.
+    """
+    if not isinstance(lookups, int):
+        of_symbol = tuning.SLOTS_PER_LOOKUP * lookups
+        return of_symbol, lambda hashes: hashes % jnp.asarray(of_symbol, jnp.uint32)
     enough, wanted = (
         1 << max(1, (per_lookup * lookups - 1).bit_length())
         for per_lookup in (1, tuning.SLOTS_PER_LOOKUP)
     )
-    return max(enough, min(wanted, tuning.MOST_SPARE_SLOTS))
+    num_slots = max(enough, min(wanted, tuning.MOST_SPARE_SLOTS))
+    # The upper bits are mixed best.
+    return num_slots, lambda hashes: hashes >> (33 - num_slots.bit_length())
 
 
 def _hash(rows: jax.Array, seed: jax.Array) -> jax.Array:

@@ -151,7 +151,7 @@ def indices_of(ids: Array | Keys | Bag, config: EmbedConfig) -> tuple[Sequence[A
         in_bag = in_bag & (indices[0] != PADDING)
     xp = np if all(isinstance(each, np.ndarray) for each in (in_bag, indices[0])) else jnp
     named = [xp.where(in_bag, *pair) for pair in zip(indices, num_rows, strict=True)]
-    bag = bag.with_segments(xp.where(in_bag, bag.segments, np.int32(bag.num_bags)))
+    bag = bag.with_segments(xp.where(in_bag, bag.segments, xp.asarray(bag.num_bags, np.int32)))
     return as_batch(named, num_rows, config.layout), split_as_rows(bag.without_ids(), config.layout)
 
 

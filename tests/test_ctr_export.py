@@ -30,12 +30,12 @@ UNCHECKED_KEYS = True
 
 SMALL = ["--features=4", "--batch-size=32", "--evaluations=1", "--test-rows=60"]
 CLICKS = [*SMALL, "--bottom-mlp=8", "--top-mlp=8"]
-TOWERS = ["--model=two-tower", "--items=movie_id,genre", "--tower-mlp=8", "--vector-size=4"]
+TOWERS = ["--model=two-tower", "--items=movie_id,genre", "--tower-mlp=8-4"]
 RUNS = {
     "vocabulary": (ctr_files.events, [*CLICKS, "--operation=project"]),
     "keys": (ctr_files.events, [*CLICKS, "--ids=keys", "--key-bits=12"]),
     "dynamic": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--dynamic=20"]),
-    "towers": (ctr_files.ratings, [*SMALL, *TOWERS, "--positive-from=4"]),
+    "towers": (ctr_files.ratings, [*SMALL, *TOWERS, "--label=rating", "--positive-from=4"]),
 }
 
 
@@ -157,7 +157,7 @@ def test_mistakes_are_told_in_a_sentence(exported, tmp_path):
             (run, tmp_path / "m", "--platforms=cpu,gpu"),
             "--platforms must be some of cpu, cuda, tpu",
         ),
-        ((run, tmp_path / "m", "--rows=int3"), "rows must be one of float32"),
+        ((run, tmp_path / "m", "--rows=int3"), "--rows must be one of float32"),
         ((run, run, "--overwrite"), "is the run, or holds it"),
     ):
         result = _export(*arguments)

@@ -305,13 +305,12 @@ def _no_rows(shape: tuple[int, ...]) -> Rows:
 
 def _first_places(keys: Keys, wanted: jax.Array) -> jax.Array:
     """For each place [n] that is wanted the first one with the same key; else its own."""
-    num_slots = slots_for(wanted.shape[0])
+    num_slots, slot_of = slots_for(wanted.shape[0])
     mixed = scramble(keys)
 
     def slots_of(attempt: jax.Array) -> jax.Array:
         # Keys that meet at one attempt part at another: these are lines through the two words.
-        hashes = (mixed.hi + attempt * mixed.lo) * jnp.uint32(0x9E3779B9)
-        return hashes >> (33 - num_slots.bit_length())
+        return slot_of((mixed.hi + attempt * mixed.lo) * jnp.uint32(0x9E3779B9))
 
     def are_same(places: jax.Array) -> jax.Array:
         return some_keys(keys, places) == keys

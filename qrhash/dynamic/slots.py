@@ -70,7 +70,7 @@ def places_where(mask: jax.Array, size: int) -> jax.Array:
 
 def few(m: int) -> int:
     """Of m keys, how many are worked on by themselves rather than with all the others."""
-    return max(m // _LEFT, 8)
+    return jax.core.max_dim(m // _LEFT, 8)  # of an export m may be any number
 
 
 def on_few(

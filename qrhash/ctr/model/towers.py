@@ -192,7 +192,7 @@ class TwoTower(nnx.Module):
 
     def items(self, ids: jax.Array, keys: Keys, found: Sequence[Found] | None = None) -> jax.Array:
         """Ids and keys [n, item columns] -> the vectors of items [n, width]."""
-        return self._scaled(self.item_tower(jnp.zeros((len(ids), 0)), ids, keys, (), found))
+        return self._scaled(self.item_tower(jnp.zeros((ids.shape[0], 0)), ids, keys, (), found))
 
     def pair(
         self,

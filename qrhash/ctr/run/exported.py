@@ -79,6 +79,8 @@ def export_run(
     _check_output(output, run, overwrite=overwrite)
     if unknown := [each for each in platforms if each not in PLATFORMS]:
         raise UserError(f"--platforms must be some of {', '.join(PLATFORMS)}, got {unknown[0]}.")
+    if rows not in export.ROW_FORMATS:
+        raise UserError(f"--rows must be one of {', '.join(export.ROW_FORMATS)}, got {rows}.")
     kept = kept_of(run)
     if kept.settings.cache_rows is not None:
         raise UserError(
