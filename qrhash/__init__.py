@@ -108,6 +108,7 @@ __all__ = [
     "gather",
     "global_norm",
     "grow_rows",
+    "importing",
     "init",
     "init_projection",
     "initializers",

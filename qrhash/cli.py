@@ -1,4 +1,4 @@
-"""The command line: `qrhash train`, `predict`, `inspect`, `export`, `plan` and `compare`.
+"""The command line: `qrhash train`, `predict`, `inspect`, `export`, `convert`, `plan`, `compare`.
 
 The options of `train` are the fields of `qrhash.ctr.settings.Settings`; an option that is not given
 leaves the word to the configuration file, and then to the default.
@@ -40,6 +40,7 @@ def build_app() -> "typer.Typer":
     import typer
 
     from qrhash.commands.choosing import compare_command, plan_command
+    from qrhash.commands.converting import convert_command
     from qrhash.commands.exporting import export_command
     from qrhash.commands.inspecting import inspect_command
     from qrhash.commands.training import predict_command, train_command
@@ -69,7 +70,7 @@ def build_app() -> "typer.Typer":
 
     commands = (
         *(train_command, predict_command, inspect_command, export_command),
-        *(plan_command, compare_command),
+        *(convert_command, plan_command, compare_command),
     )
     for make in commands:
         app.command()(make())

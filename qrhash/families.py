@@ -1,4 +1,4 @@
-"""The families of partitions: five of qrhash's, and DeepRec's own arithmetic.
+"""The families of partitions.
 
 Each says how ids become row numbers (`_digits`) and back (`_compose`); what they share is
 `qrhash.partitions.Partition`, where the methods are documented.
@@ -66,7 +66,7 @@ class HashTrick(Partition):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _set_size(self, "num_buckets")
+        set_size(self, "num_buckets")
         self._check_rows()
 
     @property
@@ -109,7 +109,7 @@ class QuotientRemainder(Partition):
         super().__post_init__()
         if self.num_collisions is None:
             object.__setattr__(self, "num_collisions", ceil_root(self.num_embeddings, 2))
-        _set_size(self, "num_collisions")
+        set_size(self, "num_collisions")
         self._check_rows()
 
     @property
@@ -266,60 +266,8 @@ class ChineseRemainder(Partition):
         return ids
 
 
-@dataclasses.dataclass(frozen=True)
-class DeepRecQuotientRemainder(Partition):
-    """DeepRec's own "Q-R" arithmetic, for models carried over: id // rows_q and id mod rows_r.
-
-    It divides by the length of the *quotient* table, so it is complementary only if that is no
-    longer than the remainder table, and only ids below rows_q**2 have a quotient row; the others
-    are treated as out of range. New models want `QuotientRemainder`.
-
-    Attributes:
-      num_embeddings: size n of the vocabulary.
-      num_quotients: rows_q, rows of the quotient table.
-      num_remainders: rows_r, rows of the remainder table.
-
-    Raises:
-      ValueError: a size is not a positive integer.
-
-    Source: DeepRec, "Multi-Hash Variable" (its get_multihash_variable, strategy "Q-R").
-    """
-
-    num_quotients: int
-    num_remainders: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _set_size(self, "num_quotients")
-        _set_size(self, "num_remainders")
-        self._check_rows()
-
-    @property
-    def num_rows(self) -> tuple[int, ...]:
-        return (self.num_quotients, self.num_remainders)
-
-    @property
-    def is_complementary(self) -> bool:
-        # Two ids collide when they lie num_remainders apart within one block of num_quotients ids.
-        block = min(self.num_quotients, self.num_embeddings)
-        return self.num_remainders >= block and self.num_ids_with_rows == self.num_embeddings
-
-    @property
-    def num_ids_with_rows(self) -> int:
-        return min(self.num_embeddings, self.num_quotients**2)
-
-    def _digits(self, ids: Array) -> tuple[Array, ...]:
-        return (
-            digit(ids, self.num_quotients, self.num_quotients, self.num_ids_with_rows),
-            digit(ids, 1, self.num_remainders, self.num_ids_with_rows),
-        )
-
-    def _compose(self, rows: tuple[Array, ...]) -> Array:
-        start = rows[0] * self.num_quotients
-        return start + (rows[1] - start) % self.num_remainders
-
-
-def _set_size(partition: Partition, name: str) -> None:
+def set_size(partition: Partition, name: str) -> None:
+    """Checks a size of a partition, and stores it as a Python integer."""
     object.__setattr__(partition, name, as_size(name, getattr(partition, name)))
 
 

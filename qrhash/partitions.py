@@ -24,7 +24,7 @@ import numpy as np
 from qrhash.arithmetic import INT32_MAX, Array, as_ids, as_size, build_typed, typed_fields
 
 # Where the families are: known once they are imported.
-_FAMILIES = ("families", "key_families", "code_partition")
+_FAMILIES = ("families", "carried_families", "key_families", "code_partition")
 
 _MAX_NUM_EMBEDDINGS = 2**63
 _MAX_ROWS = 2**63 - 1

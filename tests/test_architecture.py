@@ -20,6 +20,7 @@ ROOMS = {
     "tuning": {"jax"},
     "partitions": {"numpy"},
     "families": {"numpy"},
+    "carried_families": {"numpy"},
     "strings": {"numpy"},
     "lengths": {"numpy"},
     "words": {"numpy"},
@@ -74,6 +75,7 @@ ROOMS = {
     "deeprec": {"jax", "flax", "numpy"},
     "checkpoint": {"jax", "numpy", "flax", "orbax"},
     "export": {"ml_dtypes", "numpy", "safetensors"},
+    "importing": {"jax", "numpy", "h5py", "safetensors", "tensorflow", "torch"},
     "codes": {"numpy", "scipy", "sklearn", "rich"},
     "ctr": {
         "jax",
@@ -105,6 +107,7 @@ INSIDE = {
     "deeprec": ["options", "variable", "interface", "embedding_variable"],
     "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
     "export": ["row_formats", "tensors", "header", "pooling", "embeddings", "snapshot", "saving"],
+    "importing": ["arrays", "carried", "dlrm", "deeprec", "full"],
     "commands": [
         "interrupts",
         "parameters",
@@ -112,6 +115,7 @@ INSIDE = {
         "training",
         "inspecting",
         "exporting",
+        "converting",
         "choosing",
     ],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),

@@ -31,9 +31,9 @@ from qrhash import (
     dynamic,
     export,
 )
+from qrhash.carried_families import DeepRecQuotientRemainder
 from qrhash.dynamic import ExactCount, StepsSinceUse
 from qrhash.export import row_formats
-from qrhash.families import DeepRecQuotientRemainder
 from support.cases import assert_close, covering
 from support.dynamic_training import Training, config_of, vectors_of
 from support.meshes import make_layout

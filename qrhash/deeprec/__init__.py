@@ -14,6 +14,7 @@ ends at 2**31; ids beyond it need a `num_embeddings` that says so, and NumPy's i
 keys come and go, see `qrhash.dynamic`.
 """
 
+from qrhash.carried_families import DeepRecQuotientRemainder
 from qrhash.deeprec.embedding_variable import (
     get_dynamic_dimension_embedding_variable,
     get_embedding_variable,
@@ -36,7 +37,6 @@ from qrhash.deeprec.variable import (
     MultiHashVariable,
     embedding_lookup,
 )
-from qrhash.families import DeepRecQuotientRemainder
 
 __all__ = [
     "AUTO",

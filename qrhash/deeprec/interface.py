@@ -12,10 +12,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from qrhash.arithmetic import as_size, ceil_div
+from qrhash.carried_families import DeepRecQuotientRemainder
 from qrhash.config import EmbedConfig
 from qrhash.deeprec.options import NoMeaning, refuse
 from qrhash.deeprec.variable import MOST_OF_32_BITS, MultiHashVariable, checked_shape
-from qrhash.families import DeepRecQuotientRemainder, QuotientRemainder
+from qrhash.families import QuotientRemainder
 from qrhash.initializers import table_initializers
 from qrhash.partitions import Partition
 from qrhash.types import Array, Initializer, Key
