@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         grow_rows,
         reset_rows,
         rowwise_adagrad,
+        stochastic_rounding,
         touched_rows,
     )
     from qrhash.partitions import Partition
@@ -58,7 +59,8 @@ _TAKEN = {
     "layout": "MeshLayout",
     "logits": "all_vectors attend",
     "operations": "Projection combine",
-    "optim": "adagrad apply_updates grow_rows reset_rows rowwise_adagrad touched_rows",
+    "optim": "adagrad apply_updates grow_rows reset_rows rowwise_adagrad stochastic_rounding "
+    "touched_rows",
     "partitions": "Partition",
     "row_training": "row_grads take_rows",
     "rowgrads": "RowGrads",
@@ -118,6 +120,7 @@ __all__ = [
     "reset_rows",
     "row_grads",
     "rowwise_adagrad",
+    "stochastic_rounding",
     "sum_grads",
     "take_rows",
     "touched_rows",

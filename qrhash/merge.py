@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qrhash import tuning
 from qrhash.rows import across, add_rows, rows_or_end, set_rows, zeros_beside
 from qrhash.types import wide_dtype
+from qrhash.words import mixed
 
 
 def merge_rows(indices: jax.Array, values: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -162,11 +163,9 @@ def slots_for(lookups: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
 
 
 def _hash(rows: jax.Array, seed: jax.Array) -> jax.Array:
-    """Mixes 32 bits, differently for each seed: the finalizer of MurmurHash3."""
-    bits = rows.astype(jnp.uint32) ^ (seed * jnp.uint32(0x9E3779B9))
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)
-    bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-    return bits ^ (bits >> 16)
+    """Mixes 32 bits, differently for each seed."""
+    bits: jax.Array = mixed(rows.astype(jnp.uint32) ^ (seed * jnp.uint32(0x9E3779B9)))
+    return bits
 
 
 def _merge_by_sort(

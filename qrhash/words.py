@@ -155,7 +155,7 @@ def scramble(keys: Keys, seed: int = 0) -> Keys:
     hi, lo = keys.hi, keys.lo
     with np.errstate(over="ignore"):
         for key in _round_keys(seed):
-            hi, lo = lo, hi ^ _mixed(lo + key)
+            hi, lo = lo, hi ^ mixed(lo + key)
     return Keys(hi, lo)
 
 
@@ -164,7 +164,7 @@ def unscramble(keys: Keys, seed: int = 0) -> Keys:
     hi, lo = keys.hi, keys.lo
     with np.errstate(over="ignore"):
         for key in reversed(_round_keys(seed)):
-            hi, lo = lo ^ _mixed(hi + key), hi
+            hi, lo = lo ^ mixed(hi + key), hi
     return Keys(hi, lo)
 
 
@@ -207,11 +207,11 @@ def check_seed(seed: Any) -> int:
 def _round_keys(seed: int) -> tuple[np.uint32, ...]:
     """A word for each round, mixed of the seed: neighbouring seeds have nothing in common."""
     seed = check_seed(seed)
-    mixed = (
+    words = (
         _mixed_integer((word + 0x9E3779B9 * (_mixed_integer(seed + number) + number)) % _WORD)
         for number, word in enumerate(_ROUNDS)
     )
-    return tuple(map(np.uint32, mixed))
+    return tuple(map(np.uint32, words))
 
 
 def _mixed_integer(x: int) -> int:
@@ -221,8 +221,8 @@ def _mixed_integer(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def _mixed(x: Any) -> Any:
-    """Mixes 32 bits: the finalizer of MurmurHash3."""
+def mixed(x: Any) -> Any:
+    """Mixes the bits of uint32 of NumPy or JAX: the finalizer of MurmurHash3."""
     u = np.uint32
     x = (x ^ (x >> u(16))) * u(0x85EBCA6B)
     x = (x ^ (x >> u(13))) * u(0xC2B2AE35)

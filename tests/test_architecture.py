@@ -96,7 +96,16 @@ ROOMS = {
 INSIDE = {
     "planning": ["traffic", "memory", "candidates", "knapsack", "planner"],
     "inspection": ["blocks", "frequency", "twins", "traffic", "similarity"],
-    "optim": ["refusals", "state", "checks", "blocks", "accumulators", "resets", "wrapper"],
+    "optim": [
+        "refusals",
+        "state",
+        "checks",
+        "blocks",
+        "accumulators",
+        "rounding",
+        "resets",
+        "wrapper",
+    ],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
         *("sharded", "config", "embedding", "growth", "resharding", "deltas"),

@@ -74,6 +74,9 @@ class ColumnOptions(DynamicColumnOptions):
     combiner: Annotated[
         Combiner, _embeddings("How the vectors of a list's elements become one.")
     ] = "mean"
+    param_dtype: Annotated[
+        Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
+    ] = "float32"
     init_stddev: Annotated[
         float, _embeddings("Standard deviation of a vector's entries at the start.", least=0)
     ] = 0.05
@@ -126,9 +129,6 @@ class ColumnSettings(ColumnOptions):
     length: Annotated[int | None, _data("How many elements a list may have.", least=1)] = None
     separator: Annotated[str | None, _data("What stands between the elements of text.")] = None
     use_bias: Annotated[bool, _embeddings("Whether 'project' adds a bias.")] = True
-    param_dtype: Annotated[
-        Literal["float32", "bfloat16"], _embeddings("Dtype of the tables; the maths is float32.")
-    ] = "float32"
 
     def __post_init__(self) -> None:
         check_values(self)

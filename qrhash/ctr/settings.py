@@ -166,6 +166,9 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         float,
         _training("Adagrad's initial accumulator: 0.1 would freeze the tables.", least=0),
     ] = 1e-8
+    rounding: Annotated[
+        Literal["stochastic", "nearest"], _training("How tables of bfloat16 are rounded in a step.")
+    ] = "stochastic"
     dense_updates: Annotated[
         bool,
         _training("Update whole tables at every step, not only the rows that the batch touches."),

@@ -22,6 +22,7 @@ from qrhash.rows import gather_rows, set_rows
 _ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "abs", "sign", "square", "max", "min", "rem"}
 _ELEMENTWISE |= {"sqrt", "rsqrt", "integer_pow", "pow", "exp", "log", "log1p", "expm1", "tanh"}
 _ELEMENTWISE |= {"logistic", "select_n", "clamp", "convert_element_type", "is_finite", "copy"}
+_ELEMENTWISE |= {"xor", "shift_right_logical", "shift_left", "bitcast_convert_type"}
 _ELEMENTWISE |= {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "add_any", "cbrt"}
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"}
 

@@ -23,7 +23,14 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash import MeshLayout, apply_updates, touched_rows, value_and_grad
+from qrhash import (
+    MeshLayout,
+    adagrad,
+    apply_updates,
+    stochastic_rounding,
+    touched_rows,
+    value_and_grad,
+)
 from qrhash.batches import process_rows, put_batch
 from qrhash.checkpoint import Checkpoints, Restored
 from qrhash.ctr.data.pipeline import Batch
@@ -78,12 +85,13 @@ class Learner:
         create = jax.jit(lambda: _groups_of(build()), out_shardings=places)
         tables, self._keys, dense = create()
         self._objective = objective or ClickLoss()
+        of_tables = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
+        if settings.rounding == "stochastic":
+            of_tables = optax.chain(of_tables, stochastic_rounding(settings.seed))
         self._optimizer = optimizer = touched_rows(
             optax.partition(
                 {
-                    "tables": optax.adagrad(
-                        settings.table_lr, initial_accumulator_value=settings.table_accumulator
-                    ),
+                    "tables": of_tables,
                     "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
                 },
                 {"tables": "tables", "dense": "dense"},
