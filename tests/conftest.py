@@ -1,7 +1,9 @@
 """Eight host devices and strict settings, set before jax is imported."""
 
+import collections
 import importlib.metadata
 import os
+import zlib
 
 # The time of most tests is that of compiling what runs once, often one operation at a time: a third
 # of it goes without LLVM's optimizations. What is compiled to be read takes `cases.OPTIMIZED`.
@@ -23,6 +25,25 @@ hypothesis.settings.register_profile(
     "quick", deadline=None, max_examples=40, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("quick")
+
+
+# Each of their tests compiles a program. Of one with many cases a half runs in every CI, drawn by the
+# hash of its name, and all of them before a release: the others are slow.
+HALVED = {
+    *("autodiff", "deeprec", "dropin", "dynamic", "export", "linen", "nnx", "optim", "pooling"),
+    *("rowgrads", "sharding", "tables", "take", "training"),
+}
+MANY_CASES = 7
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    halved = [item for item in items if item.path.stem.removeprefix("test_") in HALVED]
+    cases = collections.Counter((item.path, item.originalname) for item in halved)
+    for item in halved:
+        is_drawn = zlib.crc32(item.name.encode()) % 2
+        if cases[item.path, item.originalname] > MANY_CASES and not is_drawn:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -111,8 +111,16 @@ def _stop(*arguments, step):
         assert train(*arguments, *SMALL).exit_code == 130
 
 
-@pytest.mark.parametrize("every", [5, 1000, None])
-@pytest.mark.parametrize("step", [7, 18, 30])
+# Each of either once in every CI, and all pairs before a release.
+@pytest.mark.parametrize(
+    ("step", "every"),
+    [
+        *[(7, 5), (18, 1000), (30, None)],
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(7, 1000), (7, None), (18, 5)]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(18, None), (30, 5)]),
+        pytest.param(30, 1000, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_goes_on_finds_the_same_best(every, step, data, stopped_early, tmp_path):
     """From before models that it kept, too: every=1000 keeps the best ones alone."""
     output = tmp_path / "run"

@@ -108,11 +108,12 @@ def _records(directory):
     ("every", "where", "steps"),
     [
         (3, {"step": 8}, 6),
-        (3, {"step": 20}, 18),
+        pytest.param(3, {"step": 20}, 18, marks=pytest.mark.slow),
         (13, {"step": 14}, 13),  # The end of the first epoch
-        (None, {"step": 12}, 9),  # At the points of the curve
+        # At the points of the curve
+        pytest.param(None, {"step": 12}, 9, marks=pytest.mark.slow),
         (3, {"record": 8}, 26),  # Only the summary is missing
-        (3, {"step": 2}, None),
+        pytest.param(3, {"step": 2}, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on(every, where, steps, options, unbroken, tmp_path):
