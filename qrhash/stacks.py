@@ -208,16 +208,19 @@ def _plain(value: EmbedConfig | Shared) -> Any:
     """One of the embeddings as JSON has it."""
     if isinstance(value, EmbedConfig):
         return value.to_dict()
-    if value.partition is None:
+    if value == Shared(value.owner):
         return value.owner
-    return {"owner": value.owner, "partition": value.partition.to_dict()}
+    partition = None if value.partition is None else value.partition.to_dict()
+    return {"owner": value.owner, "partition": partition, "combiner": value.combiner}
 
 
 def _from_plain(value: Any, devices: Sequence[Any] | None) -> Any:
     if isinstance(value, str):
         return value
     if "owner" in as_fields("config", value):
-        return Shared(value["owner"], Partition.from_dict(value["partition"]))
+        of_own = value.get("partition")
+        partition = None if of_own is None else Partition.from_dict(of_own)
+        return Shared(value["owner"], partition, value.get("combiner"))
     return EmbedConfig.from_dict(value, devices=devices)
 
 

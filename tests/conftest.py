@@ -27,8 +27,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("quick")
 
 
-# Each of their tests compiles a program. Of one with many cases a half runs in every CI, drawn by the
-# hash of its name, and all of them before a release: the others are slow.
+# Each of their tests compiles a program. Of one with many cases a half runs in every CI, drawn by
+# the hash of its name, and all of them before a release: the others are slow.
 HALVED = {
     *("autodiff", "deeprec", "dropin", "dynamic", "export", "linen", "nnx", "optim", "pooling"),
     *("rowgrads", "sharding", "tables", "take", "training"),

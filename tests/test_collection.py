@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +239,14 @@ def test_a_pool_is_trained_by_rows_of_all_its_features(rng):
 def test_a_pool_as_json_and_what_is_none():
     config = _pool()
     assert CollectionConfig.from_dict(config.to_dict()) == config
+    own = qrhash.MultiHash((5, 7))
+    shared = {
+        "a": qrhash.EmbedConfig(own, 4),
+        "b": qrhash.stacks.Shared("a", combiner="sum"),
+        "c": qrhash.stacks.Shared("a", dataclasses.replace(own, seed=3), "max"),
+    }
+    of_lists = CollectionConfig(shared)
+    assert CollectionConfig.from_dict(json.loads(json.dumps(of_lists.to_dict()))) == of_lists
     with pytest.raises(ValueError, match="partition with a seed"):
         CollectionConfig.one_pool(["a"], EmbedConfig(qrhash.FullTable(3), 2))
     with pytest.raises(ValueError, match="features must be names, each once"):
