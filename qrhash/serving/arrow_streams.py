@@ -5,6 +5,7 @@ The first are refused before they are read; of the others what they stand for is
 """
 
 import struct
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,8 +20,9 @@ from qrhash.serving.limits import Refused
 _KIND, _HEADER, _COMPRESSION, _OF_DICTIONARY = 6, 8, 10, 6
 _DICTIONARY, _RECORDS = 2, 3
 
-_FLAT = ("null", "boolean", "integer", "floating", "decimal", "date", "timestamp")
+_FLAT = ("integer", "floating", "boolean", "decimal", "date", "timestamp")
 _BYTES = ("string", "large_string", "binary", "large_binary")
+_PLAIN = (*_BYTES, *_FLAT)
 _VIEWS = ("string_view", "binary_view")
 _LISTS = ("list", "large_list", "fixed_size_list")
 _MOST_ELEMENTS = 1 << 24
@@ -44,17 +46,17 @@ def read_stream(body: bytes, names: Sequence[str], *, max_rows: int, max_bytes: 
     try:
         _refuse_compressed(body)
         with pa.ipc.open_stream(body) as stream:
-            missing = [name for name in names if name not in stream.schema.names]
-            if missing:
-                there = ", ".join(stream.schema.names)
-                raise Refused(422, f"The rows have no column {missing[0]}; they have {there}.")
-            twice = [name for name in names if stream.schema.names.count(name) > 1]
-            if twice:
-                raise Refused(422, f"The rows have two columns {twice[0]}.")
+            there, wanted = Counter(stream.schema.names), list(names)
+            for name in names:
+                if not there[name]:
+                    listed = ", ".join(there)
+                    raise Refused(422, f"The rows have no column {name}; they have {listed}.")
+                if there[name] > 1:
+                    raise Refused(422, f"The rows have two columns {name}.")
             batches, rows = [], 0
             for batch in stream:
                 rows += batch.num_rows
-                chosen = batch.select(list(names))
+                chosen = batch.select(wanted)
                 chosen.validate(full=True)
                 batches.append(chosen)
                 if rows > max_rows:
@@ -65,23 +67,22 @@ def read_stream(body: bytes, names: Sequence[str], *, max_rows: int, max_bytes: 
             # Without what else a schema says: rows of equal columns are joined.
             table = pa.Table.from_batches(batches)
             columns = [table[name].combine_chunks() for name in names]
-            budget = max_bytes - sum(map(_stands_for, names, columns))
-            if budget < 0:
+            if table.nbytes + sum(map(_stands_for, names, columns)) > max_bytes:
                 raise Refused(413, f"The rows stand for more than the {max_bytes:,} bytes allowed.")
             if not names:
                 return table
-            return pa.table(columns, names=list(names))
+            return pa.table(columns, names=wanted)
     except (pa.ArrowException, OSError, ValueError, TypeError, struct.error) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Refused(400, f"The body is no stream of Arrow: {first}.") from error
 
 
 def _stands_for(name: str, column: pa.Array) -> int:
-    """About how many bytes a column takes once it is no longer encoded."""
+    """About how many bytes more a column takes once it is no longer encoded."""
     kind = column.type
-    if not len(column):
+    if is_a(kind, *_PLAIN) or not len(column):
         return 0
-    if pa.types.is_dictionary(kind) and is_a(kind.value_type, *_FLAT, *_BYTES):
+    if pa.types.is_dictionary(kind) and is_a(kind.value_type, *_PLAIN):
         if is_a(kind.value_type, *_FLAT):
             return 8 * len(column)
         return _total(pc.binary_length(column.dictionary).take(column.indices))
@@ -90,9 +91,7 @@ def _stands_for(name: str, column: pa.Array) -> int:
         begin, end = column.offset, column.offset + len(column)
         lengths = np.frombuffer(column.buffers()[1], np.int32)[4 * begin : 4 * end : 4]
         return int(np.sum(lengths, where=mask(column.is_valid()), dtype=np.int64))
-    if is_a(kind, *_BYTES):
-        return _total(pc.binary_length(column))
-    if is_a(kind, *_FLAT):
+    if pa.types.is_null(kind):
         return 8 * len(column)
     if is_a(kind, *_LISTS) and not is_a(kind.value_type, *_LISTS):
         elements = _total(pc.list_value_length(column))

@@ -135,7 +135,7 @@ class Columns:
         if rows > self._max_rows:
             raise Refused(
                 413,
-                f"The request has {rows:,} rows, more than the {self._max_rows:,} of --max-batch: "
+                f"The request has more than the {self._max_rows:,} rows of --max-batch: "
                 "send several requests.",
             )
 
