@@ -46,7 +46,8 @@ CLICKS = [*SMALL, "--bottom-mlp=8", "--top-mlp=8", "--table-lr=0.3", "--init-std
 TOWERS = ["--model=two-tower", "--items=movie_id,genre", "--tower-mlp=8-4"]
 RUNS = {
     "vocabulary": (ctr_files.events, CLICKS),
-    "lists, keys that come and go": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--dynamic=20"]),
+    "lists": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--key-bits=12"]),
+    "growing": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--dynamic=20"]),
     "towers": (ctr_files.ratings, [*SMALL, *TOWERS, "--label=rating", "--positive-from=4"]),
 }
 JSON = {"Content-Type": "application/json"}
@@ -100,7 +101,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(runs):
-    return Model(runs("vocabulary")[0], LIMITS, _Quiet())
+    found = Model(runs("vocabulary")[0], LIMITS, _Quiet())
+    yield found
+    found.close()
 
 
 @contextlib.contextmanager
@@ -124,6 +127,7 @@ def _serving(**options):
         thread.join()
         if service.batcher is not None:
             service.batcher.close()
+            service.model.close()
         sock.close()
         gc.unfreeze()
 
@@ -156,7 +160,10 @@ def _score(client, rows):
 # --- scores ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = pytest.param("growing", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "lists", "towers", SLOW])
 def test_scores_are_those_of_predict(name, runs):
     """As JSON and as Arrow, however many rows a request has, with columns that nobody asked for."""
     run, rows, wanted = runs(name)

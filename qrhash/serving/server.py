@@ -91,6 +91,8 @@ def serve(options: Options, display: Display, console: Console) -> None:
             reloader.close()
             if service.batcher is not None:
                 service.batcher.close()
+            if service.model is not None:
+                service.model.close()
             service.workers.shutdown(wait=False)
     display.line(f"stopped after {sum(service.metrics.requests.values()):,} requests")
     if server.ended_by == signal.SIGINT:
