@@ -1,4 +1,4 @@
-"""The command line: `qrhash train`, `predict`, `inspect`, `export`, `convert`, `plan`, `compare`.
+"""The command line: `qrhash train`, `predict`, `export`, `serve` and the others.
 
 The options of `train` are the fields of `qrhash.ctr.settings.Settings`; an option that is not given
 leaves the word to the configuration file, and then to the default.
@@ -43,6 +43,7 @@ def build_app() -> "typer.Typer":
     from qrhash.commands.converting import convert_command
     from qrhash.commands.exporting import export_command
     from qrhash.commands.inspecting import inspect_command
+    from qrhash.commands.serving import bench_serve_command, serve_command
     from qrhash.commands.training import predict_command, train_command
 
     app = typer.Typer(
@@ -71,7 +72,9 @@ def build_app() -> "typer.Typer":
     commands = (
         *(train_command, predict_command, inspect_command, export_command),
         *(convert_command, plan_command, compare_command),
+        *(serve_command, bench_serve_command),
     )
     for make in commands:
-        app.command()(make())
+        command = make()
+        app.command(command.__name__.replace("_", "-"))(command)
     return app

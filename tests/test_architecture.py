@@ -88,6 +88,7 @@ ROOMS = {
         "matplotlib",
         "safetensors",
     },
+    "serving": {"flatbuffers", "jax", "numpy", "pyarrow", "rich", "starlette", "uvicorn"},
     "commands": {"rich", "typer"},
     "cli": {"typer"},
 }
@@ -117,21 +118,20 @@ INSIDE = {
     "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
     "export": ["row_formats", "tensors", "header", "pooling", "embeddings", "snapshot", "saving"],
     "importing": ["arrays", "carried", "dlrm", "deeprec", "full"],
+    "serving": [
+        *("limits", "arrow_streams", "bodies", "model", "reading", "metrics", "batcher"),
+        *("vectors", "reloading", "transfer", "app", "protocol", "server", "load"),
+    ],
     "commands": [
-        "interrupts",
-        "parameters",
-        "running",
-        "training",
-        "inspecting",
-        "exporting",
-        "converting",
-        "choosing",
+        *("interrupts", "parameters", "running"),
+        *("training", "inspecting", "exporting", "converting", "choosing", "serving"),
     ],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }
 
 HEAVY = {
     *("torch", "orbax", "pyarrow", "matplotlib", "grain", "typer", "rich", "sklearn"),
+    *("starlette", "uvicorn"),
     *("IPython", "nbformat", "notebook", "nbclient", "jupyter_core"),
 }
 MOST_LINES = 365
@@ -178,7 +178,7 @@ def _broken_doors(path):
                 yield f"{here} imports {top}"
         elif there not in rooms:
             # The package's own names stand for its core: open to what stands around it.
-            if here not in ("ctr", "commands", "cli"):
+            if here not in ("ctr", "serving", "commands", "cli"):
                 yield f"{here} imports {name} from the package, not from its room"
         elif rooms.index(there) > rooms.index(here):
             yield f"{here} imports {name}, a room below it"

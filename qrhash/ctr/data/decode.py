@@ -3,7 +3,7 @@
 Only for the few cells that cannot be read is a reason put into words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ import pyarrow as pa
 from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.block import Block
 from qrhash.ctr.data.schema import CRITEO, Schema
+
+_FEW = 1 << 11  # rows
 
 # (name, column) -> what it holds, and a mask of the cells that cannot be read.
 _Reader = Callable[[str, pa.Array], tuple[Any, np.ndarray]]
@@ -45,9 +47,25 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         values, bad = reader(name, column)
         if not required:
             return np.where(bad, np.nan, values)
+        refuse(name, column, bad, rule)
+        return values
+
+    def read_all(names: Sequence[str], reader: _Reader, rule: str) -> list[Any]:
+        found: dict[str, Any] = {}
+        for group in _read_at_once(table, names):
+            columns = [table[name].combine_chunks() for name in group]
+            column = columns[0] if len(group) == 1 else pa.concat_arrays(columns)
+            values, bad = reader(group[0], column)
+            for number, name in enumerate(group):
+                of_name = slice(number * rows, (number + 1) * rows)
+                is_pair = isinstance(values, tuple)
+                found[name] = tuple(v[of_name] for v in values) if is_pair else values[of_name]
+                refuse(name, columns[number], bad[of_name], rule)
+        return [found[name] for name in names]
+
+    def refuse(name: str, column: pa.Array, bad: np.ndarray, rule: str) -> None:
         for row in np.flatnonzero(bad).tolist():
             reasons.setdefault(row, f"{name} is not {rule}: {cells.quote(column[row].as_py())}")
-        return values
 
     rows = table.num_rows
     labels = np.full(rows, 1 if schema.all_positive else np.nan, np.float32)
@@ -56,8 +74,8 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
     importance = None
     if schema.weight is not None:
         importance = read(schema.weight, _weights, "a weight, a number of at least 0")
-    numbers = [read(name, *readers.number) for name in schema.numbers]
-    found = [read(name, *readers.category) for name in schema.categories]
+    numbers = read_all(schema.numbers, *readers.number)
+    found = read_all(schema.categories, *readers.category)
     found_lists = []
     for column in schema.of_use("list"):
         each, faults = lists.read(column, table[column.name].combine_chunks())
@@ -75,6 +93,16 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         lists=tuple(found_lists),
     )
     return block.take(good), reasons
+
+
+def _read_at_once(table: pa.Table, names: Sequence[str]) -> list[list[str]]:
+    """Columns of one type in groups: of few rows a call to Arrow takes longer than what it does."""
+    if table.num_rows > _FEW:
+        return [[name] for name in names]
+    groups: dict[pa.DataType, list[str]] = {}
+    for name in names:
+        groups.setdefault(table.schema.field(name).type, []).append(name)
+    return list(groups.values())
 
 
 def keys_of(name: str, column: pa.Array, schema: Schema) -> tuple[np.ndarray, np.ndarray]:

@@ -90,6 +90,14 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | No
     )
 
 
+def joined(parts: Sequence[Batch], size: int) -> Batch:
+    """Rows behind each other, padded to so many with rows of weight 0."""
+    joined = parts[0]
+    if len(parts) > 1:
+        joined = jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+    return _within(joined, 0, size)
+
+
 def numbered(
     keys: np.ndarray, missing: np.ndarray, names: Sequence[str], ids: Mapping[str, Ids]
 ) -> tuple[np.ndarray, Keys]:

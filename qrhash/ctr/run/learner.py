@@ -231,12 +231,31 @@ class Learner:
 
     @property
     def scoring(self) -> tuple[Callable[[Any, Batch], jax.Array], Any]:
-        """The logits as a pure function of weights and a batch, and the weights as they are."""
+        """The logits as a pure function of weights and a batch, and the weights as they are.
+
+        The function holds nothing of the learner's arrays.
+        """
+        graph = self._graph
 
         def logits(weights: Any, batch: Batch) -> jax.Array:
-            return _logits_of(self._model(*weights), batch)
+            params, keys = weights
+            return _logits_of(nnx.merge(graph, params["tables"], keys, params["dense"]), batch)
 
         return logits, (self.params, self._keys)
+
+    @property
+    def reading(self) -> Callable[[Checkpoints, int], Any]:
+        """What reads the weights, as `scoring` has them, of the checkpoint of a step.
+
+        The function holds nothing of the learner's arrays, and changes no checkpoint.
+        """
+        like, keys = self._like, None if self._keys else self._keys
+
+        def weights(checkpoints: Checkpoints, step: int) -> Any:
+            params, _, *others = checkpoints.restore(like, step).state
+            return params, others.pop() if keys is None else keys
+
+        return weights
 
     def compiled(self, function: Callable[[Any, Any, Any], Any]) -> Callable[[Any], Any]:
         """A function of the model as it is, made of a pure one.
@@ -272,10 +291,7 @@ class Learner:
 
     def restore(self, checkpoints: Checkpoints) -> Restored:
         """Takes over the last checkpoint that can be read."""
-        like = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
-            self._all,
-        )
+        like = self._like
         jax.tree.map(lambda array: array.delete(), self._all)
         files = None if self._stored is None else self._stored.restore
         restored = checkpoints.restore(like, files=files)
@@ -285,6 +301,14 @@ class Learner:
         self._kept = others.pop() if others else None
         self.steps = restored.step
         return restored
+
+    @property
+    def _like(self) -> Any:
+        """All that changes, without the arrays."""
+        return jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            self._all,
+        )
 
     @property
     def _all(self) -> tuple[Any, ...]:

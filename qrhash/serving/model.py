@@ -1,0 +1,220 @@
+"""A trained model as it serves: compiled before the first request, its weights replaced at once.
+
+The function is compiled for some numbers of rows: a batch is padded to the next one. Weights are
+its arguments, so that newer ones need nothing compiled; whoever scores meanwhile goes on with those
+that he began with.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qrhash.checkpoint import Checkpoints, MismatchError
+from qrhash.ctr.data.block import Block, no_rows
+from qrhash.ctr.data.pipeline import Batch, encode, joined
+from qrhash.ctr.data.schema import Schema
+from qrhash.ctr.errors import UserError
+from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.report import IDS
+from qrhash.ctr.run.trained import kept_of, load_trained
+from qrhash.ctr.tower_settings import TWO_TOWER
+from qrhash.serving.bodies import Columns
+from qrhash.serving.limits import Limits
+
+_LEAST = 8  # rows of the smallest batch
+
+
+class Weights(NamedTuple):
+    """What a checkpoint holds of a model.
+
+    Attributes:
+      step: of the checkpoint: the version of the model.
+      arrays: the leaves of the weights.
+    """
+
+    step: int
+    arrays: tuple[Any, ...]
+
+
+class Scored(NamedTuple):
+    """What a request is answered.
+
+    Attributes:
+      step: the version of the model.
+      outputs: "score", and "logit" of a model of clicks, float32 [rows].
+    """
+
+    step: int
+    outputs: dict[str, np.ndarray]
+
+
+class Model:
+    """The model of a run.
+
+    Args:
+      run: the directory of a run.
+      limits: how many rows at once.
+      display: is told how far it is.
+
+    Attributes:
+      run: see above.
+      columns: what it reads of a request.
+      weights: those that serve now.
+
+    Raises:
+      UserError: see `load_trained`; or the rows of the run's table are in a store.
+    """
+
+    def __init__(self, run: Path, limits: Limits, display: Display) -> None:
+        self.run = run
+        kept = self._kept = kept_of(run)
+        if kept.settings.cache_rows is not None:
+            raise UserError(
+                f"{run} keeps the rows of its table in a store, and a server holds them whole: "
+                "train with a table that fits, without --cache-rows."
+            )
+        self._ids_file = _signature(run / IDS)
+        self._looked_at = self._newest()
+        trained = load_trained(kept, display)
+        self.columns = Columns(
+            kept.schema, kept.settings, max_rows=limits.max_batch, max_body=limits.max_body
+        )
+        self._ids, self._configs = trained.ids, trained.configs
+        self._has_logits = kept.settings.model != TWO_TOWER
+        self._reading = trained.learner.reading
+        logits, weights = trained.learner.scoring
+        leaves, structure = jax.tree.flatten(weights)
+        self.weights = Weights(trained.learner.steps, tuple(leaves))
+
+        def of_leaves(leaves: Any, batch: Batch) -> jax.Array:
+            return logits(jax.tree.unflatten(structure, leaves), batch)
+
+        nothing = self.encoded(no_rows(self.columns.schema), self.columns.schema)
+        display.phase("compiling the model", 0)
+        self._compiled = _Compiled(of_leaves, self.weights.arrays, nothing, limits.max_batch)
+        display.line(f"compiled for {self._compiled.sizes[-1]} rows; for fewer while it serves")
+
+    def close(self) -> None:
+        """Compiles no more."""
+        self._compiled.close()
+
+    def encoded(self, block: Block, schema: Schema) -> Batch:
+        """Rows as the function takes them."""
+        return encode(block, schema, self._ids)
+
+    def scored(self, parts: Sequence[Batch]) -> Scored:
+        """The scores of some rows, in their order; at most the largest number compiled for."""
+        weights = self.weights
+        rows = sum(len(part.labels) for part in parts)
+        size, function = self._compiled.of(rows)
+        logits = np.asarray(function(weights.arrays, joined(parts, size)))[:rows]
+        if not self._has_logits:
+            return Scored(weights.step, {"score": logits})
+        with np.errstate(over="ignore"):
+            scores = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+        return Scored(weights.step, {"score": scores, "logit": logits})
+
+    def refresh(self) -> list[str]:
+        """Takes over a newer checkpoint, if there is one; returns what to tell of it.
+
+        Raises:
+          UserError: it cannot be read, or is of another model; the one that serves goes on.
+        """
+        newest = self._newest()
+        if newest is None or newest == self._looked_at:
+            return []
+        # Looked at once, be it damaged or not: it is told of once.
+        self._looked_at = newest
+        directory, step, _ = newest
+        try:
+            kept = kept_of(self.run)
+            if (kept.settings, kept.schema) != (self._kept.settings, self._kept.schema) or (
+                _signature(self.run / IDS) != self._ids_file
+            ):
+                raise UserError(
+                    f"{self.run} is another run now, of other columns or settings: start again."
+                )
+            with Checkpoints(directory, self._configs, max_to_keep=None) as checkpoints:
+                leaves = jax.tree.leaves(self._reading(checkpoints, step))
+        except (OSError, MismatchError) as error:
+            raise UserError(f"{directory / str(step)} is not taken over: {error}") from error
+        self.weights = Weights(step, tuple(leaves))
+        return [f"{self.run}: the model after {step:,} steps"]
+
+    def _newest(self) -> tuple[Path, int, Any] | None:
+        """The last complete checkpoint there is: (directory, step, what tells it from others)."""
+        directory = kept_of(self.run).checkpoints
+        try:
+            steps = [int(each.name) for each in directory.iterdir() if each.name.isdigit()]
+        except OSError:
+            return None
+        if not steps:
+            return None
+        return directory, max(steps), _signature(directory / str(max(steps)))
+
+
+class _Compiled:
+    """A function compiled for some numbers of rows, powers of two.
+
+    The largest is compiled at once, and takes the rows of all until the others are, in the
+    background: a server answers all the sooner, and nobody waits for a compiler.
+
+    Args:
+      function: of weights and a batch.
+      weights: like those that it will be given.
+      nothing: a batch of no rows.
+      most: rows at once.
+    """
+
+    def __init__(
+        self, function: Callable[..., jax.Array], weights: Any, nothing: Batch, most: int
+    ) -> None:
+        self.sizes = [_LEAST]
+        while self.sizes[-1] < most:
+            self.sizes.append(2 * self.sizes[-1])
+        self._jitted, self._nothing = jax.jit(function), nothing
+        # Not the weights themselves, which are replaced one day.
+        self._like = jax.tree.map(
+            lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=each.sharding),
+            weights,
+        )
+        self._functions: dict[int, Any] = {}
+        self._is_closed = False
+        self._compile(self.sizes[-1])
+        self._thread = threading.Thread(target=self._compile_others, name="compiler", daemon=True)
+        self._thread.start()
+
+    def of(self, rows: int) -> tuple[int, Any]:
+        """The function for at least so many rows, and for how many it is."""
+        functions = self._functions
+        size = min(size for size in functions if size >= rows)
+        return size, functions[size]
+
+    def close(self) -> None:
+        """Compiles no more."""
+        self._is_closed = True
+        self._thread.join()
+
+    def _compile_others(self) -> None:
+        for size in self.sizes[:-1]:
+            if not self._is_closed:
+                self._compile(size)
+
+    def _compile(self, size: int) -> None:
+        example = joined([self._nothing], size)
+        compiled = self._jitted.lower(self._like, example).compile()
+        # Whoever looks meanwhile sees those there were, or one more.
+        self._functions = {**self._functions, size: compiled}
+
+
+def _signature(path: Path) -> Any:
+    """By which a file that was replaced is told."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
