@@ -74,6 +74,7 @@ __all__ = [
     "cross",
     "deeprec",
     "dynamic",
+    "fitting",
     "gather",
     "global_norm",
     "grow_rows",
@@ -94,7 +95,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Loads the Flax modules on first use: importing Flax takes longer than all the rest."""
-    if name in ("checkpoint", "codes", "deeprec", "linen", "nnx"):
+    """Loads some rooms on first use: importing Flax takes longer than all the rest."""
+    if name in ("checkpoint", "codes", "deeprec", "fitting", "linen", "nnx"):
         return importlib.import_module(f"qrhash.{name}")
     raise AttributeError(f"module 'qrhash' has no attribute {name!r}")

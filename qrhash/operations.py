@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from qrhash.types import Array
 
@@ -47,9 +48,9 @@ def combine(
     """Combines the k rows of each id into its vector.
 
     Args:
-      rows: k arrays [*shape, width_j] of one dtype; equal widths but for "concat" and "path". For
-        "path" the narrowest is the row that is mapped, the others, in their order, the maps, flat
-        and row by row: [inputs + 1, outputs], in the last line what is added.
+      rows: k arrays [*shape, width_j] of one dtype, JAX's or NumPy's; equal widths but for "concat"
+        and "path". For "path" the narrowest is the row that is mapped, the others, in their order,
+        the maps, flat and row by row: [inputs + 1, outputs], in the last line what is added.
       operation: "add", "mult", "concat", "project", "path" or "features".
       projection: for "project" alone, its `Projection` or just the kernel.
 
@@ -78,10 +79,12 @@ def combine(
         raise ValueError("rows must hold the rows of at least one table, got none.")
     check_projection(projection, operation)
     _check_rows(rows, operation)
+    # Rows of the host stay there, in 64 bits, as ids do.
+    xp = np if all(isinstance(row, np.ndarray) for row in rows) else jnp
     if operation == "concat":
-        return jnp.concatenate(rows, axis=-1)
+        return xp.concatenate(rows, axis=-1)
     if operation == "features":
-        return jnp.stack(rows, axis=-2)
+        return xp.stack(rows, axis=-2)
     if operation == "path":
         return _along_path(rows)
     if operation == "add":
@@ -89,11 +92,13 @@ def combine(
     product = functools.reduce(operator.mul, rows)
     if operation == "mult":
         return product
-    inputs = jnp.concatenate((*rows, product), axis=-1) if len(rows) > 1 else product
+    inputs = xp.concatenate((*rows, product), axis=-1) if len(rows) > 1 else product
     check_projection(projection, operation, num_inputs=inputs.shape[-1])
     kernel, bias = as_projection(projection)
     vectors = inputs @ kernel
-    return vectors if bias is None else vectors + jnp.expand_dims(bias, range(vectors.ndim - 1))
+    return (
+        vectors if bias is None else vectors + xp.expand_dims(bias, tuple(range(vectors.ndim - 1)))
+    )
 
 
 class Map(NamedTuple):

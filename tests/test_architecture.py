@@ -24,7 +24,7 @@ ROOMS = {
     "keys": {"jax", "numpy"},
     "key_families": {"numpy"},
     "code_partition": {"numpy"},
-    "operations": {"jax"},
+    "operations": {"jax", "numpy"},
     "rows": {"jax", "numpy"},
     "merge": {"jax"},
     "ragged": {"jax", "numpy"},
@@ -71,6 +71,7 @@ ROOMS = {
     "deeprec": {"jax", "flax", "numpy"},
     "checkpoint": {"jax", "numpy", "flax", "orbax"},
     "codes": {"numpy", "scipy", "sklearn", "rich"},
+    "fitting": {"jax", "numpy"},
     "ctr": {"jax", "flax", "optax", "numpy", "grain", "pyarrow", "rich", "matplotlib"},
     "commands": {"rich", "typer"},
     "cli": {"typer"},
@@ -90,6 +91,10 @@ INSIDE = {
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
     "deeprec": ["options", "variable", "interface", "embedding_variable"],
     "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
+    "fitting": [
+        *("blocks", "expanding", "errors", "equations", "additive", "alternating", "starts"),
+        *("scales", "fits", "growing"),
+    ],
     "commands": ["interrupts", "parameters", "running", "training", "inspecting", "choosing"],
     "ctr": re.findall(r"^  ([\w/]+)  ", qrhash.ctr.__doc__, flags=re.MULTILINE),
 }
