@@ -199,17 +199,30 @@ def least_loss(
     seed: int,
 ) -> float:
     """Least test log loss of three epochs on ids [n, 2] up to `split`, the others to test on."""
-    model = Rater(configs, seed)
+    return min(losses(Rater(configs, seed), ids, good, split, seed))
+
+
+def losses(
+    model: Rater,
+    ids: np.ndarray,
+    good: np.ndarray,
+    split: int,
+    seed: int,
+    *,
+    epochs: int = EPOCHS,
+    table_lr: float = TABLE_LR,
+) -> Iterator[float]:
+    """Trains a model, in place, and yields its test log loss after each epoch."""
     is_table = lambda _, value: isinstance(value, qrhash.nnx.Table)  # noqa: E731
     labels = nnx.map_state(
         lambda path, v: "table" if is_table(path, v) else "dense", nnx.state(model)
     )
-    steps = EPOCHS * (split // BATCH)
+    steps = epochs * (split // BATCH)
     optimizer = qrhash.nnx.Optimizer(
         model,
         optax.partition(
             {
-                "table": optax.adagrad(TABLE_LR, initial_accumulator_value=1e-8),
+                "table": optax.adagrad(table_lr, initial_accumulator_value=1e-8),
                 "dense": optax.adam(optax.linear_schedule(DENSE_LR, 0.0, steps)),
             },
             labels,
@@ -224,13 +237,11 @@ def least_loss(
 
     step = nnx.cached_partial(nnx.jit(step, donate_argnums=(0, 1)), model, optimizer)
     test = nnx.jit(loss)
-    best = np.inf
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(split)
         for batch in order[: len(order) // BATCH * BATCH].reshape(-1, BATCH):
             step(ids[batch], good[batch])
-        best = min(best, float(test(model, ids[split:], good[split:])))
-    return best
+        yield float(test(model, ids[split:], good[split:]))
 
 
 def by_frequency(column: np.ndarray, split: int) -> np.ndarray:

@@ -107,6 +107,7 @@ __all__ = [
     "deeprec",
     "dynamic",
     "export",
+    "fitting",
     "gather",
     "global_norm",
     "grow_rows",

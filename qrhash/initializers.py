@@ -63,7 +63,7 @@ class PerRow:
         return jax.vmap(row)(index).astype(dtype)
 
 
-# What a linear map multiplies a standard deviation by: see `_kernel_stddev`.
+# What a linear map multiplies a standard deviation by: see `linear_stddev`.
 _GAIN = 2
 
 # --- matched to the operation ---------------------------------------------------------------------
@@ -122,13 +122,18 @@ def _project_row_stddev(config: EmbedConfig) -> float:
 
 
 def _kernel_stddev(config: EmbedConfig) -> float:
-    """Twice one over the root of the number of inputs: by measurement, between two that are worse.
-
-    With half of it, rows learn slowly where Adagrad makes steps of one size; with unit entries, a
-    kernel trained by Adam is slow to turn. `benchmarks/quality.py` compares them.
-    """
     assert config.projection_shape is not None
-    return _GAIN * config.projection_shape[0] ** -0.5
+    return linear_stddev(config.projection_shape[0])
+
+
+def linear_stddev(num_inputs: int) -> float:
+    """Of a linear map: twice one over the root of the number of inputs.
+
+    By measurement, between two that are worse. With half of it, rows learn slowly where Adagrad
+    makes steps of one size; with unit entries, a kernel trained by Adam is slow to turn.
+    `benchmarks/quality.py` compares them.
+    """
+    return float(_GAIN * num_inputs**-0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +156,7 @@ class _AffineMap:
     num_outputs: int
 
     def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        lines = SymmetricUniform(_GAIN * self.num_inputs**-0.5)(key, shape, dtype)
+        lines = SymmetricUniform(linear_stddev(self.num_inputs))(key, shape, dtype)
         is_linear = jnp.arange(shape[-1]) < self.num_inputs * self.num_outputs
         return jnp.where(is_linear, lines, 0)
 

@@ -77,6 +77,7 @@ ROOMS = {
     "export": {"ml_dtypes", "numpy", "safetensors"},
     "importing": {"jax", "numpy", "h5py", "safetensors", "tensorflow", "torch"},
     "codes": {"numpy", "scipy", "sklearn", "rich"},
+    "fitting": {"jax", "numpy"},
     "ctr": {
         "jax",
         "flax",
@@ -118,6 +119,10 @@ INSIDE = {
     "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
     "export": ["row_formats", "tensors", "header", "pooling", "embeddings", "snapshot", "saving"],
     "importing": ["arrays", "carried", "dlrm", "deeprec", "full"],
+    "fitting": [
+        *("blocks", "expanding", "errors", "equations", "additive", "alternating", "starts"),
+        *("scales", "fits", "growing"),
+    ],
     "serving": [
         *("limits", "arrow_streams", "bodies", "model", "reading", "metrics", "batcher"),
         *("vectors", "reloading", "transfer", "app", "protocol", "server", "load"),

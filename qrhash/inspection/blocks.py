@@ -50,22 +50,30 @@ def block_size(n: int) -> int:
     return int(min(_VECTORS, 1 << max(0, n - 1).bit_length()))
 
 
-def vector_blocks(vectors: Vectors, ids: Any) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields (places, vectors [m, features] float32 of the ids there), block by block.
+def vector_blocks(
+    vectors: Vectors, ids: Any, *, at_once: int | None = None, dtype: Any = np.float32
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields (places, vectors [m, features] of the ids there), block by block.
 
     Every block that is looked up has the same length, so that a compiled function is compiled once,
     and of some ids more or less not again. Of ids with k vectors these stand side by side.
+
+    Args:
+      vectors: see `norms`.
+      ids: see `norms`.
+      at_once: how many ids are looked up at once; None: `block_size`.
+      dtype: of the vectors; None: the one that they have.
     """
     n = num_ids(ids)
-    size = block_size(n)
+    size = at_once or block_size(n)
     for start in range(0, n, size):
         stop = min(start + size, n)
         places = np.minimum(np.arange(start, start + size), n - 1)
-        found = np.asarray(vectors(taken(ids, places)), np.float32)
+        found = np.asarray(vectors(taken(ids, places)), dtype)
         yield slice(start, stop), found.reshape(size, -1)[: stop - start]
 
 
-def checked_counts(counts: Any, n: int) -> np.ndarray:
+def checked_counts(counts: Any, n: int, name: str = "counts") -> np.ndarray:
     """Counts [n] as float64; ones, where none are given.
 
     Raises:
@@ -76,6 +84,6 @@ def checked_counts(counts: Any, n: int) -> np.ndarray:
     found = np.asarray(counts, np.float64)
     if found.shape != (n,) or not np.isfinite(found).all() or (found < 0).any():
         raise ValueError(
-            f"counts must be {n} numbers of at least 0, one for each id, got shape {found.shape}."
+            f"{name} must be {n} numbers of at least 0, one for each id, got shape {found.shape}."
         )
     return found
