@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from qrhash.arithmetic import as_size, ceil_div
+from qrhash.carried_families import DeepRecQuotientRemainder, DLRMQuotientRemainder
 from qrhash.config import EmbedConfig, check_config
 from qrhash.families import (
     ChineseRemainder,
-    DeepRecQuotientRemainder,
     FullTable,
     HashTrick,
     MixedRadix,
@@ -129,7 +129,7 @@ def _grown(partition: Partition, size: int) -> Partition:
         most = partition.num_quotients**2
         if partition.is_complementary and partition.num_remainders < partition.num_quotients:
             most = min(most, partition.num_remainders)
-    elif isinstance(partition, (FullTable, HashTrick, QuotientRemainder)):
+    elif isinstance(partition, (FullTable, HashTrick, QuotientRemainder, DLRMQuotientRemainder)):
         most = size
     else:
         raise ValueError(
