@@ -31,7 +31,7 @@ from qrhash.ctr.settings import Settings
 from qrhash.serving.bodies import ARROW, JSON
 
 _DIFFERENT = 1000  # requests that are made before; then they begin anew
-_AGAIN = 0.05  # seconds from a connection that failed to the next
+_AGAIN = 0.25  # seconds from a connection that failed to the next
 _PATIENCE = 30.0  # seconds that an answer may take
 
 
