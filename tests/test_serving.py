@@ -101,9 +101,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(runs):
-    found = Model(runs("vocabulary")[0], LIMITS, _Quiet())
-    yield found
-    found.close()
+    return Model(runs("vocabulary")[0], LIMITS, _Quiet())
 
 
 @contextlib.contextmanager
@@ -127,7 +125,6 @@ def _serving(**options):
         thread.join()
         if service.batcher is not None:
             service.batcher.close()
-            service.model.close()
         sock.close()
         gc.unfreeze()
 

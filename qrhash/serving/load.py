@@ -31,7 +31,7 @@ from qrhash.ctr.settings import Settings
 from qrhash.serving.bodies import ARROW, JSON
 
 _DIFFERENT = 1000  # requests that are made before; then they begin anew
-_AGAIN = 0.05  # seconds from a connection that failed to the next
+_AGAIN = 0.25  # seconds from a connection that failed to the next
 _PATIENCE = 30.0  # seconds that an answer may take
 
 
@@ -172,7 +172,7 @@ def bench(url: str, data: str, asked: Asked, display: Display) -> Answered:
         + body
         for body in bodies
     ]
-    display.phase("asking", round(asked.seconds))
+    display.phase("asking, seconds", round(asked.seconds))
     return asyncio.run(_Run(requests, asked, display).run(host, port))
 
 
@@ -268,10 +268,7 @@ class _Run:
         return self._found
 
     def _show(self, began: float) -> None:
-        if self._display.is_due:
-            done = len(self._found.latencies)
-            note = f"{done:,} answers, {self._found.errors:,} errors"
-            self._display.update(int(time.perf_counter() - began), note)
+        self._display.move(int(time.perf_counter() - began))
 
     async def _connection(
         self, connection: _Connection, queue: "asyncio.Queue[float]", end: float

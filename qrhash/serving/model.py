@@ -5,8 +5,7 @@ its arguments, so that newer ones need nothing compiled; whoever scores meanwhil
 that he began with.
 """
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,14 +92,24 @@ class Model:
         def of_leaves(leaves: Any, batch: Batch) -> jax.Array:
             return logits(jax.tree.unflatten(structure, leaves), batch)
 
+        jitted = jax.jit(of_leaves)
+        self._compiled: dict[int, Any] = {}
         nothing = self.encoded(no_rows(self.columns.schema), self.columns.schema)
-        display.phase("compiling the model", 0)
-        self._compiled = _Compiled(of_leaves, self.weights.arrays, nothing, limits.max_batch)
-        display.line(f"compiled for {self._compiled.sizes[-1]} rows; for fewer while it serves")
+        sizes = [_LEAST]
+        while sizes[-1] < limits.max_batch:
+            sizes.append(2 * sizes[-1])
+        display.phase("compiling the model", len(sizes))
+        # All of them now: what is compiled beside requests keeps them waiting for Python.
+        for size in sizes:
+            lowered = jitted.lower(self.weights.arrays, joined([nothing], size))
+            self._compiled[size] = lowered.compile()
+            display.move(len(self._compiled))
+        display.line(f"compiled for {', '.join(map(str, sizes))} rows")
 
-    def close(self) -> None:
-        """Compiles no more."""
-        self._compiled.close()
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of rows that it is compiled for."""
+        return list(self._compiled)
 
     def encoded(self, block: Block, schema: Schema) -> Batch:
         """Rows as the function takes them."""
@@ -110,8 +119,9 @@ class Model:
         """The scores of some rows, in their order; at most the largest number compiled for."""
         weights = self.weights
         rows = sum(len(part.labels) for part in parts)
-        size, function = self._compiled.of(rows)
-        logits = np.asarray(function(weights.arrays, joined(parts, size)))[:rows]
+        size = next(size for size in self._compiled if size >= rows)
+        found = self._compiled[size](weights.arrays, joined(parts, size))
+        logits = np.asarray(found)[:rows]
         if not self._has_logits:
             return Scored(weights.step, {"score": logits})
         with np.errstate(over="ignore"):
@@ -155,60 +165,6 @@ class Model:
         if not steps:
             return None
         return directory, max(steps), _signature(directory / str(max(steps)))
-
-
-class _Compiled:
-    """A function compiled for some numbers of rows, powers of two.
-
-    The largest is compiled at once, and takes the rows of all until the others are, in the
-    background: a server answers all the sooner, and nobody waits for a compiler.
-
-    Args:
-      function: of weights and a batch.
-      weights: like those that it will be given.
-      nothing: a batch of no rows.
-      most: rows at once.
-    """
-
-    def __init__(
-        self, function: Callable[..., jax.Array], weights: Any, nothing: Batch, most: int
-    ) -> None:
-        self.sizes = [_LEAST]
-        while self.sizes[-1] < most:
-            self.sizes.append(2 * self.sizes[-1])
-        self._jitted, self._nothing = jax.jit(function), nothing
-        # Not the weights themselves, which are replaced one day.
-        self._like = jax.tree.map(
-            lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=each.sharding),
-            weights,
-        )
-        self._functions: dict[int, Any] = {}
-        self._is_closed = False
-        self._compile(self.sizes[-1])
-        self._thread = threading.Thread(target=self._compile_others, name="compiler", daemon=True)
-        self._thread.start()
-
-    def of(self, rows: int) -> tuple[int, Any]:
-        """The function for at least so many rows, and for how many it is."""
-        functions = self._functions
-        size = min(size for size in functions if size >= rows)
-        return size, functions[size]
-
-    def close(self) -> None:
-        """Compiles no more."""
-        self._is_closed = True
-        self._thread.join()
-
-    def _compile_others(self) -> None:
-        for size in self.sizes[:-1]:
-            if not self._is_closed:
-                self._compile(size)
-
-    def _compile(self, size: int) -> None:
-        example = joined([self._nothing], size)
-        compiled = self._jitted.lower(self._like, example).compile()
-        # Whoever looks meanwhile sees those there were, or one more.
-        self._functions = {**self._functions, size: compiled}
 
 
 def _signature(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """The rows of several requests, read together, and what is wrong with those that cannot be."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow as pa
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.errors import UserError
-from qrhash.serving.bodies import Rows
+from qrhash.serving.bodies import JSON, Rows
 from qrhash.serving.limits import Refused
 from qrhash.serving.model import Model
 
@@ -56,3 +57,13 @@ def _refusal(reasons: dict[int, str]) -> Refused:
     first = min(reasons)
     more = f" {len(reasons) - 1:,} more cannot be read." if len(reasons) > 1 else ""
     return Refused(422, f"Row {first}: {reasons[first]}.{more}", reasons)
+
+
+def warm_up(model: Model) -> None:
+    """Does once what a request does, so that the first one finds everything loaded."""
+    row = dict.fromkeys(column.name for column in model.columns.schema.used)
+    rows = model.columns.rows(json.dumps([row]).encode(), JSON)
+    batch, _, _ = read(model, [rows])
+    if batch is not None:
+        for size in model.sizes:
+            model.scored([batch] * size)

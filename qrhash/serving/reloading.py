@@ -30,6 +30,7 @@ class Reloader:
     ) -> None:
         self._refreshes, self._every = refreshes, every
         self._metrics, self._notify = metrics, notify
+        self._told: dict[str, str] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="reloader", daemon=True)
         if every > 0:
@@ -41,17 +42,22 @@ class Reloader:
             try:
                 told = refresh()
             except UserError as error:
-                self._metrics.event(what, "failed")
-                self._notify(f"Warning: {error}")
+                self._failed(what, str(error))
             # Whatever it is, the next look may find better.
             except Exception as error:
-                self._metrics.event(what, "failed")
-                self._notify(f"Warning: {what} could not be looked for: {error!r}")
+                self._failed(what, f"{what} could not be looked for: {error!r}")
             else:
                 for sentence in told:
                     is_fault = sentence.startswith("Warning")
                     self._metrics.event(what, "failed" if is_fault else "taken over")
                     self._notify(sentence)
+
+    def _failed(self, what: str, sentence: str) -> None:
+        """Counts a failure, and tells of it unless it is the last one again."""
+        self._metrics.event(what, "failed")
+        if self._told.get(what) != sentence:
+            self._notify(f"Warning: {sentence}")
+        self._told[what] = sentence
 
     def close(self) -> None:
         """Looks no more; what is being read is left to end with the program."""

@@ -91,8 +91,6 @@ def serve(options: Options, display: Display, console: Console) -> None:
             reloader.close()
             if service.batcher is not None:
                 service.batcher.close()
-            if service.model is not None:
-                service.model.close()
             service.workers.shutdown(wait=False)
     display.line(f"stopped after {sum(service.metrics.requests.values()):,} requests")
     if server.ended_by == signal.SIGINT:
@@ -138,8 +136,10 @@ def _service(options: Options, display: Display) -> tuple[Service, dict[str, Ref
         # JAX is loaded by whoever needs it: vectors alone are served without.
         from qrhash.serving.batcher import Batcher
         from qrhash.serving.model import Model
+        from qrhash.serving.reading import warm_up
 
         model = Model(options.run, options.limits, display)
+        warm_up(model)
         service.model, refreshes["model"] = model, model.refresh
         service.batcher = Batcher(model, options.limits, service.metrics, display.line)
     return service, refreshes
