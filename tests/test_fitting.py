@@ -220,6 +220,7 @@ def test_errors_are_those_of_loops_over_head_middle_and_tail():
     vectors, bands = expand(fitted.tables, config), frequency_bands(weights)
     want = [_relative(full, vectors, weights, bands == band) for band in range(3)]
     assert_close(fitted.error, [_relative(full, vectors, weights), *want])
+    assert_close(fit(full, config, weights=weights / 1e9).error, fitted.error)
     assert fit(full, config).error[1:] == (None, None, None)
     assert fit(np.ones((60, 8)), config).error == Errors(0.0)
 
@@ -374,6 +375,12 @@ def test_on_a_mesh_as_on_one_device(rng):
     grown = grow_tables(jax.random.key(1), got, config, 100)
     for a, b in zip(whole(grown), grow_tables(jax.random.key(1), want, alone, 100), strict=True):
         np.testing.assert_array_equal(a, b)
+    tx = qrhash.touched_rows(qrhash.adagrad(0.1, initial_accumulator_value=0.5))
+    state = jax.tree.map(lambda each: 2 * each, tx.init(got))
+    more = jax.tree.leaves(qrhash.grow_rows(tx, state, got, grown))
+    (large,) = (np.asarray(each) for each in more if each.shape == (4, 4, 8))  # by shard
+    in_order = large.transpose(1, 0, 2).reshape(16, 8)[:15]
+    np.testing.assert_array_equal(in_order[:, 0], np.repeat([1.0, 0.5], [9, 6]))
 
 
 def test_what_vectors_are_written_to_is_checked():
@@ -494,6 +501,9 @@ NOT_GROWN = [
     (_config("codes"), 61, "config must be of a family whose rows follow .* got CodePartition"),
     (_config("hashes"), 61, "MultiHash has no vocabulary, and every key has its rows"),
 ]
+layout = layout_2x4(row_axes="model", batch_axes="data")
+on_mesh = qrhash.EmbedConfig(FAMILIES["quotient-remainder"], 8, layout=layout, large_table_rows=10)
+NOT_GROWN.append((on_mesh, 80, "large_table_rows must have .* 10 with .* that become"))
 for sizes, most in (((20, 7, 8), 49), ((6, 7, 6), 6)):
     deeprec = qrhash.EmbedConfig(qrhash.deeprec.DeepRecQuotientRemainder(*sizes), 8)
     NOT_GROWN.append((deeprec, most + 1, f"num_embeddings must be at most {most} "))

@@ -39,6 +39,16 @@ def test_combine_equals_the_oracle(operation, k, rng):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_rows_of_the_host_stay_there_in_their_dtype(operation, rng):
+    rows, projection = _operands(rng, 2, operation, (2, 3))
+    of_host = jax.tree.map(lambda each: np.asarray(each).astype(np.float64), (rows, projection))
+    found = qrhash.combine(of_host[0], operation, of_host[1])
+    assert isinstance(found, np.ndarray)
+    assert found.dtype == np.float64
+    assert_close(found, oracle.combine(rows, operation, projection))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_empty_batch_and_a_list_of_rows(operation, rng):
     rows, projection = _operands(rng, 2, operation, (0, 4))
     features = {"concat": 5, "project": 5, "path": 2}.get(operation, 3)

@@ -32,14 +32,16 @@ class Errors(NamedTuple):
 
 def errors_of(source: Source, vectors: Vectors, mean: np.ndarray) -> Errors:
     """The errors of vectors, looked up as they will be."""
-    bands = np.zeros(1, np.uint8) if source.weights is None else frequency_bands(source.weights)
+    bands = np.zeros(source.num_ids, np.uint8)
+    if source.weights is not None:
+        bands = frequency_bands(source.weights / source.weights.sum())
     sums = np.zeros((3, len(BANDS)))
     at_once = min(source.block_rows, block_size(source.num_ids))
     for part, block in vector_blocks(vectors, source.ids, at_once=at_once, dtype=np.float64):
         weights, _ = source.met(part)
         is_met = weights > 0
         wanted, got, weights = source.read(part)[is_met], block[is_met], weights[is_met]
-        band = bands[part][is_met] if source.weights is not None else np.zeros(len(weights), int)
+        band = bands[part][is_met]
         for each, of in zip(sums, (wanted - got, wanted - mean, wanted), strict=True):
             each += np.bincount(band, weights * np.einsum("ij,ij->i", of, of), len(BANDS))
     precision = float(jax.numpy.finfo(source.config.param_dtype).eps)

@@ -69,7 +69,7 @@ def fit(
       keys: for a family on keys, the key of each row of `full`, [n].
       weights: how much each row matters, [num_embeddings], 0 or more: how often each id is met,
         say. Rows of weight 0 are not looked at. None: all alike.
-      num_iterations: how many sweeps over the tables at most.
+      num_iterations: how many sweeps over the tables at most, after those of the starts.
       tolerance: the sweeps end with one that takes less than this share off the error.
       block_rows: how many rows to read at once; None: by their width.
       num_starts: of "project" and "path" with several tables: how many starts are tried, with some

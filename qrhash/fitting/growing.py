@@ -60,7 +60,15 @@ def grow(config: EmbedConfig, num_embeddings: int) -> EmbedConfig:
             f"that grows, got {size}."
         )
     # The widths stay, also those that another number of rows would choose otherwise.
-    return dataclasses.replace(config, partition=_grown(config.partition, size))
+    grown = dataclasses.replace(config, partition=_grown(config.partition, size))
+    if config.layout is not None and grown.large_tables != config.large_tables:
+        raise ValueError(
+            f"large_table_rows must have the same tables on one side of it before and after, got "
+            f"{config.large_table_rows} with {config.partition.num_rows} rows that become "
+            f"{grown.partition.num_rows}: on a mesh small tables are on every device, large ones "
+            "are split."
+        )
+    return grown
 
 
 def grow_tables(
