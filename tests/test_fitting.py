@@ -171,6 +171,7 @@ def test_alternating_sweeps_end_where_nothing_is_to_gain(operation):
         config,
         weights=weights,
         num_iterations=1000,
+        num_starts=1,
         tolerance=1e-7,
         progress=lambda sweep, error: errors.append(error),
     )
@@ -247,12 +248,13 @@ def test_blocks_files_and_devices_change_nothing(operation, tmp_path, monkeypatc
         "quotient-remainder", operation, widths=(8, 8) if operation == "project" else None
     )
     full, weights = _noise(config), _weights(60)
-    want = fit(full, config, weights=weights, num_iterations=3)
+    few = {"weights": weights, "num_iterations": 3, "num_starts": 1}
+    want = fit(full, config, **few)
     file = np.lib.format.open_memmap(tmp_path / "full.npy", "w+", np.float32, (60, 8))
     file[:] = full
     monkeypatch.setattr(alternating, "_AT_ONCE", 1)  # several passes where rows have systems
     for array, rows in ((file, 7), (jnp.asarray(full), 16), (full[::-1][::-1], 60)):
-        got = fit(array, config, weights=weights, num_iterations=3, block_rows=rows)
+        got = fit(array, config, block_rows=rows, **few)
         for a, b in zip(jax.tree.leaves(got[:2]), jax.tree.leaves(want[:2]), strict=True):
             assert_close(a, b, 1e-4)
     narrow = jnp.asarray(full, jnp.bfloat16)
