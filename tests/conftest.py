@@ -30,8 +30,17 @@ hypothesis.settings.load_profile("quick")
 # Each of their tests compiles a program. Of one with many cases a half runs in every CI, drawn by
 # the hash of its name, and all of them before a release: the others are slow.
 HALVED = {
-    *("autodiff", "deeprec", "dropin", "dynamic", "export", "fitting", "linen", "nnx", "optim"),
-    *("pooling", "rowgrads", "sharding", "tables", "take", "training"),
+    *(
+        "autodiff",
+        "ctr_towers",
+        "deeprec",
+        "dropin",
+        "dynamic",
+        "dynamic_modules",
+        "export",
+        "fitting",
+    ),
+    *("linen", "nnx", "optim", "pooling", "rowgrads", "sharding", "tables", "take", "training"),
 }
 MANY_CASES = 7
 

@@ -349,6 +349,7 @@ def test_inside_shard_map(check_vma):
         jax.tree.map(assert_close, (value, dense), want)
 
 
+@pytest.mark.slow
 def test_a_step_for_any_batch_can_be_exported():
     cfg = qrhash.EmbedConfig(qrhash.QuotientRemainder(1000, 4), 8, large_table_rows=1)
     tx = qrhash.touched_rows(qrhash.adagrad(0.1))

@@ -154,6 +154,7 @@ def test_vectors_logits_and_modules_equal_the_oracle(operation, tie_breaker, rng
     assert_close(module.apply({"params": params}, jnp.asarray(ids)), want)
 
 
+@pytest.mark.slow
 def test_a_collection_on_a_mesh_trains_by_codes(rng):
     """The codes of two features, one of them in the other's tables, and a table split by rows."""
     layout = layout_2x4()

@@ -152,6 +152,7 @@ def test_a_best_model_that_is_gone(stopped_early, tmp_path):
     assert summary["test_log_loss"] != before["test_log_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_finds_the_same_best(data, stopped_early, tmp_path):
     _run(data, tmp_path / "run", "--patience=4", "--mesh=data=2,model=4")
     assert_same_curve(numbers_of(tmp_path / "run"), numbers_of(stopped_early[0]))

@@ -159,6 +159,7 @@ def test_what_goes_wrong_in_a_process_is_told(data, tmp_path):
         list(jobs._outcomes([Trial("full", 1, 0)], 0))
 
 
+@pytest.mark.slow
 def test_processes_train_as_this_one_does(data, tmp_path):
     """And the temporary failure of one is its own."""
     found, _ = _compare(data, tmp_path / "c", methods="hash-trick", compressions="1000", seeds=1)

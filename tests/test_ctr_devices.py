@@ -319,6 +319,7 @@ def _run_alone(*run, tmp_path):
     return tmp_path / "alone", [*run, *often]
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_began(options, tmp_path, logs):
     """With malformed rows among the others, which move all that follow, and a vocabulary."""
     run = [options[0], f"--data={_spoilt_text(tmp_path)}"]
@@ -350,6 +351,7 @@ def test_two_processes_go_on_with_what_one_began(options, tmp_path, logs):
     assert max(decoded) <= sum(decoded) / 2 + 4 * 32
 
 
+@pytest.mark.slow
 def test_two_processes_give_keys_the_rows_that_one_gives(options, tmp_path, logs):
     """Both count what became of the keys after the same steps, whoever shows it."""
     run = [*options, "--dynamic=80", "--evict-every=5", "--large-table-rows=16"]

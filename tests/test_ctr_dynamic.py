@@ -484,6 +484,7 @@ def test_a_cache_too_small_for_a_batch_is_told(data, tmp_path):
     assert "make the cache larger or the batch smaller" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_rows(data, tmp_path):
     """Where no shard is full: each is so by itself. And one device goes on with them."""
     options = ("--data", data, *SMALL, "--dynamic=401")
@@ -497,6 +498,7 @@ def test_a_mesh_gives_the_same_rows(data, tmp_path):
     _assert_predicts_as_tested(tmp_path / "mesh", data, tmp_path / "s.parquet")
 
 
+@pytest.mark.slow
 def test_two_towers_grow(tmp_path):
     data = ctr_files.write_table(tmp_path / "r.parquet", ctr_files.ratings(600))
     options = ["--model=two-tower", "--items=movie_id,genre", "--tower-mlp=8-4"]

@@ -84,6 +84,7 @@ def test_what_is_saved_is_of_one_moment(tmp_path):
 # --- other configs --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_threshold_judges_candidates_and_no_key_that_has_a_row(tmp_path):
     keys = [1, 1, 1, 2, 2, 3]
     training = Training(config_of(10, admission=ExactCount(3, 20)))

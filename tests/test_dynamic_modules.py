@@ -302,6 +302,7 @@ def test_start_rows_of_a_tree_of_modules():
     np.testing.assert_array_equal(alone["table"], started["user"]["table"])
 
 
+@pytest.mark.slow
 def test_on_a_mesh(rng):
     """Table and index split over eight devices, and trained to the same numbers."""
     batches = [(Keys.of(keys * 2), rng.normal(size=8).astype(np.float32)) for keys in BATCHES]

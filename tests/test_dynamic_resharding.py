@@ -146,6 +146,7 @@ def _restored(config, directory):
     return training
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_on_another_mesh(tmp_path):
     admission, eviction = ExactCount(2, 200), dynamic.StepsSinceUse(3)
     alone, on_mesh = (
@@ -233,6 +234,7 @@ class Model(nnx.Module):
         self.embed = qrhash.nnx.DynamicEmbed(config, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_flax_module_restores_without_its_mesh(tmp_path):
     config, alone = (
         _config(shards, refused=None, admission=ExactCount(2, 40)) for shards in (4, None)

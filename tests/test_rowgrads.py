@@ -308,6 +308,7 @@ def test_row_numbers_of_the_host_are_not_cut_to_32_bits():
 # --- microbatches ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_microbatches_add_up_to_the_whole_batch(is_sharded, rng):
     """Exactly: in a loop, in a scan, and in one go."""

@@ -86,7 +86,8 @@ class Learner:
         tables, self._keys, dense = create()
         self._objective = objective or ClickLoss()
         of_tables = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
-        if settings.rounding == "stochastic":
+        are_narrow = any(each.dtype == jnp.bfloat16 for each in jax.tree.leaves(tables))
+        if are_narrow and settings.rounding == "stochastic":
             of_tables = optax.chain(of_tables, stochastic_rounding(settings.seed))
         self._optimizer = optimizer = touched_rows(
             optax.partition(
