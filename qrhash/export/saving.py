@@ -7,12 +7,12 @@ while that is read.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qrhash import __version__
 from qrhash.collection import unstack
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
@@ -173,9 +173,7 @@ def save(
     checksums = {name: checksum(array) for name, array in arrays.items()}
     whole = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(
-            arrays, whole, {NAME: Header(metadata.version("qrhash"), said, checksums).to_json()}
-        )
+        save_file(arrays, whole, {NAME: Header(__version__, said, checksums).to_json()})
         with whole.open("rb") as file:
             os.fsync(file.fileno())
         whole.replace(path)
