@@ -52,6 +52,27 @@ class Delta:
     projection: Projection | None = None
     name: str = ""
 
+    def goes_on_from(self, version: int, *, of: str, otherwise: str) -> bool:
+        """Whether it brings a version further; if not, it has been applied already.
+
+        Args:
+          version: of what it is to be applied to.
+          of: what that is, in words.
+          otherwise: what helps where deltas are lost, in words.
+
+        Raises:
+          ValueError: one in between is missing.
+        """
+        since, to = int(self.from_version), int(self.to_version)
+        if to <= version:
+            return False
+        if since not in (NOTHING, version):
+            raise ValueError(
+                f"delta must be from version {version}, that of the {of}, got one from {since} to "
+                f"{to}: apply those between first, or {otherwise}."
+            )
+        return True
+
 
 def save_delta(path: str | Path, delta: Delta) -> None:
     """Writes a delta to a file, an `.npz` with a checksum: under its name once it is whole.

@@ -124,7 +124,16 @@ INSIDE = {
         *("scales", "fits", "growing"),
     ],
     "serving": [
-        *("limits", "arrow_streams", "bodies", "model", "reading", "metrics", "batcher"),
+        *(
+            "limits",
+            "replaced",
+            "arrow_streams",
+            "bodies",
+            "model",
+            "reading",
+            "metrics",
+            "batcher",
+        ),
         *("vectors", "reloading", "transfer", "app", "protocol", "server", "load"),
     ],
     "commands": [

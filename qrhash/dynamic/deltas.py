@@ -201,14 +201,10 @@ def apply_delta(served: Served, delta: Delta, config: DynamicConfig) -> Served:
     """
     check_dynamic_config(config)
     _check_same(served, delta)
-    since, to = int(delta.from_version), int(delta.to_version)
-    if to <= served.version:
+    otherwise = "start with one of everything"
+    if not delta.goes_on_from(served.version, of="copy", otherwise=otherwise):
         return served
-    if since not in (NOTHING, served.version):
-        raise ValueError(
-            f"delta must be from version {served.version}, that of the copy, got one from {since} "
-            f"to {to}: apply those between first, or start with one of everything."
-        )
+    since, to = int(delta.from_version), int(delta.to_version)
     index = key_index.create(config.capacity) if since == NOTHING else served.state.index
     gone, upserts = _as_keys(delta.removed), _as_keys(delta.keys)
     index = _without(index, *gone)

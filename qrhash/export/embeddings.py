@@ -184,15 +184,10 @@ class Growing:
 
     def with_delta(self, delta: Delta) -> "Growing":
         """The embedding of the next version; see `Snapshot.apply`."""
-        since, to = int(delta.from_version), int(delta.to_version)
-        if to <= self.version:
+        otherwise = "take a new snapshot"
+        if not delta.goes_on_from(self.version, of="snapshot", otherwise=otherwise):
             return self
-        if since not in (NOTHING, self.version):
-            raise ValueError(
-                f"delta must be from version {self.version}, that of the snapshot, got one from "
-                f"{since} to {to}: apply those between first, or take a new snapshot."
-            )
-        changed = replace(self, version=to, refused=self._refused_by(delta))
+        changed = replace(self, version=int(delta.to_version), refused=self._refused_by(delta))
         vectors = np.asarray(delta.vectors, np.float32)
         if vectors.shape[1:] != (self.features,):
             raise ValueError(
@@ -200,7 +195,7 @@ class Growing:
                 f"{vectors.shape[1:]}."
             )
         layer = Layer.of(np.asarray(delta.keys), vectors, np.asarray(delta.removed))
-        if since == NOTHING:
+        if int(delta.from_version) == NOTHING:
             # Everything: what is not in it has no row.
             rows = Rows({"rows": layer.rows}, self.features)
             return replace(changed, keys=layer.keys, rows=rows, above=None)

@@ -179,14 +179,17 @@ class EmbedCollection(nnx.Module):
         Returns:
           {feature name: vectors [*shape, features]}.
         """
-        stacks = {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
-        return collection.lookup(stacks, inputs, self.config, self.projections)
+        return collection.lookup(self.stacks, inputs, self.config, self.projections)
+
+    @property
+    def stacks(self) -> dict[str, Any]:
+        """The stacked tables, as `qrhash.collection.init` gives them."""
+        return {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
 
     @property
     def tables(self) -> dict[str, tuple[Array, ...]]:
         """The tables [rows_j, width_j] of each feature that has its own."""
-        stacks = {stack.name: as_table(self._stack(stack.name)) for stack in self.config.stacks}
-        return unstack(stacks, self.config)
+        return unstack(self.stacks, self.config)
 
     @property
     def projections(self) -> dict[str, Projection]:

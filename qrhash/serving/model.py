@@ -23,6 +23,7 @@ from qrhash.ctr.run.trained import kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
 from qrhash.serving.bodies import Columns
 from qrhash.serving.limits import Limits
+from qrhash.serving.replaced import signature_of
 
 _LEAST = 8  # rows of the smallest batch
 
@@ -76,7 +77,7 @@ class Model:
                 f"{run} keeps the rows of its table in a store, and a server holds them whole: "
                 "train with a table that fits, without --cache-rows."
             )
-        self._ids_file = _signature(run / IDS)
+        self._ids_file = signature_of(run / IDS)
         self._looked_at = self._newest()
         trained = load_trained(kept, display)
         self.columns = Columns(
@@ -143,7 +144,7 @@ class Model:
         try:
             kept = kept_of(self.run)
             if (kept.settings, kept.schema) != (self._kept.settings, self._kept.schema) or (
-                _signature(self.run / IDS) != self._ids_file
+                signature_of(self.run / IDS) != self._ids_file
             ):
                 raise UserError(
                     f"{self.run} is another run now, of other columns or settings: start again."
@@ -164,13 +165,4 @@ class Model:
             return None
         if not steps:
             return None
-        return directory, max(steps), _signature(directory / str(max(steps)))
-
-
-def _signature(path: Path) -> Any:
-    """By which a file that was replaced is told."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        return directory, max(steps), signature_of(directory / str(max(steps)))

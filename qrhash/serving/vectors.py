@@ -9,6 +9,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.delta_files import load_delta
 from qrhash.export.snapshot import Snapshot
 from qrhash.serving.limits import Refused
+from qrhash.serving.replaced import signature_of
 
 
 class Vectors:
@@ -30,7 +31,7 @@ class Vectors:
         self._path, self._deltas, self._max_ids = path, deltas, max_ids
         if deltas is not None and not deltas.is_dir():
             raise UserError(f"There is no directory {deltas} for --deltas.")
-        self._file = _signature(path)
+        self._file = signature_of(path)
         try:
             self.snapshot = Snapshot(path)
         except (OSError, ValueError) as error:
@@ -90,7 +91,7 @@ class Vectors:
           UserError: the file cannot be used; the one that serves goes on.
         """
         told = []
-        now = _signature(self._path)
+        now = signature_of(self._path)
         if now is not None and now != self._file:
             self._file = now
             try:
@@ -110,7 +111,7 @@ class Vectors:
             return []
         told, found = [], []
         for path in sorted(self._deltas.glob("*.npz")):
-            signature = _signature(path)
+            signature = signature_of(path)
             if signature is None or self._seen.get(path) == signature:
                 continue
             try:
@@ -143,12 +144,3 @@ def _array(ids: list[Any]) -> np.ndarray:
     if is_large:
         return np.array([each % 2**64 for each in ids], np.uint64)
     return np.array(ids, np.int64)
-
-
-def _signature(path: Path) -> Any:
-    """By which a file that was replaced is told."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -92,10 +92,16 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | No
 
 def joined(parts: Sequence[Batch], size: int) -> Batch:
     """Rows behind each other, padded to so many with rows of weight 0."""
-    joined = parts[0]
+    whole: Batch = _within(_concatenated(parts), 0, size)
+    return whole
+
+
+def _concatenated(parts: Sequence[Batch]) -> Batch:
+    """Rows behind each other."""
+    whole: Batch = parts[0]
     if len(parts) > 1:
-        joined = jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
-    return _within(joined, 0, size)
+        whole = jax.tree.map(lambda *columns: np.concatenate(columns), *parts)
+    return whole
 
 
 def numbered(
@@ -239,11 +245,9 @@ class _Rows:
             found.append(part)
             count += len(part.labels)
         found = [part for part in found if len(part.labels)] or [self._nothing]
-        joined = found[0]
-        if len(found) > 1:
-            joined = jax.tree.map(lambda *columns: np.concatenate(columns), *found)
-        self._rest = jax.tree.map(lambda column: column[rows:], joined)
-        return jax.tree.map(lambda column: column[:rows], joined)
+        whole = _concatenated(found)
+        self._rest = jax.tree.map(lambda column: column[rows:], whole)
+        return jax.tree.map(lambda column: column[:rows], whole)
 
 
 def _behind(blocks: Iterable[Block], skipped: int) -> Iterator[Block]:

@@ -19,7 +19,6 @@ import numpy as np
 from jax import export as jax_export
 
 from qrhash import export
-from qrhash.collection import stack
 from qrhash.ctr.data.vocabulary import Vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.models import Embeddings
@@ -29,7 +28,6 @@ from qrhash.ctr.run.export_readme import readme
 from qrhash.ctr.run.trained import Trained, kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
 from qrhash.keys import Keys
-from qrhash.stacks import CollectionConfig
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -178,8 +176,7 @@ def _embeddings_of(embeddings: Embeddings, steps: int) -> dict[str, export.Expor
     found: dict[str, export.Exported] = {}
     if embeddings.fixed:
         columns = embeddings.columns
-        config: CollectionConfig = columns.config
-        found |= export.of_collection(config, stack(columns.tables, config), columns.projections)
+        found |= export.of_collection(columns.config, columns.stacks, columns.projections)
     for growing in embeddings.growing:
         table, combiners = growing.table, dict(growing.of_lists)
         name = "+".join(growing.names)

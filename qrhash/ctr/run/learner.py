@@ -239,8 +239,7 @@ class Learner:
         graph = self._graph
 
         def logits(weights: Any, batch: Batch) -> jax.Array:
-            params, keys = weights
-            return _logits_of(nnx.merge(graph, params["tables"], keys, params["dense"]), batch)
+            return _logits_of(_merged(graph, *weights), batch)
 
         return logits, (self.params, self._keys)
 
@@ -281,7 +280,7 @@ class Learner:
 
     def _model(self, params: dict[str, Any], keys: Any = None) -> Any:
         keys = self._keys if keys is None else keys
-        return nnx.merge(self._graph, params["tables"], keys, params["dense"])
+        return _merged(self._graph, params, keys)
 
     def save(self, checkpoints: Checkpoints, extra: Any) -> None:
         """Saves parameters, optimizer state and number of steps, and what is given beside them."""
@@ -333,6 +332,11 @@ class Learner:
         )
         there = sum(math.prod(as_table(variable).shape) for variable in variables)
         return there if self._stored is None else there + self._stored.num_params_elsewhere
+
+
+def _merged(graph: Any, params: dict[str, Any], keys: Any) -> Any:
+    """The model of a structure, parameters, and which key has which row."""
+    return nnx.merge(graph, params["tables"], keys, params["dense"])
 
 
 def _logits_of(model: Any, batch: Batch) -> jax.Array:
