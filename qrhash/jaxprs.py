@@ -233,7 +233,7 @@ def run_with_offsets(
         operands = [value_of(each) for each in equation.invars]
         holds = any(isinstance(each, Var) and each in tables for each in equation.invars)
         if not holds:
-            results = _bind(equation, jaxpr, operands)
+            results = run_equation(equation, jaxpr, operands)
         elif _is_look_up(equation, tables):
             site = equation.params["site"]
             arrays, indices = site.split(operands)
@@ -341,8 +341,8 @@ def _no_rows(site: LookUp) -> list[jax.Array]:
     ]
 
 
-def _bind(equation: Any, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
-    """Runs an equation as it is: as a program of this one alone."""
+def run_equation(equation: Any, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """Runs an equation of a program as it is: as a program of this one alone."""
     operands_of = {
         v: each for v, each in zip(equation.invars, operands, strict=True) if isinstance(v, Var)
     }

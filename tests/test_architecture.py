@@ -67,6 +67,7 @@ ROOMS = {
     "inspection": {"numpy"},
     "jaxprs": {"jax"},
     "program": {"jax"},
+    "plain": {"jax"},
     "autodiff": {"jax", "numpy"},
     "optim": {"jax", "numpy", "optax"},
     "dynamic": {"jax", "numpy", "optax"},
@@ -88,6 +89,7 @@ ROOMS = {
         "rich",
         "matplotlib",
         "safetensors",
+        *("jax2onnx", "onnxruntime", "orbax", "tensorflow"),
     },
     "serving": {"flatbuffers", "jax", "numpy", "pyarrow", "rich", "starlette", "uvicorn"},
     "commands": {"rich", "typer"},
@@ -144,7 +146,19 @@ INSIDE = {
 }
 
 HEAVY = {
-    *("torch", "orbax", "pyarrow", "matplotlib", "grain", "typer", "rich", "sklearn"),
+    *(
+        "torch",
+        "tensorflow",
+        "jax2onnx",
+        "onnxruntime",
+        "orbax",
+        "pyarrow",
+        "matplotlib",
+        "grain",
+        "typer",
+        "rich",
+        "sklearn",
+    ),
     *("starlette", "uvicorn"),
     *("IPython", "nbformat", "notebook", "nbclient", "jupyter_core"),
 }

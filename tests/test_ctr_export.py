@@ -17,6 +17,7 @@ from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.pipeline import encode
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.model.models import column_vectors
+from qrhash.ctr.run import export_formats
 from qrhash.ctr.run.export_inputs import Inputs
 from qrhash.ctr.run.trained import kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
@@ -158,9 +159,84 @@ def test_mistakes_are_told_in_a_sentence(exported, tmp_path):
             "--platforms must be some of cpu, cuda, tpu",
         ),
         ((run, tmp_path / "m", "--rows=int3"), "--rows must be one of float32"),
+        ((run, tmp_path / "m", "--platforms="), "--platforms must be some of cpu, cuda, tpu"),
+        ((run, tmp_path / "m", "--also=pmml"), "--also must be some of savedmodel, onnx, got pmml"),
         ((run, run, "--overwrite"), "is the run, or holds it"),
     ):
         result = _export(*arguments)
         assert result.exit_code == 1, result.output
         assert words in " ".join(result.output.split())
         assert not (tmp_path / "m").exists()
+
+
+# --- formats of other systems ---------------------------------------------------------------------
+
+SYSTEMS = {"savedmodel": "tensorflow", "onnx": "jax2onnx"}
+
+
+@pytest.mark.filterwarnings("ignore")  # what these owe each other
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [
+        *(pytest.param(name, "savedmodel", marks=pytest.mark.slow) for name in ("keys", "towers")),
+        *((name, "savedmodel") for name in ("vocabulary", "dynamic")),
+        *((name, "onnx") for name in RUNS),
+    ],
+)
+def test_other_systems_give_the_same_scores(name, system, exported, tmp_path):
+    pytest.importorskip(SYSTEMS[system])
+    run, _, _ = exported(name)
+    result = _export(run, tmp_path / "m", f"--also={system}")
+    if (name, system) == ("dynamic", "onnx"):
+        assert result.exit_code == 1
+        said = " ".join(result.output.split())
+        assert "--also onnx: this model cannot be converted" in said
+        assert not any(tmp_path.iterdir())
+        return
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "m" / "README.md").read_text()
+    _, code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = "import sys; sys.modules['qrhash'] = sys.modules['jax'] = None\n" + code
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "m", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_format_whose_system_is_not_installed_is_refused(exported, tmp_path, monkeypatch):
+    run, _, _ = exported("keys")
+    monkeypatch.setitem(export_formats._NEEDED, "onnx", ("no_such_package.at_all",))
+    result = _export(run, tmp_path / "m", "--also=onnx")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "--also onnx needs no_such_package.at_all" in said
+    assert "pip install 'qrhash[onnx]'" in said
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["other scores", "raises"])
+def test_what_gives_other_scores_is_not_handed_out(fault, exported, tmp_path, monkeypatch):
+    run, _, _ = exported("keys")
+
+    def written(function, path, outputs):
+        path.write_bytes(b"a model")
+        if fault == "raises":
+            raise NotImplementedError("no such operation\nand more")
+
+        def read(inputs):
+            found = function.run(function.weights, inputs)
+            return {name: np.asarray(found[name]) + (name == "score") for name in outputs}
+
+        return read
+
+    monkeypatch.setitem(export_formats._NEEDED, "onnx", ())
+    monkeypatch.setattr(export_formats, "_onnx", written)
+    result = _export(run, tmp_path / "m", "--also=onnx")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    wanted = {
+        "other scores": "it does not give the model's scores",
+        "raises": "cannot be converted (NotImplementedError: no such operation)",
+    }
+    assert wanted[fault] in said
+    assert not any(tmp_path.iterdir())

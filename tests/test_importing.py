@@ -203,7 +203,9 @@ def test_full_tables_are_found_by_their_names(rng):
     tables = {
         "model.sparse.embedding_bags.t_item.weight": "t_item",
         "ebc.embeddings.t_user.weight": "t_user",
-        "layers/shop/embeddings/vars/0": "shop",
+        "layers/embedding_1/shop/vars/0": "shop",
+        "layers/embedding_2/vars/0": "embedding_2",
+        "towers/street/embedding_3/vars/0": "street",
         "functional/city/embeddings": "city",
         "item_embedding.weight": "item_embedding",
     }
@@ -293,6 +295,47 @@ def test_a_checkpoint_of_torch(tmp_path, qr):
     found = importing.read_arrays(tmp_path / "x.pt")
     assert sorted(found) == ["emb_l.0.weight_q", "emb_l.0.weight_r"]
     np.testing.assert_array_equal(found["emb_l.0.weight_q"], qr["weight_q"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_keras(tmp_path):
+    keras = pytest.importorskip("keras", reason="what CI has beside the tests")
+    names = ("items", "users")
+    model = keras.Sequential([keras.layers.Embedding(7, 3, name=name) for name in names])
+    model(np.zeros((1,), np.int32))
+    model.save_weights(tmp_path / "x.weights.h5")
+    model.save(tmp_path / "x.keras")
+    for file in ("x.weights.h5", "x.keras"):
+        carried = importing.from_full_tables(importing.read_arrays(tmp_path / file))
+        assert sorted(carried) == sorted(names)
+        for name in names:
+            wanted = model.get_layer(name).get_weights()[0]
+            np.testing.assert_array_equal(carried[name].tables[0], wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_of_tensorflow(tmp_path, rng):
+    tf = pytest.importorskip("tensorflow", reason="what CI has beside the tests")
+    arrays = {
+        "deep/user/multhash_Q": _normal(rng, 12, 3),
+        "deep/user/multhash_R": _normal(rng, 15, 3),
+        "embedding_bags.ads.weight": _normal(rng, 5, 3),
+    }
+    names = [*arrays, "words"]
+    tensors = [*arrays.values(), np.array(["no", "number"])]
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "x.ckpt"),
+        tensor_names=names,
+        shape_and_slices=[""] * len(names),
+        tensors=tensors,
+    )
+    found = importing.read_arrays(tmp_path / "x.ckpt")
+    assert sorted(found) == sorted(arrays)
+    carried = importing.from_deeprec(found)["deep/user"]
+    np.testing.assert_array_equal(carried.tables[1], arrays["deep/user/multhash_R"])
+    saved = tf.train.Checkpoint(items=tf.Variable(arrays["embedding_bags.ads.weight"]))
+    found = importing.read_arrays(saved.save(str(tmp_path / "y")))
+    np.testing.assert_array_equal(found["items"], arrays["embedding_bags.ads.weight"])
 
 
 def _convert(*arguments):

@@ -20,8 +20,8 @@ def convert_command() -> Any:
         source: Annotated[
             Path,
             typer.Argument(
-                help="File of PyTorch (.pt), Keras (.h5), safetensors or NumPy (.npz), or the "
-                "prefix of a checkpoint of TensorFlow.",
+                help="File of PyTorch (.pt), Keras (.h5, .keras), safetensors or NumPy (.npz), or "
+                "the prefix of a checkpoint of TensorFlow.",
                 show_default=False,
             ),
         ],

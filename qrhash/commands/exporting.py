@@ -34,6 +34,13 @@ def export_command() -> Any:
         platforms: Annotated[
             str, typer.Option(help="Platforms that the model is compiled for: a,b.")
         ] = "cpu,cuda,tpu",
+        also: Annotated[
+            str,
+            typer.Option(
+                help="Formats of other systems to write the model in too: savedmodel,onnx. They "
+                "need 'qrhash\\[savedmodel]' and 'qrhash\\[onnx]'.",
+            ),
+        ] = "",
         overwrite: Annotated[
             bool,
             typer.Option("--overwrite", help="Whether an earlier export is to be replaced."),
@@ -47,12 +54,14 @@ def export_command() -> Any:
 
         qrhash export runs/first model
         """
-        raise typer.Exit(_export(run, directory, rows, platforms, overwrite))
+        raise typer.Exit(_export(run, directory, rows, platforms, also, overwrite))
 
     return in_paragraphs(export)
 
 
-def _export(run: Path, directory: Path, rows: str, platforms: str, overwrite: bool) -> int:
+def _export(
+    run: Path, directory: Path, rows: str, platforms: str, also: str, overwrite: bool
+) -> int:
     """Writes the files; returns the exit code."""
     from qrhash.ctr.run.exported import export_run, report
 
@@ -63,9 +72,15 @@ def _export(run: Path, directory: Path, rows: str, platforms: str, overwrite: bo
                 directory,
                 display,
                 rows=rows,
-                platforms=[each.strip() for each in platforms.split(",")],
+                platforms=_named(platforms),
+                also=_named(also),
                 overwrite=overwrite,
             )
         display.line(report(result))
 
     return shown(write)
+
+
+def _named(text: str) -> list[str]:
+    """The names in a,b."""
+    return [each.strip() for each in text.split(",") if each.strip()]

@@ -63,6 +63,7 @@ The rooms, in reading order (a module imports the ones above it only):
   run/trained      the trained model of a run, and its data
   run/predict      the scores that a trained model gives to new rows
   run/export_inputs  what an exported model takes and gives
+  run/export_formats  the exported function in the formats of other systems
   run/export_readme  the page that an exported model comes with
   run/exported     a trained model as files that run without qrhash
   run/plan_report  a plan as a table and as a picture

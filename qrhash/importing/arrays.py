@@ -1,6 +1,9 @@
 """Files of other systems -> {name: array}, by their own libraries."""
 
+import contextlib
 import importlib.util
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
       path: a file ending in .npz, .safetensors, .pt, .pth, .bin or .ckpt (PyTorch, of which code is
-        not run: weights alone are read), .h5 or .weights.h5 (Keras); or the prefix of a checkpoint
-        of TensorFlow.
+        not run: weights alone are read), .h5, .weights.h5 or .keras (Keras); or the prefix of a
+        checkpoint of TensorFlow.
 
     Returns:
       {name: array}. Dictionaries in dictionaries are joined by dots, and of what PyTorch saved the
-      `state_dict` is taken if there is one.
+      `state_dict` is taken if there is one. Of Keras the name of a layer stands behind its class,
+      `layers/embedding/NAME/vars/0`. Of TensorFlow what is no numbers is left out.
 
     Raises:
       ImportError: the library of the format is not installed.
@@ -40,6 +44,9 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         raise OSError(f"{path} cannot be read by {library}: {error}") from error
 
 
+# What TensorFlow 2 puts behind the name of a variable.
+_OF_VALUES = "/.ATTRIBUTES/VARIABLE_VALUE"
+
 _Read = Callable[[Path], dict[str, np.ndarray]]
 
 
@@ -47,7 +54,7 @@ def _reader(path: Path) -> tuple[_Read, str]:
     by_suffix: dict[str, tuple[_Read, str]] = {
         ".npz": (_numpy, "numpy"),
         ".safetensors": (_safetensors, "safetensors"),
-        ".h5": (_hdf5, "h5py"),
+        **dict.fromkeys((".h5", ".keras"), (_hdf5, "h5py")),
         **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt"), (_torch, "torch")),
     }
     if path.suffix not in by_suffix:
@@ -93,10 +100,17 @@ def _hdf5(path: Path) -> dict[str, np.ndarray]:
 
     def visit(name: str, each: Any) -> None:
         if isinstance(each, h5py.Dataset):
+            layer = each.parent.attrs.get("name")
+            if layer is not None and each.parent.name.endswith("/vars"):
+                name = re.sub(r"vars/\d+$", rf"{layer}/\g<0>", name)
             found[name] = np.asarray(each)
 
-    with h5py.File(path, "r") as file:
-        file.visititems(visit)
+    with contextlib.ExitStack() as opened:
+        file: Any = path
+        if path.suffix == ".keras":
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            file = opened.enter_context(archive.open("model.weights.h5"))
+        opened.enter_context(h5py.File(file, "r")).visititems(visit)
     return found
 
 
@@ -104,4 +118,8 @@ def _tensorflow(path: Path) -> dict[str, np.ndarray]:
     import tensorflow
 
     reader = tensorflow.train.load_checkpoint(str(path))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    return {
+        name.removesuffix(_OF_VALUES): reader.get_tensor(name)
+        for name, dtype in reader.get_variable_to_dtype_map().items()
+        if dtype.is_floating or dtype.is_integer
+    }

@@ -14,7 +14,10 @@ from qrhash.importing.carried import Carried, as_table
 _AROUND = (
     r"(?:.*[./])?embedding_bags\.(.+)\.weight$",
     r"(?:.*[./])?embeddings\.(.+)\.weight$",
-    r"(?:.*/)?([^/]+)/embeddings(?:/vars/0|:0)?$",
+    r"(?:.*/)?embedding(?:_\d+)?/([^/]+)/vars/0$",
+    r"(?:.*/)?(?!layers/)([^/]+)/embedding(?:_\d+)?/vars/0$",  # an attribute of a model
+    r"(?:.*/)?(embedding(?:_\d+)?)/vars/0$",
+    r"(?:.*/)?([^/]+)/embeddings(?::0)?$",
     r"(.+)\.weight$",
 )
 
@@ -28,7 +31,7 @@ def from_full_tables(
       arrays: name -> array, as from `read_arrays`.
       names: name of an embedding -> name of its array; by default every array of floats with two
         axes whose name says that it is one of embeddings: `embedding_bags.NAME.weight`,
-        `embeddings.NAME.weight`, `NAME/embeddings`, `NAME/embeddings/vars/0`.
+        `embeddings.NAME.weight`, `NAME/embeddings`, `embedding/NAME/vars/0`.
 
     Raises:
       ValueError: a name that is not there, an array that is no table, or no table at all.

@@ -25,7 +25,7 @@ inputs = {{name: array for name, array in example.items() if not name.startswith
 outputs = jax.jit(model.call)(weights, inputs)
 np.testing.assert_allclose(outputs["score"], example["wanted/score"], rtol=1e-5, atol=1e-6)
 ```
-
+{also}
 ## What it takes
 
 A dictionary of arrays, of as many rows each; `example.safetensors` holds {rows} rows, drawn at
@@ -44,6 +44,38 @@ program.
 keys in it by NumPy alone.
 """
 
+_ALSO = {
+    "savedmodel": """
+As a SavedModel, with its weights, for TensorFlow:
+
+```python
+import numpy as np
+import tensorflow as tf
+from safetensors.numpy import load_file
+
+example = load_file("example.safetensors")
+inputs = {name: array for name, array in example.items() if not name.startswith("wanted/")}
+model = tf.saved_model.load("saved_model").signatures["serving_default"]
+outputs = model(**{name: tf.constant(array) for name, array in inputs.items()})
+np.testing.assert_allclose(outputs["score"], example["wanted/score"], rtol=1e-5, atol=1e-6)
+```
+""",
+    "onnx": """
+As a model of ONNX, with its weights, for ONNX Runtime:
+
+```python
+import numpy as np
+import onnxruntime
+from safetensors.numpy import load_file
+
+example = load_file("example.safetensors")
+inputs = {name: array for name, array in example.items() if not name.startswith("wanted/")}
+(scores,) = onnxruntime.InferenceSession("model.onnx").run(["score"], inputs)
+np.testing.assert_allclose(scores, example["wanted/score"], rtol=1e-5, atol=1e-6)
+```
+""",
+}
+
 _OF_INPUTS = {
     "numbers": "`numbers`, {shape} of {dtype}: the columns {names}, in this order; {how}, 0 for a "
     "missing one.",
@@ -58,6 +90,7 @@ def readme(said: Mapping[str, Any], example_rows: int = 8) -> str:
     return _PAGE.format(
         outputs=" and ".join(f"`{name}`" for name in said["outputs"]),
         platforms=", ".join(said["platforms"]),
+        also="".join(_ALSO[name] for name in said["also"]),
         rows=example_rows,
         inputs="\n".join(f"* {line}" for line in _inputs(said)),
         columns="\n".join(f"* {line}" for line in _columns(said)),

@@ -23,6 +23,7 @@ from qrhash.ctr.data.vocabulary import Vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.models import Embeddings
 from qrhash.ctr.run.display import Display
+from qrhash.ctr.run.export_formats import Function, check_formats, write_format
 from qrhash.ctr.run.export_inputs import Inputs, example
 from qrhash.ctr.run.export_readme import readme
 from qrhash.ctr.run.trained import Trained, kept_of, load_trained
@@ -58,6 +59,7 @@ def export_run(
     *,
     rows: str = "float32",
     platforms: Sequence[str] = PLATFORMS,
+    also: Sequence[str] = (),
     overwrite: bool = False,
 ) -> ExportedRun:
     """Writes the model of a run as files that need no qrhash.
@@ -68,17 +70,21 @@ def export_run(
       display: is told how far it is.
       rows: how the snapshot of the embeddings keeps its rows; see `qrhash.export.save`.
       platforms: that the function is compiled for.
+      also: formats of other systems to write the function in too: "savedmodel", "onnx".
       overwrite: whether there may be such a directory, of an earlier export, which is replaced.
 
     Raises:
       UserError: the run has no checkpoint, or its rows are in a store; the directory exists, or
-        cannot be written.
+        cannot be written; a format needs what is not installed, or does not know the model.
     """
     _check_output(output, run, overwrite=overwrite)
-    if unknown := [each for each in platforms if each not in PLATFORMS]:
-        raise UserError(f"--platforms must be some of {', '.join(PLATFORMS)}, got {unknown[0]}.")
+    unknown = [each for each in platforms if each not in PLATFORMS]
+    if unknown or not platforms:
+        got = unknown[0] if unknown else "none"
+        raise UserError(f"--platforms must be some of {', '.join(PLATFORMS)}, got {got}.")
     if rows not in export.ROW_FORMATS:
         raise UserError(f"--rows must be one of {', '.join(export.ROW_FORMATS)}, got {rows}.")
+    check_formats(also)
     kept = kept_of(run)
     if kept.settings.cache_rows is not None:
         raise UserError(
@@ -89,21 +95,25 @@ def export_run(
     inputs = Inputs.of(trained, kept.schema, kept.settings.model == TWO_TOWER)
     with _new_directory(output) as part:
         display.phase("compiling the model", 0)
-        (part / MODEL).write_bytes(_compiled(trained, inputs, platforms))
+        function = _function(trained, inputs)
+        (part / MODEL).write_bytes(_compiled(function, platforms))
         display.phase("writing the weights", 0)
-        _write_arrays(part, trained, inputs, rows)
-        description = inputs.described(trained, platforms)
+        _write_arrays(part, trained, function, rows)
+        for name in also:
+            display.phase(f"converting to {name}", 0)
+            write_format(name, function, part, platforms)
+        description = inputs.described(trained, platforms) | {"also": list(also)}
         (part / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (part / README).write_text(readme(description))
-        sizes = {each.name: each.stat().st_size for each in sorted(part.iterdir())}
+        sizes = {each.name: _size(each) for each in sorted(part.iterdir())}
     return ExportedRun(output, sizes)
 
 
 # --- the function ---------------------------------------------------------------------------------
 
 
-def _compiled(trained: Trained, inputs: Inputs, platforms: Sequence[str]) -> bytes:
-    """The function of weights and inputs, for any number of rows, as bytes."""
+def _function(trained: Trained, inputs: Inputs) -> Function:
+    """The function of weights and inputs that gives scores."""
     logits, weights = trained.learner.scoring
     leaves, structure = jax.tree.flatten(weights)
     names = _names(weights)
@@ -112,16 +122,18 @@ def _compiled(trained: Trained, inputs: Inputs, platforms: Sequence[str]) -> byt
         given = jax.tree.unflatten(structure, [weights[name] for name in names])
         return inputs.outputs(logits(given, inputs.batch(arrays)))
 
-    of_weights = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in zip(names, leaves, strict=True)
-    }
-    (rows,) = jax_export.symbolic_shape("rows")
-    of_inputs = {
-        name: jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
-        for name, array in inputs.arrays(example(inputs, 1)).items()
-    }
-    exported = jax_export.export(jax.jit(scores), platforms=list(platforms))(of_weights, of_inputs)
+    rows = inputs.arrays(example(inputs, _EXAMPLE_ROWS))
+    return Function(
+        run=scores,
+        weights=dict(zip(names, map(np.asarray, leaves), strict=True)),
+        inputs={name: np.asarray(each) for name, each in rows.items()},
+    )
+
+
+def _compiled(function: Function, platforms: Sequence[str]) -> bytes:
+    """The function for any number of rows, as bytes."""
+    types = function.of_weights(), function.of_inputs()
+    exported = jax_export.export(jax.jit(function.run), platforms=list(platforms))(*types)
     return bytes(exported.serialize())
 
 
@@ -136,22 +148,20 @@ def _names(weights: Any) -> list[str]:
 # --- the files ------------------------------------------------------------------------------------
 
 
-def _write_arrays(part: Path, trained: Trained, inputs: Inputs, rows: str) -> None:
+def _write_arrays(part: Path, trained: Trained, function: Function, rows: str) -> None:
     """Weights, vocabularies, the snapshot and the example."""
     from safetensors.flax import save_file
 
-    logits, weights = trained.learner.scoring
-    leaves = map(jnp.asarray, jax.tree.leaves(weights))
-    save_file(dict(zip(_names(weights), leaves, strict=True)), part / WEIGHTS)
+    weights = {name: jnp.asarray(each) for name, each in function.weights.items()}
+    save_file(weights, part / WEIGHTS)
     vocabularies: dict[str, np.ndarray] = {}
     for name, ids in trained.ids.items():
         if isinstance(ids, Vocabulary):
             vocabularies |= {f"{name}/keys": ids.keys, f"{name}/ids": ids.ids}
     _write_numpy(part / VOCABULARIES, vocabularies)
     export.save(part / EMBEDDINGS, embeddings_of(trained), rows=rows)
-    batch = example(inputs, _EXAMPLE_ROWS)
-    outputs = inputs.outputs(jax.jit(logits)(weights, batch))
-    arrays = inputs.arrays(batch) | {f"wanted/{name}": each for name, each in outputs.items()}
+    outputs = jax.jit(function.run)(weights, function.inputs)
+    arrays = {**function.inputs, **{f"wanted/{name}": each for name, each in outputs.items()}}
     _write_numpy(part / EXAMPLE, {name: np.asarray(array) for name, array in arrays.items()})
 
 
@@ -216,6 +226,12 @@ def _new_directory(output: Path) -> Iterator[Path]:
         raise UserError(f"{output} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(each.stat().st_size for each in files if each.is_file())
 
 
 def report(result: ExportedRun) -> str:
