@@ -2,6 +2,7 @@
 
 import collections
 import importlib.metadata
+import math
 import os
 import zlib
 
@@ -27,32 +28,36 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("quick")
 
 
-# Each of their tests compiles a program. Of one with many cases a half runs in every CI, drawn by
-# the hash of its name, and all of them before a release: the others are slow.
-HALVED = {
+# Every case of their tests compiles programs of its own, or trains. Of each test a third of its
+# cases runs in every CI, and all of them before a release: the others are slow. Which ones goes by
+# their ids, so that tests of the same cases need the same fixtures.
+COSTLY = {
     *(
         "autodiff",
-        "ctr_towers",
-        "deeprec",
-        "dropin",
-        "dynamic",
-        "dynamic_modules",
-        "export",
-        "fitting",
+        "checkpoint",
+        "collection",
+        "ctr_best",
+        "ctr_devices",
+        "ctr_dynamic",
+        "ctr_export",
     ),
-    *("linen", "nnx", "optim", "pooling", "rowgrads", "sharding", "tables", "take", "training"),
+    *("ctr_list_runs", "ctr_models", "ctr_resume", "ctr_towers", "ctr_train", "deeprec"),
+    *("deeprec_dynamic", "dropin", "dynamic", "dynamic_deltas", "dynamic_growth", "dynamic_meshes"),
+    *("dynamic_modules", "export", "fitting", "linen", "nnx", "optim", "pooling", "rowgrads"),
+    *("sharding", "tables", "take", "training"),
 }
-MANY_CASES = 7
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    tests = [item for item in items if isinstance(item, pytest.Function)]
-    halved = [item for item in tests if item.path.stem.removeprefix("test_") in HALVED]
-    cases = collections.Counter((item.path, item.originalname) for item in halved)
-    for item in halved:
-        is_drawn = zlib.crc32(item.name.encode()) % 2
-        if cases[item.path, item.originalname] > MANY_CASES and not is_drawn:
+    cases = collections.defaultdict(list)
+    for item in items:
+        is_costly = item.path.stem.removeprefix("test_") in COSTLY
+        if is_costly and hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+            cases[item.path, item.originalname].append(item)
+    for each in cases.values():
+        each.sort(key=lambda item: zlib.crc32(item.callspec.id.encode()))
+        for item in each[math.ceil(len(each) / 3) :]:
             item.add_marker(pytest.mark.slow)
 
 

@@ -178,7 +178,6 @@ SYSTEMS = {"savedmodel": "tensorflow", "onnx": "jax2onnx"}
 @pytest.mark.parametrize(
     ("name", "system"),
     [
-        *(pytest.param(name, "savedmodel", marks=pytest.mark.slow) for name in ("keys", "towers")),
         *((name, "savedmodel") for name in ("vocabulary", "dynamic")),
         *((name, "onnx") for name in RUNS),
     ],
