@@ -603,11 +603,11 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def in_fresh_process(scenario: Callable[[int], Lines], rounds: int) -> Lines:
+def in_fresh_process(scenario: Callable[..., Any], *args: Any) -> Any:
     """Runs a scenario where no other one's memory and threads are in its way."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as executor:
-        return executor.submit(scenario, rounds).result()
+        return executor.submit(scenario, *args).result()
 
 
 def limit_processors(count: int) -> None:
