@@ -65,6 +65,7 @@ class Goal(Protocol):
         *,
         num_steps: int,
         layout: MeshLayout | None = None,
+        to_restore: bool = False,
     ) -> Learner:
         """Its model in training.
 
@@ -73,6 +74,7 @@ class Goal(Protocol):
           ids: of every column.
           num_steps: see `Learner`.
           layout: see `Learner`.
+          to_restore: see `Learner`.
 
         Raises:
           UserError: nothing is left to learn from.
@@ -124,6 +126,7 @@ class Clicks:
         *,
         num_steps: int,
         layout: MeshLayout | None = None,
+        to_restore: bool = False,
     ) -> Learner:
         """DLRM or DCN-v2, and the log loss."""
         num_numbers = len(self._schema.numbers)
@@ -135,6 +138,7 @@ class Clicks:
             num_steps=num_steps,
             layout=layout,
             stored=stored_table(self._settings, configs),
+            to_restore=to_restore,
         )
 
     def running(self, labels: np.ndarray, outputs: np.ndarray) -> Judged:

@@ -61,6 +61,7 @@ class Learner:
       layout: how large tables and the batch are split over devices.
       stored: the config of the table that grows, if its rows are in a store: the model that `build`
         makes has those on the device.
+      to_restore: whether a checkpoint is to be restored: nothing is drawn, and all is zeros before.
 
     Attributes:
       params: {"tables": tables, "dense": all other parameters}.
@@ -77,13 +78,18 @@ class Learner:
         num_steps: int,
         layout: MeshLayout | None = None,
         stored: DynamicConfig | None = None,
+        to_restore: bool = False,
     ) -> None:
         abstract: Any = nnx.eval_shape(build)
         self._graph, *shapes = nnx.split(abstract, *_GROUPS)
         places = None if layout is None else tuple(shardings(each, layout) for each in shapes)
 
-        create = jax.jit(lambda: _groups_of(build()), out_shardings=places)
-        tables, self._keys, dense = create()
+        def create() -> tuple[Any, ...]:
+            if not to_restore:
+                return _groups_of(build())
+            return jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), tuple(shapes))
+
+        tables, self._keys, dense = jax.jit(create, out_shardings=places)()
         self._objective = objective or ClickLoss()
         of_tables = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
         are_narrow = any(each.dtype == jnp.bfloat16 for each in jax.tree.leaves(tables))

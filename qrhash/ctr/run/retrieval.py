@@ -96,6 +96,7 @@ class Retrieval:
         *,
         num_steps: int,
         layout: MeshLayout | None = None,
+        to_restore: bool = False,
     ) -> Learner:
         """Two towers, and the in-batch softmax: by counts, if the item is one vocabulary."""
         self._used = {name: ids[name] for name in configs if name in self.items}
@@ -113,6 +114,7 @@ class Retrieval:
             objective=self._objective,
             num_steps=num_steps,
             layout=layout,
+            to_restore=to_restore,
         )
 
     def _counts(self) -> np.ndarray | None:

@@ -139,7 +139,7 @@ def load_trained(kept: Kept, display: Display) -> Trained:
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     configs = embed_configs(settings, sizes)
     goal = make_goal(settings, kept.schema)
-    learner = goal.learner(configs, ids, num_steps=1)
+    learner = goal.learner(configs, ids, num_steps=1, to_restore=True)
     with Checkpoints(kept.checkpoints, configs, max_to_keep=None) as checkpoints:
         if not checkpoints.steps:
             raise UserError(nothing)
