@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qrhash.optim import (
         adagrad,
         apply_updates,
+        compensated_rounding,
         grow_rows,
         reset_rows,
         rowwise_adagrad,
@@ -59,8 +60,8 @@ _TAKEN = {
     "layout": "MeshLayout",
     "logits": "all_vectors attend",
     "operations": "Projection combine",
-    "optim": "adagrad apply_updates grow_rows reset_rows rowwise_adagrad stochastic_rounding "
-    "touched_rows",
+    "optim": "adagrad apply_updates compensated_rounding grow_rows reset_rows rowwise_adagrad "
+    "stochastic_rounding touched_rows",
     "partitions": "Partition",
     "row_training": "row_grads take_rows",
     "rowgrads": "RowGrads",
@@ -103,6 +104,7 @@ __all__ = [
     "collection",
     "combine",
     "combine_rows",
+    "compensated_rounding",
     "cross",
     "deeprec",
     "dynamic",

@@ -144,6 +144,18 @@ def test_the_same_seed_gives_the_same_numbers_from_every_format(rows, tmp_path):
     assert first.train_rows == 2 * 2400
 
 
+def test_narrow_tables_train_by_chance_and_with_what_was_rounded_off(rows, tmp_path):
+    """Both kinds at once: large tables by chance, small ones compensated; near to float32."""
+    path = ctr_files.write_text(tmp_path / "x.tsv", rows)
+    options = LEARNS | {"data": str(path), "large_table_rows": 30, "hash_size": 400}
+    wanted, _ = _fit(**options)
+    narrow = options | {"param_dtype": "bfloat16"}
+    found = [_fit(**narrow)[0] for _ in range(2)]
+    assert found[0].test == found[1].test
+    assert found[0].test.log_loss == pytest.approx(wanted.test.log_loss, rel=0.02)
+    assert found[0].embedding_bytes < 0.6 * wanted.embedding_bytes
+
+
 def test_the_synthetic_stream_is_bounded_by_its_truth():
     summary, _ = _fit(synthetic_rows=6000, hash_size=50, **LEARNS)
     assert summary.truth is not None

@@ -1,4 +1,4 @@
-"""Stochastic rounding: on the bfloat16 grid, without a bias, alike for rows and whole tables."""
+"""Rounding of bfloat16: on its grid, without a bias, alike for rows and whole tables."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,13 @@ import optax
 import pytest
 
 import qrhash
-from qrhash import RowGrads, apply_updates, stochastic_rounding, touched_rows
+from qrhash import (
+    RowGrads,
+    apply_updates,
+    compensated_rounding,
+    stochastic_rounding,
+    touched_rows,
+)
 from support.cases import assert_close
 
 UNCHECKED_KEYS = True
@@ -117,3 +123,73 @@ def test_rows_are_rounded_as_whole_tables_are(touched, rng):
     np.testing.assert_array_equal(new[others], np.asarray(table, np.float32)[others])
     # But where the sum of squares was rounded another way.
     assert (new == wanted).mean() > 0.999
+
+
+# --- compensated ----------------------------------------------------------------------------------
+
+
+def test_what_is_rounded_off_is_felt_later(rng):
+    """Beside sums of float64: off by the grid, however many updates there were."""
+    tx = compensated_rounding()
+    table = jnp.asarray(rng.normal(size=(40, 4)), jnp.bfloat16)
+    state, exact, plain = tx.init(table), np.asarray(table, np.float64), table
+    step = jax.jit(tx.update)
+    for _ in range(300):
+        update = np.abs(rng.normal(size=table.shape)).astype(np.float32) * 1e-3
+        updates, state = step(jnp.asarray(update), state, table)
+        table = optax.apply_updates(table, updates)
+        plain = optax.apply_updates(plain, jnp.asarray(update, jnp.bfloat16))
+        exact += update
+    assert table.dtype == state.lost.dtype == jnp.bfloat16
+    # Half a place of the last of 8 bits, and of 16 bits for each of the steps.
+    grid = 2.0**-8 * np.maximum(np.abs(exact), 2.0**-8)
+    assert (np.abs(np.asarray(table, np.float64) - exact) <= grid).all()
+    both = np.asarray(table, np.float64) + np.asarray(state.lost, np.float64)
+    assert (np.abs(both - exact) <= 300 * grid * 2.0**-8).all()
+    assert np.abs(np.asarray(plain, np.float64) - exact).max() > 10 * grid.max()
+
+
+def test_large_steps_and_small_numbers_lose_nothing():
+    tx = compensated_rounding()
+    for start, steps in ((1e-3, [1.0, -1.0]), (257.0, [-256.999, 0.001]), (0.0, [1e-30, 1.0])):
+        table = jnp.full((1, 1), start, jnp.bfloat16)
+        state, exact = tx.init(table), float(table[0, 0])
+        for each in steps:
+            updates, state = tx.update(jnp.full((1, 1), each), state, table)
+            table = optax.apply_updates(table, updates)
+            exact += float(np.float32(each))
+        both = float(table[0, 0]) + float(state.lost[0, 0])
+        assert both == pytest.approx(exact, abs=2.0**-15 * max(map(abs, (start, *steps))))
+
+
+def test_others_are_left_alone_and_parameters_needed():
+    tx = compensated_rounding()
+    table, update = jnp.ones((3, 2)), jnp.full((3, 2), 1e-9)
+    updates, state = tx.update({"a": update}, tx.init({"a": table}), {"a": table})
+    assert updates["a"] is update
+    assert state.lost["a"].shape == ()
+    with pytest.raises(ValueError, match="compensated_rounding needs the parameters"):
+        tx.update(update, tx.init(table))
+    table = jnp.array([[jnp.inf, 1.0]], jnp.bfloat16)
+    updates, state = tx.update(jnp.zeros((1, 2)), tx.init(table), table)
+    assert np.isfinite(np.asarray(state.lost, np.float32)).all()
+
+
+def test_compensated_by_rows_is_as_whole_tables(rng):
+    tx = touched_rows(optax.chain(qrhash.adagrad(0.01), compensated_rounding()))
+    start = jnp.asarray(rng.normal(size=(600, 4)), jnp.bfloat16)
+    ends = []
+    for by_rows in (True, False):
+        table, state = start, tx.init(start)
+        draws = np.random.default_rng(1)
+        for _ in range(5):
+            indices = draws.permutation(600)[:50]
+            values = jnp.asarray(draws.normal(size=(50, 4)), jnp.bfloat16)
+            grads = RowGrads(jnp.asarray(indices, jnp.int32), values, num_rows=600)
+            if not by_rows:
+                grads = jnp.zeros_like(start).at[indices].set(values)
+            updates, state = jax.jit(tx.update)(grads, state, table)
+            table = jax.jit(apply_updates)(table, updates)
+        ends.append(np.asarray(table, np.float32))
+    np.testing.assert_allclose(*ends, rtol=2.0**-7)
+    assert (ends[0] == ends[1]).mean() > 0.99

@@ -167,7 +167,11 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         _training("Adagrad's initial accumulator: 0.1 would freeze the tables.", least=0),
     ] = 1e-8
     rounding: Annotated[
-        Literal["stochastic", "nearest"], _training("How tables of bfloat16 are rounded in a step.")
+        Literal["stochastic", "nearest"],
+        _training(
+            "How tables of bfloat16 are rounded in a step: large ones by chance, and what is "
+            "rounded off small ones is kept; or all to the nearest."
+        ),
     ] = "stochastic"
     dense_updates: Annotated[
         bool,

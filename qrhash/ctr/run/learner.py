@@ -27,6 +27,7 @@ from qrhash import (
     MeshLayout,
     adagrad,
     apply_updates,
+    compensated_rounding,
     stochastic_rounding,
     touched_rows,
     value_and_grad,
@@ -91,18 +92,10 @@ class Learner:
 
         tables, self._keys, dense = jax.jit(create, out_shardings=places)()
         self._objective = objective or ClickLoss()
-        of_tables = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
-        are_narrow = any(each.dtype == jnp.bfloat16 for each in jax.tree.leaves(tables))
-        if are_narrow and settings.rounding == "stochastic":
-            of_tables = optax.chain(of_tables, stochastic_rounding(settings.seed))
+        of_dense = optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps))
+        of_tables, kinds = _of_tables(tables, settings)
         self._optimizer = optimizer = touched_rows(
-            optax.partition(
-                {
-                    "tables": of_tables,
-                    "dense": optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps)),
-                },
-                {"tables": "tables", "dense": "dense"},
-            )
+            optax.partition({**of_tables, "dense": of_dense}, {"tables": kinds, "dense": "dense"})
         )
         large: dict[str, Any] = {"tables": False, "dense": False}
         if not settings.dense_updates:
@@ -348,6 +341,21 @@ def _merged(graph: Any, params: dict[str, Any], keys: Any) -> Any:
 def _logits_of(model: Any, batch: Batch) -> jax.Array:
     logits: jax.Array = model(batch.numbers, batch.ids, batch.keys, batch.lists, batch.found)
     return logits
+
+
+def _of_tables(
+    tables: Any, settings: Settings
+) -> tuple[dict[str, optax.GradientTransformation], Any]:
+    """How tables are trained: by kind, and which kind each is."""
+    tx = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
+    are_narrow = any(each.dtype == jnp.bfloat16 for each in jax.tree.leaves(tables))
+    if not are_narrow or settings.rounding == "nearest":
+        return {"tables": tx}, "tables"
+    large = optax.chain(tx, stochastic_rounding(settings.seed))
+    # Rows of small tables are met in every step, where the noise of chance would add up.
+    small = optax.chain(tx, compensated_rounding())
+    kind = lambda _, table: table.replace("large" if table.is_large else "small")  # noqa: E731
+    return {"large": large, "small": small}, nnx.map_state(kind, tables)
 
 
 def _groups_of(model: Any) -> tuple[Any, ...]:
