@@ -20,6 +20,7 @@ The scenarios:
   growth     full tables of 1e5 to 5e7 rows: a step's time must not depend on the rows
   memory     peak memory of creating and training one full table of 5e7 rows
   remainder  the gradient alone: a table of 4 rows against one of 1e6 rows
+  narrow     a table of 1e6 rows of bfloat16: rounded by chance against rounded to the nearest
 """
 
 import argparse
@@ -206,9 +207,15 @@ def adagrad(row_wise: bool = False) -> optax.GradientTransformation:
     return qrhash.touched_rows(make(LEARNING_RATE, initial_accumulator_value=INITIAL_ACCUMULATOR))
 
 
-def single(config: qrhash.EmbedConfig, batch_size: int, *, row_wise: bool = False) -> System:
+def single(
+    config: qrhash.EmbedConfig,
+    batch_size: int,
+    *,
+    row_wise: bool = False,
+    tx: optax.GradientTransformation | None = None,
+) -> System:
     """Qrhash on one feature."""
-    tx = adagrad(row_wise)
+    tx = adagrad(row_wise) if tx is None else tx
     tables = qrhash.init(jax.random.key(0), config)
     update = by_rows(single_loss(config), config.large_tables, tx)
     cotangent = cotangents(batch_size, config.features)
@@ -526,6 +533,24 @@ def remainder(rounds: int) -> Lines:
     return report(measure(systems, (batch_size,), rounds), comparisons)
 
 
+def narrow(rounds: int) -> Lines:
+    """A full table of 1e6 rows, features 64, by qrhash's own Adagrad."""
+    batch_size, full = 16384, qrhash.FullTable(10**6)
+    config = qrhash.EmbedConfig(full, 64, param_dtype=jnp.bfloat16, dtype=jnp.float32)
+    plain = qrhash.adagrad(LEARNING_RATE, initial_accumulator_value=INITIAL_ACCUMULATOR)
+    by_chance = optax.chain(plain, qrhash.stochastic_rounding())
+    systems = {
+        "float32": single(qrhash.EmbedConfig(full, 64), batch_size, tx=qrhash.touched_rows(plain)),
+        "to the nearest": single(config, batch_size, tx=qrhash.touched_rows(plain)),
+        "by chance": single(config, batch_size, tx=qrhash.touched_rows(by_chance)),
+    }
+    comparisons = [
+        Comparison("by chance", "to the nearest", at_most=1.1),
+        Comparison("to the nearest", "float32"),
+    ]
+    return report(measure(systems, (batch_size,), rounds), comparisons)
+
+
 def peak_memory() -> int:
     """Peak memory of this process, or of its GPU, in bytes."""
     stats = jax.local_devices()[0].memory_stats()
@@ -581,6 +606,7 @@ SCENARIOS = {
     "growth": growth,
     "memory": memory,
     "remainder": remainder,
+    "narrow": narrow,
 }
 
 
