@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from training_step import (
     CRITEO_SIZES,
-    CRITEO_THRESHOLD,
     adagrad,
     by_rows,
+    columns,
     in_fresh_process,
     limit_processors,
     machine,
@@ -40,17 +40,7 @@ SCENARIOS = {"26 columns": 1, "104 columns": 4, "520 columns": 20, "1e8 rows": 0
 def collection(times: int) -> tuple[Any, Any, Any, int]:
     """Criteo's columns, so many times, their long ones shorter by as much."""
     sizes = sorted((-(-size // times) for size in CRITEO_SIZES * times), reverse=True)
-    config = qrhash.CollectionConfig(
-        {
-            f"c{number}": qrhash.EmbedConfig(
-                qrhash.QuotientRemainder(size, 4)
-                if size > CRITEO_THRESHOLD
-                else qrhash.FullTable(size),
-                16,
-            )
-            for number, size in enumerate(sizes)
-        }
-    )
+    config = columns(sizes, 4, 16)
 
     def look_up(stacks: Any, ids: jax.Array) -> jax.Array:
         of_features = {name: ids[:, number] for number, name in enumerate(config.configs)}
@@ -72,7 +62,7 @@ def one_table() -> tuple[Any, Any, Any, int]:
 
 def measure(times: int) -> dict[str, Any]:
     """Seconds and bytes of one scenario."""
-    config, init, look_up, columns = collection(times) if times else one_table()
+    config, init, look_up, count = collection(times) if times else one_table()
     before, start = peak_memory(), time.perf_counter()
     tables = jax.block_until_ready(init())
     tx = adagrad()
@@ -84,8 +74,8 @@ def measure(times: int) -> dict[str, Any]:
         return jnp.sum(vectors * cotangent), vectors
 
     step = jax.jit(by_rows(loss, config.large_tables, tx), donate_argnums=(0, 1))
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2048, columns)), jnp.int32)
-    batch = ids, jnp.zeros((2048, 16 * columns))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2048, count)), jnp.int32)
+    batch = ids, jnp.zeros((2048, 16 * count))
     begun = time.perf_counter()
     lowered = step.lower(tables, state, *batch)
     traced = time.perf_counter()

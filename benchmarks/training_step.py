@@ -451,24 +451,29 @@ def one(rounds: int) -> Lines:
     return [*lines, bandwidth(systems["qrhash"], config, batch_size)]
 
 
-def criteo(rounds: int) -> Lines:
-    """The 26 Criteo columns."""
-    collisions, features, batch_size = 4, 16, 2048
+def columns(sizes: Sequence[int], collisions: int, features: int) -> qrhash.CollectionConfig:
+    """Columns of vocabularies of these sizes, those beyond the threshold at so many collisions."""
     configs = {}
-    for column, size in enumerate(CRITEO_SIZES):
+    for column, size in enumerate(sizes):
         partition: qrhash.Partition = qrhash.FullTable(size)
         if size > CRITEO_THRESHOLD:
             partition = qrhash.QuotientRemainder(size, collisions)
         configs[f"c{column + 1}"] = qrhash.EmbedConfig(partition, features, "mult")
-    config = qrhash.CollectionConfig(configs)
+    return qrhash.CollectionConfig(configs)
+
+
+def criteo(rounds: int) -> Lines:
+    """The 26 Criteo columns."""
+    collisions, features, batch_size = 4, 16, 2048
+    config = columns(CRITEO_SIZES, collisions, features)
     systems = {
         "qrhash": many(config, batch_size),
         "qrhash row-wise": many(config, batch_size, row_wise=True),
     }
     if has("torch") and has("fbgemm_gpu"):
-        columns = (CRITEO_SIZES, collisions, features, batch_size)
-        systems["fbgemm"] = fbgemm(*columns, threshold=CRITEO_THRESHOLD)
-        systems["fbgemm row-wise"] = fbgemm(*columns, threshold=CRITEO_THRESHOLD, row_wise=True)
+        same = (CRITEO_SIZES, collisions, features, batch_size)
+        systems["fbgemm"] = fbgemm(*same, threshold=CRITEO_THRESHOLD)
+        systems["fbgemm row-wise"] = fbgemm(*same, threshold=CRITEO_THRESHOLD, row_wise=True)
     comparisons = [
         Comparison("fbgemm", "qrhash", at_least=3),
         Comparison("fbgemm row-wise", "qrhash row-wise", at_least=2),

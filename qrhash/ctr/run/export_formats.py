@@ -5,6 +5,7 @@ itself, which must give the scores of the model: what does not is not handed out
 """
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -49,6 +50,12 @@ class Function:
     run: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     weights: Mapping[str, np.ndarray]
     inputs: Mapping[str, np.ndarray]
+
+    @functools.cached_property
+    def wanted(self) -> dict[str, np.ndarray]:
+        """What it gives for the example."""
+        found: dict[str, np.ndarray] = jax.device_get(jax.jit(self.run)(self.weights, self.inputs))
+        return found
 
     def of_weights(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The types of the weights."""
@@ -99,8 +106,7 @@ def write_format(name: str, function: Function, directory: Path, platforms: Sequ
       UserError: the converter does not know an operation of the model, or what it wrote does not
         give the model's scores.
     """
-    example = function.inputs
-    wanted = jax.device_get(jax.jit(function.run)(function.weights, example))
+    example, wanted = function.inputs, function.wanted
     with _quiet():
         try:
             if name == "onnx":
@@ -160,10 +166,10 @@ def _onnx(function: Function, path: Path, outputs: Sequence[str]) -> Callable[..
     import jax2onnx
     import onnxruntime
 
-    names, weights = list(function.inputs), {n: np.asarray(w) for n, w in function.weights.items()}
+    names = list(function.inputs)
 
     def flat(*arrays: Any) -> list[Any]:
-        given = {name: jax.numpy.asarray(each) for name, each in weights.items()}
+        given = jax.tree.map(jax.numpy.asarray, dict(function.weights))
         found = function.run(given, dict(zip(names, arrays, strict=True)))
         return [found[name] for name in outputs]
 

@@ -160,9 +160,8 @@ def _write_arrays(part: Path, trained: Trained, function: Function, rows: str) -
             vocabularies |= {f"{name}/keys": ids.keys, f"{name}/ids": ids.ids}
     _write_numpy(part / VOCABULARIES, vocabularies)
     export.save(part / EMBEDDINGS, embeddings_of(trained), rows=rows)
-    outputs = jax.jit(function.run)(weights, function.inputs)
-    arrays = {**function.inputs, **{f"wanted/{name}": each for name, each in outputs.items()}}
-    _write_numpy(part / EXAMPLE, {name: np.asarray(array) for name, array in arrays.items()})
+    wanted = {f"wanted/{name}": each for name, each in function.wanted.items()}
+    _write_numpy(part / EXAMPLE, {**function.inputs, **wanted})
 
 
 def _write_numpy(path: Path, arrays: dict[str, np.ndarray]) -> None:
