@@ -6,7 +6,7 @@ the cache, and positions behind the last row named cost nothing. What looks at a
 clipping by a global norm does, cannot go so: the traced program says which it is.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.extend.core.primitives import jit_p
 from qrhash import tuning
 from qrhash.optim.checks import Arguments, Transformation
 from qrhash.rowgrads import RowGrads
-from qrhash.rows import gather_rows, set_rows
+from qrhash.rows import read_rows, set_rows
 
 _ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "abs", "sign", "square", "max", "min", "rem"}
 _ELEMENTWISE |= {"sqrt", "rsqrt", "integer_pow", "pow", "exp", "log", "log1p", "expm1", "tanh"}
@@ -141,32 +141,41 @@ def update_in_blocks(
     is_named = grads.indices < grads.num_rows
     last = jnp.max(jnp.where(is_named, jnp.arange(m, dtype=jnp.int32), -1))
 
-    def transformed(index: jax.Array, values: jax.Array, state: Sequence[jax.Array]) -> Any:
-        """The updates of some rows, and their new state."""
+    def transformed(values: jax.Array, rows: Sequence[jax.Array]) -> Any:
+        """The updates of some rows, and their new state; behind rows of state, the parameter's."""
         of_tables, of_state = list(others.grads), list(others.state)
         of_tables[number] = values
-        for place, array in zip(places, state, strict=True):
-            of_state[place] = gather_rows(array, index)
+        for place, each in zip(places, rows, strict=False):
+            of_state[place] = each
         params = None
         if others.params is not None:
             params = list(others.params)
-            params[number] = gather_rows(params[number], index)
+            params[number] = rows[-1]
         updates, new = tx(Arguments(of_tables, of_state, params))
         return updates[number], [new[place] for place in places]
 
     def block(first: Any, size: int, updated: Updated) -> Updated:
         index = jax.lax.dynamic_slice_in_dim(grads.indices, first, size)
+        rows, index = read_rows([*updated.state, *of_params], index)
         of_updates = updated.updates if is_in_place else grads.values
-        values = _cut(of_updates, first, size, jnp.any(index < grads.num_rows))
-        updates, rows = transformed(index, values, updated.state)
+
+        def cut_and_transformed() -> Any:
+            values = jax.lax.dynamic_slice_in_dim(of_updates, first, size)
+            return transformed(values, rows)
+
+        updates, rows = _apart(cut_and_transformed, jnp.any(index < grads.num_rows))
         return Updated(
             jax.lax.dynamic_update_slice_in_dim(updated.updates, updates, first, axis=0),
             [set_rows(array, index, new) for array, new in zip(updated.state, rows, strict=True)],
         )
 
     state = [arguments.state[place] for place in places]
-    shapes = grads.indices[:size], grads.values[:size]
-    dtype = jax.eval_shape(transformed, *shapes, state)[0].dtype
+    of_params = [] if arguments.params is None else [arguments.params[number]]
+    of_block = [
+        jax.ShapeDtypeStruct((size, *each.shape[1:]), each.dtype)
+        for each in (grads.values, *state, *of_params)
+    ]
+    dtype = jax.eval_shape(transformed, of_block[0], of_block[1:])[0].dtype
     # Mostly updates are of the gradients' dtype, and take their place.
     is_in_place = dtype == grads.values.dtype
     updates = grads.values if is_in_place else jnp.zeros(grads.values.shape, dtype)
@@ -184,14 +193,13 @@ def update_in_blocks(
     )
 
 
-def _cut(array: jax.Array, first: jax.Array, size: int, is_any: jax.Array) -> jax.Array:
-    """Some rows of an array that is written to later on.
+def _apart(fun: Callable[[], Any], is_any: jax.Array) -> Any:
+    """What a function of some rows of an array gives that its results are then written to.
 
-    As a branch of a conditional, which is compiled as one piece. Else every use of them would read
-    them anew from where updates are to be written, and XLA would copy the whole array in each turn.
+    As a branch of a conditional, which is compiled as one piece. Else every use of the rows would
+    read them anew from where updates are to be written, XLA would copy the whole array in each
+    turn, and would compute the updates where it writes them, on one thread.
     """
-    return jax.lax.cond(
-        is_any,
-        lambda: jax.lax.dynamic_slice_in_dim(array, first, size),
-        lambda: jnp.zeros((size, *array.shape[1:]), array.dtype),
-    )
+    zeros = lambda each: jnp.zeros(each.shape, each.dtype)  # noqa: E731
+    shapes = jax.eval_shape(fun)
+    return jax.lax.cond(is_any, fun, lambda: jax.tree.map(zeros, shapes))
