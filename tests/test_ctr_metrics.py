@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from qrhash.ctr.model.metrics import auc, constant_logit, log_loss, scores
+from qrhash.ctr.model.metrics import auc, click_rates, constant_logit, log_loss, scores
 
 
 def _auc_by_pairs(labels, logits):
@@ -35,6 +35,12 @@ def test_log_loss_is_the_mean_surprise(rng):
 
 def test_extreme_logits_stay_finite():
     assert log_loss(np.array([0, 1]), np.array([1000.0, 1000.0])) == 500.0
+
+
+def test_click_rates_of_extreme_logits_are_0_and_1_without_a_warning():
+    with np.errstate(over="raise", invalid="raise"):
+        rates = click_rates(np.array([-1e4, 0, 1e4], np.float32))
+    assert rates.tolist() == [0, 0.5, 1]
 
 
 def test_what_is_undefined_is_nan():

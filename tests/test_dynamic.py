@@ -612,6 +612,8 @@ def test_least_used_leaves_exactly_so_many(keep, rng):
             lambda: DynamicConfig(4, 4, refused=_refused(), init_stddev=1.0),
             "init_stddev must be left out with refused",
         ),
+        (lambda: DynamicConfig(4, 4, init_stddev=-1.0), "init_stddev must be positive and finite"),
+        (lambda: DynamicConfig(4, 4, embedding_init=3), "embedding_init must be a Flax init"),
         (lambda: ExactCount(0, 5), "threshold must be a positive integer"),
         (lambda: ExactCount(2, 0), "num_candidates must be a positive integer"),
         (lambda: SketchCount(2**16, 5), "threshold must be at most 65535"),

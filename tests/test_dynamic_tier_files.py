@@ -6,7 +6,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_dynamic_tiers import (
+
+import qrhash
+from qrhash import dynamic
+from qrhash.checkpoint import Checkpoints, MismatchError
+from support.tiers import (
     CACHE_ROWS,
     CONFIG,
     FEATURES,
@@ -15,10 +19,6 @@ from test_dynamic_tiers import (
     Both,
     batches,
 )
-
-import qrhash
-from qrhash import dynamic
-from qrhash.checkpoint import Checkpoints, MismatchError
 
 STANDARD_PROMOTION = True  # optax's Adam
 UNCHECKED_KEYS = True

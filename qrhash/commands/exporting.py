@@ -7,6 +7,7 @@ import typer
 
 from qrhash.commands.parameters import in_paragraphs
 from qrhash.commands.running import shown
+from qrhash.ctr.options import split_names
 from qrhash.ctr.run.display import Display
 
 
@@ -72,15 +73,10 @@ def _export(
                 directory,
                 display,
                 rows=rows,
-                platforms=_named(platforms),
-                also=_named(also),
+                platforms=split_names(platforms),
+                also=split_names(also),
                 overwrite=overwrite,
             )
         display.line(report(result))
 
     return shown(write)
-
-
-def _named(text: str) -> list[str]:
-    """The names in a,b."""
-    return [each.strip() for each in text.split(",") if each.strip()]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from qrhash.ctr.dynamic_settings import OF_DYNAMIC
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import Option, check_values
+from qrhash.ctr.options import Option, check_values, split_names
 from qrhash.ctr.settings import Settings
 
 FULL, PLAN = "full", "plan"
@@ -88,7 +88,7 @@ class CompareOptions:
     @property
     def chosen(self) -> tuple[str, ...]:
         """The methods, full tables first."""
-        names = [name.strip() for name in self.methods.split(",") if name.strip()]
+        names = split_names(self.methods)
         for name in names:
             if name not in METHODS:
                 raise UserError(f"methods must be of {', '.join(METHODS)}, got {name!r}.")

@@ -122,3 +122,8 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return "a list of integers"
     return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[kind]
+
+
+def split_names(text: str | None) -> list[str]:
+    """The names in an option such as "a,b"."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]

@@ -12,7 +12,7 @@ from qrhash.config import INIT_STDDEV, EmbedConfig
 from qrhash.dynamic.eviction import Eviction
 from qrhash.dynamic.newcomers import Admission, AdmitAll
 from qrhash.families import FullTable
-from qrhash.fields import as_plain, without_init
+from qrhash.fields import as_plain, checked_init, without_init
 from qrhash.keys import check_seed
 from qrhash.layout import MeshLayout
 from qrhash.tuning import LARGE_TABLE_ROWS
@@ -81,6 +81,7 @@ class DynamicConfig:
             value = getattr(self, name)
             if not isinstance(value, kind) and (name, value) != ("eviction", None):
                 raise ValueError(f"{name} must be one of qrhash.dynamic's, got {value!r}.")
+        checked_init(self.embedding_init, self.init_stddev, 1)
         self._set("seed", check_seed(self.seed))
         self._set("param_dtype", self.own.param_dtype)
         self._set("dtype", self.own.dtype)

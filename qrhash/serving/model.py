@@ -17,6 +17,7 @@ from qrhash.ctr.data.block import Block, no_rows
 from qrhash.ctr.data.pipeline import Batch, encode, joined
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.metrics import click_rates
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.report import IDS
 from qrhash.ctr.run.trained import kept_of, load_trained
@@ -125,8 +126,7 @@ class Model:
         logits = np.asarray(found)[:rows]
         if not self._has_logits:
             return Scored(weights.step, {"score": logits})
-        with np.errstate(over="ignore"):
-            scores = (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+        scores = click_rates(logits).astype(np.float32)
         return Scored(weights.step, {"score": scores, "logit": logits})
 
     def refresh(self) -> list[str]:

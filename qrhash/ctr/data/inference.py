@@ -18,6 +18,7 @@ from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.looks import Seen, look
 from qrhash.ctr.data.schema import Column, Schema, Use
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.options import split_names
 from qrhash.ctr.settings import Settings
 from qrhash.ctr.tower_settings import NO_LABEL, TWO_TOWER
 
@@ -194,11 +195,6 @@ def _has_no_label(settings: Settings, names: Iterable[str]) -> bool:
     if settings.positive_from is not None:
         raise UserError("positive_from goes with a label, not with label 'none'.")
     return True
-
-
-def split_names(text: str | None) -> list[str]:
-    """The names in an option such as "a,b"."""
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def _label(fields: Mapping[str, Any], named: Mapping[str, Use], settings: Settings) -> str | None:

@@ -45,10 +45,10 @@ from qrhash.ctr.column_settings import (
     OF_LISTS,
     ColumnSettings,
 )
-from qrhash.ctr.data.inference import split_names
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.pools import in_pool, pools
 from qrhash.ctr.model.room import ColumnConfig, dynamic_configs, dynamic_tables, num_bytes, unsized
+from qrhash.ctr.options import split_names
 from qrhash.ctr.settings import Settings
 
 # Options of a column's section that leave its embedding to the run's own options.

@@ -76,6 +76,12 @@ class Scores(NamedTuple):
         return {"log_loss": "log loss", "auc": "AUC"}
 
 
+def click_rates(logits: np.ndarray) -> np.ndarray:
+    """Logits -> probabilities of a click, float64."""
+    with np.errstate(over="ignore"):  # of e**-z: what is beyond all numbers is a rate of 0
+        return 1 / (1 + np.exp(-logits.astype(np.float64)))
+
+
 def scores(labels: np.ndarray, logits: np.ndarray) -> Scores:
     """Log loss and AUC of logits [rows] for labels [rows] of 0 and 1."""
     return Scores(log_loss(labels, logits), auc(labels, logits), len(labels))

@@ -17,9 +17,9 @@ import jax
 
 from qrhash import EmbedConfig, KeyDigits, MeshLayout, MultiHash, Partition
 from qrhash.ctr.column_settings import ColumnSettings
-from qrhash.ctr.data.inference import split_names
 from qrhash.ctr.dynamic_settings import Room, room
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.options import split_names
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import AdmitAll, DynamicConfig, ExactCount, LeastUsed, StepsSinceUse, init_state
 

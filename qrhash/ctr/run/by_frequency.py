@@ -13,7 +13,7 @@ import numpy as np
 from qrhash.ctr.data.block import Source
 from qrhash.ctr.data.pipeline import Batch, batches
 from qrhash.ctr.data.population import Population
-from qrhash.ctr.model.metrics import Scores, scores
+from qrhash.ctr.model.metrics import Scores, click_rates, scores
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.rows import shown
 from qrhash.ctr.run.trained import Trained
@@ -118,5 +118,5 @@ def _of_bands(
 def _judged(labels: np.ndarray, logits: np.ndarray) -> Judged:
     if not len(labels):
         return Judged(scores(labels, logits), math.nan, math.nan)
-    rates = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    return Judged(scores(labels, logits), float(labels.mean()), float(rates.mean()))
+    rate = float(click_rates(logits).mean())
+    return Judged(scores(labels, logits), float(labels.mean()), rate)

@@ -15,7 +15,7 @@ import numpy as np
 
 from qrhash import EmbedConfig, inspection
 from qrhash.ctr.data.files import BadLines
-from qrhash.ctr.data.inference import listed, split_names
+from qrhash.ctr.data.inference import listed
 from qrhash.ctr.data.names import key_named, names_of
 from qrhash.ctr.data.population import Population
 from qrhash.ctr.data.vocabulary import Vocabulary
@@ -24,6 +24,7 @@ from qrhash.ctr.model.growing import of_column
 from qrhash.ctr.model.models import column_vectors
 from qrhash.ctr.model.pools import pools
 from qrhash.ctr.model.room import ColumnConfig
+from qrhash.ctr.options import split_names
 from qrhash.ctr.run.again import Read, counted, opened
 from qrhash.ctr.run.by_frequency import by_frequency
 from qrhash.ctr.run.display import Display

@@ -21,7 +21,7 @@ from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.metrics import Scores, described, scores
+from qrhash.ctr.model.metrics import Scores, click_rates, described, scores
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.trained import kept_of, load_trained, open_others
 from qrhash.ctr.tower_settings import TWO_TOWER
@@ -194,8 +194,7 @@ class _Writer:
         self._columns = []
         arrays = {"row": places, "logit": logits, "score": logits}
         if "logit" in self._schema.names:
-            probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
-            arrays["score"] = probabilities.astype(np.float32)
+            arrays["score"] = click_rates(logits).astype(np.float32)
         known = ~np.isnan(labels)
         arrays["label"] = pa.array(np.where(known, labels, 0).astype(np.int8), mask=~known)
         written = [arrays[name] for name in self._schema.names]

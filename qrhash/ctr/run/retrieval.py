@@ -16,7 +16,7 @@ from qrhash import MeshLayout
 from qrhash.arithmetic import ceil_div
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.catalogue import Catalogue, Positives
-from qrhash.ctr.data.inference import listed, split_names
+from qrhash.ctr.data.inference import listed
 from qrhash.ctr.data.pipeline import Batch, numbered
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.vocabulary import Ids, Vocabulary, build_ids
@@ -26,6 +26,7 @@ from qrhash.ctr.model.metrics import Judged
 from qrhash.ctr.model.ranks import Retrieved, popularity_ranks, ranks, retrieved
 from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.model.towers import TwoTower, build_towers
+from qrhash.ctr.options import split_names
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
 from qrhash.ctr.tower_settings import recall_ranks
