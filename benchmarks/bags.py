@@ -10,11 +10,8 @@ gathers from two tables, multiplies, and sums bags by `index_add`. Turns alterna
     python benchmarks/bags.py
 """
 
-import argparse
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -27,16 +24,15 @@ from training_step import (
     System,
     adagrad,
     by_rows,
+    command_line,
     cotangents,
     fbgemm_tables,
     has,
-    in_fresh_process,
     jax_system,
-    limit_processors,
     log_uniform,
-    machine,
     measure,
     report,
+    run,
     torch_wait,
 )
 
@@ -202,19 +198,7 @@ def forward(rounds: int) -> Lines:
 
 def main() -> None:
     """Measures both, and prints their tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="processors for everyone")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args()
-    limit_processors(args.threads)
-    figures: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}
-    print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
-    for scenario in (step, forward):
-        print(f"\n{scenario.__name__}: {scenario.__doc__}", flush=True)
-        figures[scenario.__name__] = in_fresh_process(scenario, args.rounds)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    run({"step": step, "forward": forward}, command_line(__doc__, rounds=5).parse_args())
 
 
 if __name__ == "__main__":

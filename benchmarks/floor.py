@@ -10,30 +10,27 @@ many bytes takes, all in one piece.
     pip install -e . "numba>=0.62" && python benchmarks/floor.py
 """
 
-import argparse
 import functools
-import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from training_step import (
     CRITEO_SIZES,
+    ONE,
     Comparison,
     Lines,
     System,
     columns,
+    command_line,
     copy_bandwidth,
-    in_fresh_process,
-    limit_processors,
     log_uniform,
-    machine,
     many,
     measure,
     report,
+    run,
     single,
 )
 
@@ -127,12 +124,8 @@ def compared(
 def one(rounds: int) -> Lines:
     """One feature of 1e7 ids, 4 collisions."""
     batch = 16384
-    config = qrhash.EmbedConfig(qrhash.QuotientRemainder(10_000_000, 4), 64, "mult")
-    ours = {
-        "qrhash": single(config, batch),
-        "qrhash row-wise": single(config, batch, row_wise=True),
-    }
-    return compared(ours, [config], (batch,), rounds)
+    ours = {"qrhash": single(ONE, batch), "qrhash row-wise": single(ONE, batch, row_wise=True)}
+    return compared(ours, [ONE], (batch,), rounds)
 
 
 def criteo(rounds: int) -> Lines:
@@ -145,21 +138,9 @@ def criteo(rounds: int) -> Lines:
 
 def main() -> None:
     """Measures both, and prints their tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2, help="processors for everyone")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args()
-    limit_processors(args.threads)
-    figures: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}
-    print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
     if jax.default_backend() != "cpu":
         raise SystemExit("floor.py measures the CPU: on an accelerator a copy is the floor.")
-    for scenario in (one, criteo):
-        print(f"\n{scenario.__name__}: {scenario.__doc__}", flush=True)
-        figures[scenario.__name__] = in_fresh_process(scenario, args.rounds)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    run({"one": one, "criteo": criteo}, command_line(__doc__, rounds=10).parse_args())
 
 
 if __name__ == "__main__":

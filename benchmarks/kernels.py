@@ -19,9 +19,7 @@ from typing import NamedTuple
 import bags
 import jax
 import numpy as np
-from training_step import CRITEO_SIZES, System, columns, limit_processors, many, single
-
-import qrhash
+from training_step import CRITEO_SIZES, ONE, System, columns, limit_processors, many, single
 
 STEPS = 20
 NO_KERNELS = ("ThunkExecutor", "ThreadpoolListener", "end: ", "CommonPjRt", "Handle inputs")
@@ -74,8 +72,7 @@ def kernels(system: System, draws: np.ndarray) -> tuple[dict[str, Kernel], float
 
 def one(*, row_wise: bool) -> System:
     """One feature of 1e7 ids, 4 collisions."""
-    config = qrhash.EmbedConfig(qrhash.QuotientRemainder(10_000_000, 4), 64, "mult")
-    return single(config, 16384, row_wise=row_wise)
+    return single(ONE, 16384, row_wise=row_wise)
 
 
 def criteo(*, row_wise: bool) -> System:

@@ -52,6 +52,7 @@ CRITEO_SIZES = (
     *(27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
 )
 CRITEO_THRESHOLD = 200
+ONE = qrhash.EmbedConfig(qrhash.QuotientRemainder(10_000_000, 4), 64, "mult")
 LEARNING_RATE = 0.05
 INITIAL_ACCUMULATOR = 1e-8
 STEPS, UNCOUNTED = 40, 12
@@ -427,18 +428,16 @@ def fbgemm_tables(rows: Sequence[int], features: int, row_wise: bool) -> Any:
 
 def one(rounds: int) -> Lines:
     """One feature of 1e7 ids, 4 collisions."""
-    num_embeddings, collisions, features, batch_size = 10_000_000, 4, 64, 16384
-    partition = qrhash.QuotientRemainder(num_embeddings, collisions)
-    config = qrhash.EmbedConfig(partition, features, "mult")
+    batch_size = 16384
     systems = {
-        "qrhash": single(config, batch_size),
-        "qrhash row-wise": single(config, batch_size, row_wise=True),
-        "optax, dense": dense_optax(config, batch_size),
+        "qrhash": single(ONE, batch_size),
+        "qrhash row-wise": single(ONE, batch_size, row_wise=True),
+        "optax, dense": dense_optax(ONE, batch_size),
     }
     if has("torch"):
-        systems["torch"] = torch_adagrad(config, batch_size)
+        systems["torch"] = torch_adagrad(ONE, batch_size)
     if has("torch") and has("fbgemm_gpu"):
-        column = ([num_embeddings], collisions, features, batch_size)
+        column = ([ONE.num_embeddings], ONE.partition.num_rows[1], ONE.features, batch_size)
         systems["fbgemm"] = fbgemm(*column)
         systems["fbgemm row-wise"] = fbgemm(*column, row_wise=True)
     comparisons = [
@@ -448,7 +447,7 @@ def one(rounds: int) -> Lines:
         Comparison("fbgemm row-wise", "qrhash row-wise", at_least=2.5),
     ]
     lines = report(measure(systems, (batch_size,), rounds), comparisons)
-    return [*lines, bandwidth(systems["qrhash"], config, batch_size)]
+    return [*lines, bandwidth(systems["qrhash"], ONE, batch_size)]
 
 
 def columns(sizes: Sequence[int], collisions: int, features: int) -> qrhash.CollectionConfig:
@@ -617,19 +616,29 @@ SCENARIOS = {
 
 def main() -> None:
     """Runs the scenarios and prints their tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=15)
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    run({name: SCENARIOS[name] for name in args.scenario}, args)
+
+
+def command_line(description: str, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark of several scenarios: `run` takes them."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=2, help="processors for everyone")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args()
-    limit_processors(args.threads)
+    return parser
 
+
+def run(scenarios: Mapping[str, Callable[[int], Any]], args: argparse.Namespace) -> None:
+    """Runs each scenario in a process of its own, and writes their figures where it is told."""
+    limit_processors(args.threads)
     figures: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}
     print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
-    for name in args.scenario:
-        print(f"\n{name}: {SCENARIOS[name].__doc__}", flush=True)
-        figures[name] = in_fresh_process(SCENARIOS[name], args.rounds)
+    for name, scenario in scenarios.items():
+        print(f"\n{name}: {scenario.__doc__}", flush=True)
+        figures[name] = in_fresh_process(scenario, args.rounds)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -147,8 +147,14 @@ def varying_axes(array: Any) -> tuple[str, ...]:
 
 def zeros_beside(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Zeros that, inside of `jax.shard_map`, vary over the same mesh axes as an array, or type."""
-    zeros, axes = jnp.zeros(shape, dtype), varying_axes(like)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return varying_beside(jnp.zeros(shape, dtype), like)
+
+
+def varying_beside(array: jax.Array, *others: Any) -> jax.Array:
+    """The array; inside of `jax.shard_map` it varies over the mesh axes of the others as well."""
+    axes = {axis for other in others for axis in varying_axes(other)}
+    more = tuple(sorted(axes.difference(varying_axes(array))))
+    return jax.lax.pcast(array, more, to="varying") if more else array
 
 
 def out_sharding(table: Any, index: jax.Array) -> NamedSharding | None:

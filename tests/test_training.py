@@ -190,6 +190,36 @@ def test_updates_in_blocks_may_be_of_another_dtype(rng):
     np.testing.assert_array_equal(updates.to_dense(), -grads.to_dense().astype(jnp.float32))
 
 
+@pytest.mark.usefixtures("_blocks")
+def test_updates_in_blocks_of_what_needs_no_parameters_and_keeps_no_state(rng):
+    """Nothing is read, then."""
+    values = jnp.asarray(rng.standard_normal((7, 2)), jnp.float32)
+    grads = RowGrads(jnp.array([5, 0, 2, 9, 7, 1, 3]), values, num_rows=10)
+    tx = qrhash.touched_rows(optax.scale(-0.5))
+    updates, _ = tx.update(grads, tx.init(jnp.zeros((10, 2))))
+    np.testing.assert_array_equal(updates.to_dense(), -0.5 * grads.to_dense())
+
+
+@pytest.mark.usefixtures("_blocks")
+def test_updates_in_blocks_inside_shard_map(rng):
+    """Each of two devices has a table of its own."""
+    tx = qrhash.touched_rows(qrhash.rowwise_adagrad(0.1))
+    indices = jnp.stack([jnp.asarray(rng.permutation(10)[:7]) for _ in range(2)])
+    values = jnp.asarray(rng.standard_normal((2, 7, 2)), jnp.float32)
+    tables = jnp.asarray(rng.standard_normal((2, 10, 2)), jnp.float32)
+
+    def step(table, indices, values):
+        grads = RowGrads(indices[0], values[0], num_rows=10)
+        updates, _ = tx.update(grads, tx.init(table[0]), table[0])
+        return qrhash.apply_updates(table[0], updates)[None]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    each = jax.P("data")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(each,) * 3, out_specs=each)
+    wanted = [step(*(x[n : n + 1] for x in (tables, indices, values)))[0] for n in range(2)]
+    assert_close(jax.jit(mapped)(tables, indices, values), jnp.stack(wanted))
+
+
 RATE = 0.05
 RULES = {"sgd": optax.sgd, "adagrad": optax.adagrad, "rowwise": qrhash.rowwise_adagrad}
 

@@ -17,7 +17,7 @@ from jax.extend.core.primitives import jit_p
 from qrhash import tuning
 from qrhash.optim.checks import Arguments, Transformation
 from qrhash.rowgrads import RowGrads
-from qrhash.rows import read_rows, set_rows
+from qrhash.rows import read_rows, set_rows, varying_beside, zeros_beside
 
 _ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "abs", "sign", "square", "max", "min", "rem"}
 _ELEMENTWISE |= {"sqrt", "rsqrt", "integer_pow", "pow", "exp", "log", "log1p", "expm1", "tanh"}
@@ -156,7 +156,10 @@ def update_in_blocks(
 
     def block(first: Any, size: int, updated: Updated) -> Updated:
         index = jax.lax.dynamic_slice_in_dim(grads.indices, first, size)
-        rows, index = read_rows([*updated.state, *of_params], index)
+        arrays: list[jax.Array] = [*updated.state, *of_params]
+        rows: Sequence[jax.Array] = ()
+        if arrays:
+            rows, index = read_rows(arrays, index)
         of_updates = updated.updates if is_in_place else grads.values
 
         def cut_and_transformed() -> Any:
@@ -169,8 +172,11 @@ def update_in_blocks(
             [set_rows(array, index, new) for array, new in zip(updated.state, rows, strict=True)],
         )
 
-    state = [arguments.state[place] for place in places]
     of_params = [] if arguments.params is None else [arguments.params[number]]
+    given = [arguments.state[place] for place in places]
+    # What the loop carries must vary from the start over the mesh axes that its results do.
+    beside = (grads.indices, grads.values, *given, *of_params)
+    state = [varying_beside(each, *beside) for each in given]
     of_block = [
         jax.ShapeDtypeStruct((size, *each.shape[1:]), each.dtype)
         for each in (grads.values, *state, *of_params)
@@ -179,6 +185,7 @@ def update_in_blocks(
     # Mostly updates are of the gradients' dtype, and take their place.
     is_in_place = dtype == grads.values.dtype
     updates = grads.values if is_in_place else jnp.zeros(grads.values.shape, dtype)
+    updates = varying_beside(updates, *beside)
     full, rest = divmod(m, size)
     turns = jnp.minimum((last + size) // size, full)
     updated = jax.lax.fori_loop(
@@ -200,6 +207,9 @@ def _apart(fun: Callable[[], Any], is_any: jax.Array) -> Any:
     read them anew from where updates are to be written, XLA would copy the whole array in each
     turn, and would compute the updates where it writes them, on one thread.
     """
-    zeros = lambda each: jnp.zeros(each.shape, each.dtype)  # noqa: E731
     shapes = jax.eval_shape(fun)
-    return jax.lax.cond(is_any, fun, lambda: jax.tree.map(zeros, shapes))
+
+    def nothing() -> Any:
+        return jax.tree.map(lambda each: zeros_beside(each, each.shape, each.dtype), shapes)
+
+    return jax.lax.cond(is_any, fun, nothing)
