@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from qrhash.arithmetic import ceil_div
 from qrhash.batches import replicate
@@ -210,7 +210,9 @@ def create(
     elif len(draws) == 1 and _is_drawn_in_one_go(draws[0], is_large):
         return draws[0].initializer(draws[0].key, shape, dtype)
     else:
-        array = jnp.empty(shape, dtype)
+        # Of itself it would not be of the mesh in use, as all else is (since jax 0.11).
+        is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+        array = jnp.empty(shape, dtype, out_sharding=PartitionSpec() if is_explicit else None)
     for draw in draws:
         fill = _fill_per_row if isinstance(draw.initializer, PerRow) else _fill_at_once
         # Inside a transformation the array is not ours to donate: jax.vmap makes many of it.
