@@ -20,12 +20,10 @@ On a machine that is busy with other things, a long turn is interrupted more oft
 `--processor-time` takes the time of processors, of all threads together, instead of the clock's.
 """
 
-import argparse
 import functools
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -40,6 +38,7 @@ from training_step import (
     System,
     adagrad,
     by_rows,
+    command_line,
     cotangents,
     has,
     in_fresh_process,
@@ -541,13 +540,10 @@ SCENARIOS = {
 
 def main() -> None:
     """Runs the scenarios and prints their tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_line(__doc__, rounds=7)
     parser.add_argument("--only", nargs="+", choices=[*SCENARIOS, "soak"], default=list(SCENARIOS))
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--operations", type=int, default=10_000_000, help="of the soak")
-    parser.add_argument("--threads", type=int, default=2, help="processors for everyone")
     parser.add_argument("--processor-time", action="store_true", help="not the clock's")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     limit_processors(args.threads)
     figures: dict[str, Any] = {"machine": machine(), "rounds": args.rounds}

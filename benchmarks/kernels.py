@@ -10,11 +10,12 @@ step. A loop or a conditional counts what is inside of it again.
 
 import argparse
 import collections
+import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bags
 import jax
@@ -37,25 +38,21 @@ class Kernel(NamedTuple):
     runs: int
 
 
-def kernels(system: System, draws: np.ndarray) -> tuple[dict[str, Kernel], float]:
-    """Name -> kernel, and the median seconds of a step without the profiler.
+def kernels(system: System, draws: np.ndarray) -> tuple[dict[str, Kernel], float, float]:
+    """Name -> kernel; without the profiler, the median seconds of a step, and its page faults.
 
     Args:
       system: whose steps to look at.
       draws: [steps, ...], as its `prepare` takes them.
     """
     batches = [system.prepare(draw) for draw in draws]
-    seconds = []
-    for batch in batches * 2:
-        start = time.perf_counter()
-        system.step(batch)
-        system.wait()
-        seconds.append(time.perf_counter() - start)
+    seconds_of(system, batches)  # the caches settle
+    before = page_faults()
+    seconds = seconds_of(system, batches)
+    faults = (page_faults() - before) / len(batches)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for batch in batches:
-                system.step(batch)
-                system.wait()
+            seconds_of(system, batches)
         (file,) = Path(folder).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(file))
     found: dict[str, list[float]] = collections.defaultdict(list)
@@ -67,7 +64,23 @@ def kernels(system: System, draws: np.ndarray) -> tuple[dict[str, Kernel], float
                 if not event.name.startswith(NO_KERNELS):
                     found[event.name].append(event.duration_ns * 1e-9)
     made = {name: Kernel(sum(each), len(each)) for name, each in found.items()}
-    return made, float(np.median(seconds[len(batches) :]))
+    return made, float(np.median(seconds)), faults
+
+
+def seconds_of(system: System, batches: Sequence[Any]) -> list[float]:
+    """Of each step."""
+    seconds = []
+    for batch in batches:
+        start = time.perf_counter()
+        system.step(batch)
+        system.wait()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def page_faults() -> int:
+    """Pages that this process was given so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def one(*, row_wise: bool) -> System:
@@ -104,10 +117,11 @@ def main() -> None:
     args = parser.parse_args()
     limit_processors(args.threads)
     make, shape = SCENARIOS[args.scenario]
-    found, seconds = kernels(
+    found, seconds, faults = kernels(
         make(row_wise=args.row_wise), np.random.default_rng(0).random((STEPS, *shape))
     )
-    print(f"{args.scenario}: {seconds * 1e3:.2f} ms a step, {len(found)} kernels")
+    print(f"{args.scenario}: {seconds * 1e3:.2f} ms a step, {len(found)} kernels, ", end="")
+    print(f"{faults:.0f} page faults")
     print(f"{'microseconds':>12}{'of the step':>14}{'runs':>8}  kernel")
     for name, kernel in sorted(found.items(), key=lambda each: -each[1].seconds)[: args.most]:
         each = kernel.seconds / STEPS

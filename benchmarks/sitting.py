@@ -41,6 +41,7 @@ class Script(NamedTuple):
 SCRIPTS = (
     *(Script(f"training_step-{run}", ("training_step.py",)) for run in (1, 2, 3)),
     Script("floor", ("floor.py",), is_of_cpu=True),
+    Script("gathers", ("gathers.py",), has_figures=False),
     Script("lookup", ("lookup.py",), has_figures=False, is_of_cpu=True),
     Script("bags", ("bags.py",)),
     Script("dynamic", ("dynamic.py",)),
@@ -86,12 +87,15 @@ def succeeds(script: Script, folder: Path) -> bool:
     command = [sys.executable, str(HERE / file), *options]
     if script.has_figures:
         command += ["--json", str(folder / f"{script.name}.json")]
-    with (folder / f"{script.name}.txt").open("w") as text:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                text.write(line)
+    with (
+        (folder / f"{script.name}.txt").open("w") as text,
+        subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            text.write(line)
     return process.returncode == 0
 
 

@@ -151,6 +151,15 @@ def sums_at_once(rounds: int) -> Iterator[tuple[str, float]]:
         yield f"{places} ids in bags of {PER_BAG}, {what}", _ratio(step, other, rounds)
 
 
+def places_at_once(rounds: int) -> Iterator[tuple[str, float]]:
+    """A step of Adagrad on bags: fewer or more of its places summed up at once."""
+    step = _bag_step(524_288)
+    for places in (tuning.PLACES_AT_ONCE // 2, 2 * tuning.PLACES_AT_ONCE):
+        with mock.patch.object(tuning, "PLACES_AT_ONCE", places):
+            other = _bag_step(524_288)
+        yield f"{places} places in place of {tuning.PLACES_AT_ONCE}", _ratio(step, other, rounds)
+
+
 def _bag_step(places: int) -> Callable[[], Any]:
     config = qrhash.EmbedConfig(qrhash.QuotientRemainder(16_000_000, 4), FEATURES, combiner="sum")
     bags = qrhash.Bag(
@@ -197,6 +206,7 @@ CHOICES = {
     "large": large_table_rows,
     "blocks": updates_in_blocks,
     "bags": sums_at_once,
+    "places": places_at_once,
 }
 
 
