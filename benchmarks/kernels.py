@@ -12,15 +12,23 @@ import argparse
 import collections
 import resource
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import bags
 import jax
 import numpy as np
-from training_step import CRITEO_SIZES, ONE, System, columns, limit_processors, many, single
+from training_step import (
+    CRITEO_SIZES,
+    ONE,
+    System,
+    columns,
+    limit_processors,
+    many,
+    seconds_of,
+    single,
+)
 
 STEPS = 20
 NO_KERNELS = ("ThunkExecutor", "ThreadpoolListener", "end: ", "CommonPjRt", "Handle inputs")
@@ -65,17 +73,6 @@ def kernels(system: System, draws: np.ndarray) -> tuple[dict[str, Kernel], float
                     found[event.name].append(event.duration_ns * 1e-9)
     made = {name: Kernel(sum(each), len(each)) for name, each in found.items()}
     return made, float(np.median(seconds)), faults
-
-
-def seconds_of(system: System, batches: Sequence[Any]) -> list[float]:
-    """Of each step."""
-    seconds = []
-    for batch in batches:
-        start = time.perf_counter()
-        system.step(batch)
-        system.wait()
-        seconds.append(time.perf_counter() - start)
-    return seconds
 
 
 def page_faults() -> int:

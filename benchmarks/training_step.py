@@ -118,13 +118,18 @@ def block(system: System, draws: np.ndarray) -> list[float]:
     batches = [system.prepare(draw) for draw in draws]
     system.wait()
     time.sleep(PAUSE)
+    return seconds_of(system, batches)[UNCOUNTED:]
+
+
+def seconds_of(system: System, batches: Sequence[Any]) -> list[float]:
+    """Of each step."""
     seconds = []
     for batch in batches:
         start = time.perf_counter()
         system.step(batch)
         system.wait()
         seconds.append(time.perf_counter() - start)
-    return seconds[UNCOUNTED:]
+    return seconds
 
 
 def report(seconds: Mapping[str, np.ndarray], comparisons: Sequence[Comparison]) -> Lines:
