@@ -455,14 +455,16 @@ def one(rounds: int) -> Lines:
     return [*lines, bandwidth(systems["qrhash"], ONE, batch_size)]
 
 
-def columns(sizes: Sequence[int], collisions: int, features: int) -> qrhash.CollectionConfig:
+def columns(
+    sizes: Sequence[int], collisions: int, features: int, **options: Any
+) -> qrhash.CollectionConfig:
     """Columns of vocabularies of these sizes, those beyond the threshold at so many collisions."""
     configs = {}
     for column, size in enumerate(sizes):
         partition: qrhash.Partition = qrhash.FullTable(size)
         if size > CRITEO_THRESHOLD:
             partition = qrhash.QuotientRemainder(size, collisions)
-        configs[f"c{column + 1}"] = qrhash.EmbedConfig(partition, features, "mult")
+        configs[f"c{column + 1}"] = qrhash.EmbedConfig(partition, features, "mult", **options)
     return qrhash.CollectionConfig(configs)
 
 
