@@ -1,16 +1,19 @@
 """A stream whose items change every day: what a table of so many bytes makes of it.
 
 Every day some of the items die and others are born, whose keys nobody has seen. Users click on what
-they like: an item has a quality, and user and item tastes in 4 respects. One pass over the stream;
-each batch is predicted before it is trained on, and the log loss is the mean of the last half of
-the days. The model is a product of the user's and the item's vector. At equal bytes, those of rows,
-Adagrad's sums, index and candidates:
+they like: an item has a quality, by which it is met more or less often (`--merit`, the correlation
+with the logarithm of its frequency), and user and item tastes in 4 respects. One pass over the
+stream; each batch is predicted before it is trained on, and the log loss is the mean of the last
+half of the days. The model is a product of the user's and the item's vector. At equal bytes, those
+of rows, Adagrad's sums, index and candidates:
 
   a row for every item   as many rows as there are items in all: the reference, of more bytes
   hash trick             the hash of the key is the row
   multi-hash             two rows by two hashes, side by side
   zeros till admitted    rows for items met often enough, the others have vectors of zeros
-  compressed newcomers   the same with fewer rows, the others have vectors by two hashes
+  compressed newcomers   the same with fewer rows, the others have vectors by two hashes: a
+                         sixteenth of the bytes, and `--newcomer-rate` of the learning rate, as
+                         what many items share is met by all of their noise
 
 Rows of items that were not met for a day are taken back in the evening.
 
@@ -65,14 +68,19 @@ def make_stream(arguments: argparse.Namespace, seed: int) -> Stream:
     popularity = (np.arange(at_once) + 10.0) ** -1
     ends = np.cumsum(popularity / popularity.sum())
     tastes = rng.normal(size=(arguments.users, RESPECTS))
+    fame = np.log(popularity)
+    merit = arguments.merit * (fame - fame.mean()) / fame.std()
     alive, num_items = np.arange(at_once), at_once
     born = at_once * days
     quality, of_items = rng.normal(size=born), rng.normal(size=(born, RESPECTS))
+    quality *= (1 - arguments.merit**2) ** 0.5
+    quality[alive] += merit
     users, items, odds = [], [], []
     for _ in range(days):
         dead = rng.random(at_once) < arguments.turnover
         alive = alive.copy()
         alive[dead] = num_items + np.arange(dead.sum())
+        quality[alive[dead]] += merit[dead]
         num_items += int(dead.sum())
         user = rng.integers(arguments.users, size=rows)
         item = alive[np.minimum(np.searchsorted(ends, rng.random(rows)), at_once - 1)]
@@ -119,13 +127,30 @@ def contenders(num_bytes: int, num_items: int, a_day: int) -> dict[str, dynamic.
         "hash trick": hashed(1),
         "multi-hash": hashed(2),
         "zeros till admitted": growing(num_bytes),
-        "compressed newcomers": growing(num_bytes * 3 // 4, refused=by_hashes(rows // 4, 2)),
+        "compressed newcomers": growing(num_bytes * 15 // 16, refused=by_hashes(rows // 16, 2)),
     }
+
+
+def kinds_of(config: dynamic.DynamicConfig) -> dynamic.Parameters:
+    """Which tables have rows of keys' own, and which are shared beside such."""
+    is_beside = config.eviction is not None
+    tables = 0 if config.refused is None else config.refused.num_tables
+    return dynamic.Parameters("own", ("shared" if is_beside else "own",) * tables)
 
 
 def run(config: dynamic.DynamicConfig, stream: Stream, arguments: argparse.Namespace) -> float:
     """Log loss of the last half of the days, each batch predicted before it is trained on."""
-    tx = qrhash.touched_rows(optax.adagrad(arguments.rate, initial_accumulator_value=1e-8))
+    tx = qrhash.touched_rows(
+        optax.partition(
+            {
+                "own": optax.adagrad(arguments.rate, initial_accumulator_value=1e-8),
+                "shared": optax.adagrad(
+                    arguments.rate * arguments.newcomer_rate, initial_accumulator_value=1e-8
+                ),
+            },
+            {"items": kinds_of(config), "users": "own", "bias": "own"},
+        )
+    )
     of_users, of_items = jax.random.split(jax.random.key(0))
     users = jax.random.normal(of_users, (arguments.users, FEATURES)) * 0.3
     params: dict[str, Any]
@@ -177,6 +202,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=500)
     parser.add_argument("--batch", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate of Adagrad")
+    parser.add_argument("--newcomer-rate", type=float, default=0.3, help="of the learning rate")
+    parser.add_argument("--merit", type=float, default=0.5, help="of items that are met often")
     parser.add_argument("--share", type=float, default=0.15, help="of the bytes of all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, help="file to write the figures to")
