@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from quality import OF_RATINGS, Rater, by_frequency, config_of, losses, model_ratings, read_ratings
+from quality import OPERATIONS, Rater, by_frequency, config_of, losses, model_ratings, read_ratings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--ratings", help="a file of ratings")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--compression", type=float, nargs="*", default=[4, 15])
-    parser.add_argument("--operations", nargs="*", default=OF_RATINGS)
+    parser.add_argument("--operations", nargs="*", default=OPERATIONS)
     parser.add_argument("--epochs", type=int, default=1)
     arguments = parser.parse_args()
     raw = read_ratings(Path(arguments.ratings)) if arguments.ratings else model_ratings()

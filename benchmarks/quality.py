@@ -11,7 +11,7 @@ and items with tastes, of falling popularity.
 
 prints, for each data set, the mean test log loss over the seeds and its difference to full tables:
 
-  operations  each operation, and the hash trick, at every `--compression` in bytes
+  operations  each of `--operations` at every `--compression` in bytes
   starts      full tables for each `--init-stddev`, the default among them
 """
 
@@ -34,13 +34,13 @@ from rich.table import Table
 
 import qrhash
 from qrhash.ctr.config_file import load
+from qrhash.ctr.errors import UserError
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.records import Keeper
 from qrhash.ctr.run.train import fit
 from qrhash.types import Array
 
-OPERATIONS = ("mult", "concat", "project", "add", "hash trick")
-OF_RATINGS = (*OPERATIONS, "path")  # which `qrhash train` has not
+OPERATIONS = ("mult", "concat", "project", "path", "add", "hash trick")
 FEATURES = 32  # of ratings; of clicks what `qrhash train` has
 GOOD = 4.0  # a rating of at least so much
 EPOCHS, BATCH = 3, 256
@@ -68,6 +68,8 @@ def main() -> None:
     parser.add_argument("--criteo", nargs="*", default=[], help="Criteo-format files")
     parser.add_argument("--test-rows", type=int, help="last lines of each, to test on")
     parser.add_argument("--ratings", nargs="*", default=[], help="files of ratings")
+    parser.add_argument("--good-from", type=float, default=GOOD, help="ratings that are good")
+    parser.add_argument("--operations", nargs="*", choices=OPERATIONS, help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--compression", type=float, nargs="*", default=[4, 8, 15])
     parser.add_argument("--init-stddev", type=float, nargs="*", default=[0.01, 0.03, 0.06, 0.18])
@@ -77,12 +79,15 @@ def main() -> None:
         for file in arguments.criteo
     }
     for file in arguments.ratings:
-        data[Path(file).name] = functools.partial(ratings, *read_ratings(Path(file)))
+        data[Path(file).name] = functools.partial(
+            ratings, *read_ratings(Path(file), arguments.good_from)
+        )
     if not arguments.ratings:
         data["ratings of a model"] = functools.partial(ratings, *model_ratings())
     for name, score in data.items():
-        compare(name, "starts", starts(arguments.init_stddev), score, arguments.seeds)
-        names = OPERATIONS if score.func is clicks else OF_RATINGS
+        if arguments.init_stddev:
+            compare(name, "starts", starts(arguments.init_stddev), score, arguments.seeds)
+        names = arguments.operations or OPERATIONS
         cases = operations(arguments.compression, names)
         compare(name, "operations", cases, score, arguments.seeds)
 
@@ -112,7 +117,11 @@ def compare(
         table.add_column(column, justify="left" if column == "model" else "right")
     full = None
     for case in track(list(cases), f"{data}, {title}", console=Console(stderr=True)):
-        losses = [score(case.options, seed) for seed in seeds]
+        try:
+            losses = [score(case.options, seed) for seed in seeds]
+        except (UserError, ValueError) as error:  # a budget below the smallest tables there are
+            table.add_row(case.name, str(error).partition(":")[0])
+            continue
         mean = statistics.mean(losses)
         full = full or mean
         spread = f"{min(losses):.4f} to {max(losses):.4f}"
@@ -132,11 +141,11 @@ def clicks(file: str, test_rows: int | None, options: dict[str, Any], seed: int)
         return fit(load(None, given), display, Keeper()).test.log_loss
 
 
-def read_ratings(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_ratings(path: Path, good_from: float = GOOD) -> tuple[np.ndarray, np.ndarray]:
     """Users and items [n, 2], and whether each rating is good [n], in an order of no meaning."""
     cells = np.loadtxt(path, usecols=(0, 1, 2), skiprows=1)
     cells = np.random.default_rng(0).permutation(cells)
-    return cells[:, :2].astype(np.int64), (cells[:, 2] >= GOOD).astype(np.float32)
+    return cells[:, :2].astype(np.int64), (cells[:, 2] >= good_from).astype(np.float32)
 
 
 def model_ratings(
