@@ -7,6 +7,7 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -328,9 +329,30 @@ def test_what_is_not_a_table_is_said_in_a_sentence(tmp_path):
     says("head.csv", b"click,a\n", "head.csv is empty")
     says("picture.csv", b"\x89PNG\0\0", "neither text, plain or gzip, nor Parquet")
     says("wide.csv", "click,a\n1,2\n".encode("utf-16"), "is text in UTF-16; write it in UTF-8")
-    says("words.csv", b"click\n1\n", "has no columns: none of tab, pipe, semicolon, comma")
+    says("words.csv", b"click\n1\n", "has no columns: none of tab, .*, comma divides .*, 'click',")
+    says("said.csv", b"# by me\nclick,a\n1,2\n", "divides its first line, '# by me', and as often")
+    says("lines.csv", b'{"click": 1, "a": 2}\n', "lines.csv is JSON; write it as Parquet or CSV")
+    says("list.csv", b'[\n {"click": 1, "a": 2}]\n', "list.csv is JSON; write it as Parquet or CSV")
+    with pytest.raises(UserError, match=r"s3://bucket/e\.csv is an address; --data takes files"):
+        _open("s3://bucket/e.csv")
+    with pytest.raises(UserError, match="--data names no file: it is empty"):
+        _open("")
     with pytest.raises(UserError, match=r"No file matches .*x\*.csv"):
         _open(tmp_path / "x*.csv")
+
+
+def test_categories_of_a_data_frame_are_categories_whatever_they_are_of(tmp_path):
+    rows = range(400)
+    frame = pd.DataFrame({"click": [i % 2 for i in rows], "word": ["a", "b"] * 200, "x": rows})
+    uses = {}
+    for name, kind in {"plain": "int64", "marked": "category"}.items():
+        path = tmp_path / f"{name}.parquet"
+        frame.astype({"x": kind}).to_parquet(path)
+        source = _open(path)[0]
+        uses[name] = next(each for each in source.schema.columns if each.name == "x")
+    assert [each.use for each in uses.values()] == ["number", "category"]
+    assert uses["marked"].reason == "categorical by its type"
+    assert {each.type for each in uses.values()} == {"int64"}
 
 
 def test_rows_that_have_not_the_cells_of_the_first_one(tmp_path):

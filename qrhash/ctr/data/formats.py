@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from qrhash.ctr.data.cells import BOOLEANS, DECIMAL, NO_NUMBER
+from qrhash.ctr.data.cells import BOOLEANS, DECIMAL, NO_NUMBER, quote
 from qrhash.ctr.data.criteo import COLUMNS
 from qrhash.ctr.data.files import file_errors
 from qrhash.ctr.errors import UserError
@@ -22,6 +22,7 @@ DELIMITERS = {"tab": "\t", "pipe": "|", "semicolon": ";", "comma": ","}  # rare 
 
 _HEAD_BYTES = 1 << 17  # what is looked at; a cell of more would be an error of `csv`
 _HEAD_ROWS = 100
+_JSON = re.compile(rb'\s*(\[\s*)?\{\s*"[^"]*"\s*:')  # an object, or a list of them
 _DATE = re.compile("[0-9]{4}[-/][0-9]{2}[-/][0-9]{2}")
 
 
@@ -105,6 +106,8 @@ def read_head(path: Path, *, compressed: bool) -> str:
     if len(head) == _HEAD_BYTES and b"\n" in head:
         head = head[: head.rindex(b"\n")]
     head = head.removeprefix(BYTE_ORDER_MARK)
+    if _JSON.match(head):
+        raise UserError(f"{path} is JSON; write it as Parquet or CSV, with a column for each name.")
     try:
         return head.decode()
     except UnicodeDecodeError:  # As the rows will be read.
@@ -127,7 +130,8 @@ def _delimiter(head: str, path: Path) -> str:
     best = max(DELIMITERS.values(), key=agreement)
     if not agreement(best):
         raise UserError(
-            f"{path} has no columns: none of {', '.join(DELIMITERS)} divides its first lines."
+            f"{path} has no columns: none of {', '.join(DELIMITERS)} divides its first line, "
+            f"{quote(_lines(head)[0])}, and as often those below."
         )
     return best
 
