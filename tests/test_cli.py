@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli
+from qrhash.commands.running import guarded
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.run.report import CHECKPOINTS, IDS, METRICS, PICTURE
 from qrhash.ctr.settings import options
@@ -100,6 +103,22 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(name, small, tmp_path):
     assert len(errors) == 1
     assert sentence in errors[0]
     assert "Traceback" not in result.output
+
+
+def test_a_device_with_too_little_memory_is_one_sentence(capsys):
+    def run(said):
+        def fail():
+            raise jax.errors.JaxRuntimeError(said)
+
+        return guarded(fail, Console())
+
+    assert run("RESOURCE_EXHAUSTED: Out of memory allocating 540000 bytes.\nAllocator: ...") == 1
+    assert capsys.readouterr().err == (
+        "Error: Out of memory allocating 540000 bytes: fewer --features, or a smaller "
+        "--batch-size, take less.\n"
+    )
+    with pytest.raises(RuntimeError, match="INTERNAL: a fault"):
+        run("INTERNAL: a fault")
 
 
 def test_a_wrong_choice_is_typers_to_refuse():

@@ -4,6 +4,7 @@
 its type, help and bounds: the command line and the configuration file are both made from it.
 """
 
+import difflib
 import functools
 import math
 import re
@@ -60,7 +61,9 @@ def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     known = _type_hints(kind)
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; is it {near[0]!r}?" if near else "."
+        raise UserError(f"Unknown option {unknown[0]!r} in {where}{hint}")
     return kind(**{name: as_meant(value, known[name]) for name, value in values.items()})
 
 

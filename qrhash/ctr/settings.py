@@ -121,7 +121,7 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
     threshold: Annotated[
         int, _embeddings("Columns of at most this many ids keep a full table.", least=0)
     ] = 200
-    features: Annotated[int, _embeddings("Width of an embedding vector.", least=1)] = 16
+    features: Annotated[int, _embeddings("Width of an embedding vector.", least=1, most=2**16)] = 16
     large_table_rows: Annotated[
         int,
         _embeddings(
@@ -239,8 +239,9 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         check_values(self)
         if not isinstance(self.columns, Mapping):
             raise UserError(f"columns must be sections, got {self.columns!r}.")
+        is_criteo = self.data is None or self.preset == "criteo"
         for name in _OF_TABLES:
-            if getattr(self, name) is not None and (self.data is None or self.preset == "criteo"):
+            if getattr(self, name) is not None and is_criteo:
                 raise UserError(
                     f"{name} goes with a table in --data, not with the columns of Criteo."
                 )
@@ -259,13 +260,12 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         for name in ("bottom_mlp", "top_mlp", "deep_mlp", "tower_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
-            if name not in CATEGORIES and (self.data is None or self.preset == "criteo"):
-                raise UserError(f"columns must be named C1 to C{len(CATEGORIES)}, got {name}.")
+            if name not in CATEGORIES and is_criteo:
+                raise UserError(f"columns.{name} goes with --data; Criteo's are C1 to C26.")
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
             unfit = [option for option in OF_LISTS if option in section]
-            is_criteo = self.data is None or self.preset == "criteo"
             if unfit and (column.kind == "category" or is_criteo):
                 raise UserError(f"columns.{name}: {unfit[0]} goes with kind 'list'.")
             if column.kind is not None and is_criteo:
