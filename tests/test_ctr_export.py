@@ -135,6 +135,11 @@ def test_the_lines_of_its_readme_run_without_qrhash(name, exported):
     assert done.returncode == 0, done.stderr
 
 
+def test_whoever_may_read_one_of_its_files_may_read_all(exported):
+    _, model, _ = exported("keys")
+    assert len({each.stat().st_mode for each in model.iterdir()}) == 1
+
+
 def test_an_export_is_replaced_only_when_told(exported, tmp_path):
     run, model, _ = exported("keys")
     result = _export(run, model)

@@ -355,6 +355,22 @@ def test_categories_of_a_data_frame_are_categories_whatever_they_are_of(tmp_path
     assert {each.type for each in uses.values()} == {"int64"}
 
 
+def test_spaces_behind_every_delimiter_are_no_part_of_a_cell(tmp_path):
+    rows = [(i % 2, i % 7, f"w{i % 5}") for i in range(400)]
+    tables = {}
+    for mark in (",", ", "):
+        path = tmp_path / "e.csv"
+        lines = [mark.join(map(str, row)) for row in [("click", "id", "word"), *rows]]
+        path.write_text("\n".join(lines) + "\n")
+        source = _open(path)[0]
+        assert source.schema.categories == ("id", "word")
+        tables[mark] = pa.concat_tables(source.tables(["click", "id", "word"], 0, 400))
+    assert tables[","] == tables[", "]
+    path.write_text("click,word\n" + "1, a\n0,b\n" * 40)
+    words = pa.concat_tables(_open(path)[0].tables(["word"], 0, 80))["word"]
+    assert set(words.to_pylist()) == {" a", "b"}
+
+
 def test_rows_that_have_not_the_cells_of_the_first_one(tmp_path):
     path = tmp_path / "e.csv"
     path.write_text("click,word\n" + "1,a,2\n" * 20)

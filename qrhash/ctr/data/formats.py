@@ -34,12 +34,14 @@ class TextFormat(NamedTuple):
       names: of the columns, in the order of the file.
       has_header: whether they are in the first row, which holds no data then.
       has_quotes: whether quotation marks around a cell are no part of it.
+      has_spaces: whether spaces behind a delimiter are no part of a cell.
     """
 
     delimiter: str
     names: tuple[str, ...]
     has_header: bool
     has_quotes: bool
+    has_spaces: bool = False
 
 
 CRITEO_TEXT = TextFormat("\t", COLUMNS, has_header=False, has_quotes=False)
@@ -73,7 +75,10 @@ def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | No
     # Tables of tabs and pipes seldom have quotation marks that are no part of a cell.
     opening = re.compile(f'(?:^|{re.escape(mark)})"', flags=re.MULTILINE)
     has_quotes = mark in ",;" or bool(opening.search(head))
-    cells = [cell.strip() for cell in _first_rows(head, mark, has_quotes=has_quotes)[0]]
+    rows = _first_rows(head, mark, has_quotes=has_quotes)
+    cells = [cell.strip() for cell in rows[0]]
+    behind = [cell for row in rows for cell in row[1:] if cell]
+    has_spaces = bool(behind) and all(cell.startswith(" ") for cell in behind)
     has_header = header == "yes"
     if header == "auto":
         has_header = label in cells or _is_header(cells)
@@ -86,7 +91,7 @@ def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | No
             f"{path} has more than one column {', '.join(twice)}: name each once, or say "
             "--header no, if its first line is none."
         )
-    return TextFormat(mark, tuple(names), has_header, has_quotes)
+    return TextFormat(mark, tuple(names), has_header, has_quotes, has_spaces)
 
 
 def read_head(path: Path, *, compressed: bool) -> str:
