@@ -73,6 +73,7 @@ USES = {
     "decimal commas": ([f"{i // 7},{i % 7}5" for i in INTEGERS], "number"),
     "thousands": ([f"{i // 7},{i:03d}" for i in INTEGERS], "category"),
     "codes with commas": ([f"0{i},5" for i in INTEGERS], "category"),
+    "codes of many digits": ([f"{i + 10**25}" for i in INTEGERS], "category"),
     "structs": ([{"a": i} for i in INTEGERS], "ignored"),
     "nothing": ([None] * ROWS, "ignored"),
     "empty text": ([""] * ROWS, "ignored"),
@@ -87,6 +88,7 @@ def test_what_a_column_is_used_as(name):
     column = _column(values)
     assert column.use == use
     assert use != "ignored" or column.reason
+    assert use not in ("category", "number") or "not read" not in column.reason
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,16 @@ def test_a_few_labels_that_are_neither_are_malformed_rows():
 MISTAKES = {
     "ratings": ({"l": [1, 2, 3, 4] * 100}, {"label": "l"}, "label l holds '1', '2'.*--positive-fr"),
     "words": ({"l": ["si", "no"] * 200}, {"label": "l"}, "The label l holds 'si', 'no': it must"),
+    "labels with gaps": (
+        {"l": ["1", "", "0", None] * 100},
+        {"label": "l"},
+        "The label l is missing in 200 of the first 400 rows: leave out the rows without one",
+    ),
+    "floats with gaps": (
+        {"l": [1.0, float("nan"), 0.0, None] * 100},
+        {"label": "l"},
+        "The label l is missing in 200 of the first 400 rows: leave out the rows without one",
+    ),
     "no labels": ({"l": [None] * ROWS}, {"label": "l"}, "Column l .*cannot be used as label"),
     "absent": ({}, {"label": "q"}, "--label: there is no column 'q', but click, word"),
     "absent too": ({}, {"ignore": "word,q"}, "--ignore: there is no column 'q', but click, word"),

@@ -331,6 +331,7 @@ def test_what_is_not_a_table_is_said_in_a_sentence(tmp_path):
     says("wide.csv", "click,a\n1,2\n".encode("utf-16"), "is text in UTF-16; write it in UTF-8")
     says("words.csv", b"click\n1\n", "has no columns: none of tab, .*, comma divides .*, 'click',")
     says("said.csv", b"# by me\nclick,a\n1,2\n", "divides its first line, '# by me', and as often")
+    says("old.csv", b"click,a\r1,2\r", "ends its lines with carriage returns alone; write line")
     says("lines.csv", b'{"click": 1, "a": 2}\n', "lines.csv is JSON; write it as Parquet or CSV")
     says("list.csv", b'[\n {"click": 1, "a": 2}]\n', "list.csv is JSON; write it as Parquet or CSV")
     with pytest.raises(UserError, match=r"s3://bucket/e\.csv is an address; --data takes files"):
@@ -374,7 +375,7 @@ def test_spaces_behind_every_delimiter_are_no_part_of_a_cell(tmp_path):
 def test_rows_that_have_not_the_cells_of_the_first_one(tmp_path):
     path = tmp_path / "e.csv"
     path.write_text("click,word\n" + "1,a,2\n" * 20)
-    with pytest.raises(UserError, match="none of the first rows has the 2 cells of the first one"):
+    with pytest.raises(UserError, match="the 2 cells of the first one, click, word; is that"):
         _open(path)
     path.write_text("click,word\n" + "1,a,2\n" * 20 + "0,b\n1,c\n" * 40)
     assert _open(path)[0].schema.categories == ("word",)

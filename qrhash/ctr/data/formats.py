@@ -111,6 +111,8 @@ def read_head(path: Path, *, compressed: bool) -> str:
     if len(head) == _HEAD_BYTES and b"\n" in head:
         head = head[: head.rindex(b"\n")]
     head = head.removeprefix(BYTE_ORDER_MARK)
+    if b"\r" in head and b"\n" not in head and len(head.rstrip(b"\r").split(b"\r")) > 1:
+        raise UserError(f"{path} ends its lines with carriage returns alone; write line feeds.")
     if _JSON.match(head):
         raise UserError(f"{path} is JSON; write it as Parquet or CSV, with a column for each name.")
     try:

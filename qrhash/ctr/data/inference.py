@@ -322,12 +322,26 @@ def _check_label(label: str, column: pa.ChunkedArray, schema: Schema) -> None:
         bad = np.ones(len(array), bool)
     if not len(bad) or bad.mean() <= 1 - _LABELS_OK:
         return
+    told = array.filter(pa.array(~_is_missing(array)))
+    if len(told) and cells.labels(label, told, schema.positive_from)[1].mean() <= 1 - _LABELS_OK:
+        raise UserError(
+            f"The label {label} is missing in {len(array) - len(told):,} of the first "
+            f"{len(array):,} rows: leave out the rows without one, or fill it in."
+        )
     shown = ", ".join(cells.quote(each) for each in _some(column)) or "nothing"
     values, unreadable = cells.labels(label, array, -np.inf)
     hint = "it must be 0 or 1, true or false, or yes or no"
     if unreadable.mean() <= 1 - _LABELS_OK and len(values):
         hint += "; --positive-from X makes a click of a label of at least X"
     raise UserError(f"The label {label} holds {shown}: {hint}.")
+
+
+def _is_missing(array: pa.Array) -> np.ndarray:
+    """Which cells of a column hold no value, [rows] bool."""
+    array = cells.plain(array)
+    if not pa.types.is_string(array.type):
+        return np.asarray(array.is_null(nan_is_null=True))
+    return cells.mask(pc.is_in(pc.utf8_trim_whitespace(array), pa.array([*cells.NO_NUMBER, None])))
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -42,7 +42,7 @@ class Seen(NamedTuple):
 # Numbers with a decimal comma, and those whose comma may as well be one of thousands.
 _COMMAS = r"^[+-]?([0-9]+|[0-9]*,[0-9]+)$"
 _THOUSANDS = r"^[+-]?([0-9]+|[0-9]{1,3},[0-9]{3})$"
-_LEADING_ZERO = "^[+-]?0[0-9]"  # no number's, but a code's
+_CODE = "^[+-]?(0[0-9]|[0-9]{21})"  # no number's: a leading zero, more digits than 64 bits have
 # What people write for each other is told to them, and not guessed.
 _FOR_PEOPLE = {
     "numbers? write them as 1234.5": (
@@ -89,7 +89,8 @@ def look(column: pa.Array) -> Seen:
         if cells.is_a(kind, *names):
             holds = held
     is_whole = pa.types.is_floating(kind) and not cells.keys("", distinct)[1].any()
-    return Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole, why=_UNREAD)
+    why = _UNREAD if holds == "nested" else ""
+    return Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole, why=why)
 
 
 def _look_at_lists(column: pa.Array) -> Seen:
@@ -127,7 +128,7 @@ def _look_at_text(present: pa.Array, distinct: pa.Array) -> Seen:
         whole = trimmed.filter(pc.match_substring_regex(trimmed, cells.CANONICAL)).unique()
         largest = max(abs(int(text)) for text in whole.to_pylist())
         return Seen("integer", *counts, largest)
-    is_code = share(_LEADING_ZERO) >= 1 - _READABLE
+    is_code = share(_CODE) >= 1 - _READABLE
     if share(cells.DECIMAL) >= _READABLE and not is_code:
         return Seen("number", *counts, is_whole=share(cells.WHOLE) == 1)
     if share(_COMMAS) >= _READABLE and share(_THOUSANDS) < _READABLE and not is_code:
