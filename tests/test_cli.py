@@ -51,6 +51,9 @@ def test_help_offers_every_option_with_its_default():
     for panel in ("Data", "Embeddings", "Model", "Training", "Output"):
         assert f" {panel} " in text
     assert "512-256-64" in text
+    # What every run has before what only those of tables that grow or of two towers have.
+    assert text.index("--compression ") < text.index("--features ") < text.index("--admit-after ")
+    assert text.index("--model ") < text.index("--items ")
     assert "[columns" not in text  # rich would swallow it
 
 

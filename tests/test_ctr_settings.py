@@ -4,7 +4,8 @@ import pytest
 
 from qrhash.ctr.config_file import load
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.settings import Settings, options, widths
+from qrhash.ctr.options import widths
+from qrhash.ctr.settings import Settings, options
 
 
 def _load(tmp_path, text, **given):

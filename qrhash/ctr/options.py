@@ -130,3 +130,11 @@ def _describe(kind: Any) -> str:
 def split_names(text: str | None) -> list[str]:
     """The names in an option such as "a,b"."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def widths(name: str, text: str) -> tuple[int, ...]:
+    """Layer widths, written as in the paper: "512-256-64"."""
+    parts = text.split("-") if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
+    return tuple(int(part) for part in parts)

@@ -22,9 +22,9 @@ from qrhash.ctr.column_settings import (
     check_separator,
 )
 from qrhash.ctr.data.criteo import CATEGORIES
-from qrhash.ctr.dynamic_settings import DynamicOptions, check_dynamic
+from qrhash.ctr.dynamic_settings import DynamicColumnOptions, DynamicOptions, check_dynamic
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import PANELS, Option, build, check_values, offered
+from qrhash.ctr.options import PANELS, Option, build, check_values, offered, widths
 from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
@@ -353,13 +353,12 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
 
 
 def options() -> list[tuple[str, Any, Any, Option]]:
-    """(name, type, default, option) of all that the command line offers, panel by panel."""
-    return sorted(offered(Settings), key=lambda each: PANELS.index(each[-1].panel))
+    """(name, type, default, option) of all that the command line offers, panel by panel.
 
-
-def widths(name: str, text: str) -> tuple[int, ...]:
-    """Layer widths, written as in the paper: "512-256-64"."""
-    parts = text.split("-") if text else []
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
-    return tuple(int(part) for part in parts)
+    In a panel the options come last that only some runs have.
+    """
+    some = {each[0] for kind in (TowerOptions, DynamicOptions) for each in offered(kind)}
+    some |= {each[0] for each in offered(DynamicColumnOptions)}
+    return sorted(
+        offered(Settings), key=lambda each: (PANELS.index(each[-1].panel), each[0] in some)
+    )
