@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli
+from qrhash.commands.running import guarded
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.run.report import CHECKPOINTS, IDS, METRICS, PICTURE
 from qrhash.ctr.settings import options
@@ -48,6 +51,9 @@ def test_help_offers_every_option_with_its_default():
     for panel in ("Data", "Embeddings", "Model", "Training", "Output"):
         assert f" {panel} " in text
     assert "512-256-64" in text
+    # What every run has before what only those of tables that grow or of two towers have.
+    assert text.index("--compression ") < text.index("--features ") < text.index("--admit-after ")
+    assert text.index("--model ") < text.index("--items ")
     assert "[columns" not in text  # rich would swallow it
 
 
@@ -100,6 +106,22 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(name, small, tmp_path):
     assert len(errors) == 1
     assert sentence in errors[0]
     assert "Traceback" not in result.output
+
+
+def test_a_device_with_too_little_memory_is_one_sentence(capsys):
+    def run(said):
+        def fail():
+            raise jax.errors.JaxRuntimeError(said)
+
+        return guarded(fail, Console())
+
+    assert run("RESOURCE_EXHAUSTED: Out of memory allocating 540000 bytes.\nAllocator: ...") == 1
+    assert capsys.readouterr().err == (
+        "Error: Out of memory allocating 540000 bytes: fewer --features, or a smaller "
+        "--batch-size, take less.\n"
+    )
+    with pytest.raises(RuntimeError, match="INTERNAL: a fault"):
+        run("INTERNAL: a fault")
 
 
 def test_a_wrong_choice_is_typers_to_refuse():

@@ -7,13 +7,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from qrhash.ctr.compare_settings import METHODS, CompareOptions, check_base
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.run import compare as comparing
 from qrhash.ctr.run.compare import Outcome, Trial, compare
-from qrhash.ctr.run.compare_report import FIGURES, PICTURE, compared, table_of, write
+from qrhash.ctr.run.compare_report import FIGURES, PICTURE, compared, draw, table_of, write
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.settings import Settings
 from support import ctr_files
@@ -256,6 +257,20 @@ def test_figures_and_picture_are_written(tmp_path):
     assert len(figures["runs"]) == len(outcomes)
     assert (tmp_path / PICTURE).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([FIGURES, PICTURE])
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_picture_has_its_sizes_on_its_axis(seeds, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    draw(compared([each for each in _outcomes() if each.trial.seed < seeds]), tmp_path / "p.png")
+    (axes,) = figures[0].axes
+    shown = [label.get_text() for label in axes.get_xticklabels()]
+    assert shown == ["62.5 B", "250.0 B", "1.0 kB"]
+    full = next(line for line in axes.get_lines() if line.get_label().startswith("full"))
+    assert full.get_color() not in {line.get_color() for line in axes.get_lines() if line != full}
+    has_bars = any(len(each.get_segments()) for each in axes.collections)
+    assert has_bars == (seeds > 1)
 
 
 def test_the_methods_are_settings():

@@ -19,6 +19,7 @@ from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.model.models import column_vectors
 from qrhash.ctr.run import export_formats
 from qrhash.ctr.run.export_inputs import Inputs
+from qrhash.ctr.run.export_readme import readme
 from qrhash.ctr.run.trained import kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
 from qrhash.keys import Keys
@@ -133,6 +134,27 @@ def test_the_lines_of_its_readme_run_without_qrhash(name, exported):
     code = "import sys; sys.modules['qrhash'] = None\n" + code
     done = subprocess.run([sys.executable, "-c", code], cwd=model, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_its_readme_names_columns_whatever_they_are_called():
+    names = ["user id", "a,b", "x\ny", "", "it's"]
+    said = {
+        "outputs": ["score"],
+        "platforms": ["cpu"],
+        "also": [],
+        "schema": {"preset": "table"},
+        "columns_of": {"numbers": names, "ids": [], "keys": []},
+        "inputs": {"numbers": {"shape": ["rows", 5], "dtype": "float32"}},
+        "lists": {},
+        "columns": {name: {"by": "vocabulary", "missing": None} for name in names},
+    }
+    page = readme(said)
+    assert page.count("`user id`, `a,b`, `'x\\ny'`, `''`, `it's`") == 2
+
+
+def test_whoever_may_read_one_of_its_files_may_read_all(exported):
+    _, model, _ = exported("keys")
+    assert len({each.stat().st_mode for each in model.iterdir()}) == 1
 
 
 def test_an_export_is_replaced_only_when_told(exported, tmp_path):

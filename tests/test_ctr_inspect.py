@@ -295,7 +295,7 @@ def test_other_data_are_scored_and_tell_the_counts_where_the_runs_are_gone(made,
 
 WRONG = {
     "neither": ([], "One run must be given, as RUN or with --run, got neither."),
-    "no run": (["nowhere"], "nowhere/metrics.jsonl cannot be read: No such file"),
+    "no run": (["nowhere"], "There is no run in nowhere: it holds no metrics.jsonl."),
     "column": (["RUN", "--columns=usr"], "--columns: the model has no embedded column 'usr'; it"),
     "asked": (["RUN", "--neighbours=usr=3"], "--neighbours: the model has no embedded column"),
     "no value": (["RUN", "--neighbours=user"], "--neighbours must be COLUMN=VALUE, such as user"),

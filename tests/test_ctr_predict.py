@@ -196,6 +196,21 @@ def test_a_run_of_a_mesh_predicts_on_one_device(runs, tmp_path):
     np.testing.assert_allclose(got["logit"], logits, rtol=1e-4, atol=1e-5)
 
 
+def test_values_in_another_form_than_the_run_had_are_pointed_out(runs, tmp_path):
+    events, found = runs
+    run, _, _ = found["vocabulary"]
+    part = ctr_files.rows_of(events, 0, 100)
+    _, result = _scores(run, ctr_files.write_table(tmp_path / "e", part), tmp_path / "s.parquet")
+    assert "Warning" not in result.stderr
+    part["user"] = [f"user-{user}" for user in part["user"]]
+    part["ad"] = [None] * 100
+    _, result = _scores(run, ctr_files.write_table(tmp_path / "f", part), tmp_path / "t.parquet")
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("Warning")]
+    assert len(warnings) == 1
+    assert f"an id for none of the values of user in {tmp_path / 'f'}: are they" in warnings[0]
+    assert warnings[0].endswith("of type int64?")
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -220,7 +235,7 @@ def test_what_cannot_be_is_one_sentence(runs, tmp_path):
     says("--output must end in .parquet, .pq, .csv", output=tmp_path / "s.txt")
     says("There is no directory", output=tmp_path / "no" / "s.csv")
     says("There is no file", data=tmp_path / "absent")
-    says("metrics.jsonl cannot be read", run=tmp_path / "absent")
+    says("absent: it holds no metrics.jsonl", run=tmp_path / "absent")
     fewer = {name: events[name][:50] for name in ("clicked", "user", "price")}
     (tmp_path / "data").mkdir()
     says("has no column ad, age", data=ctr_files.write_table(tmp_path / "data" / "f", fewer))

@@ -283,9 +283,9 @@ def test_options_of_a_file_are_held_to_the_same(options, stopped, tmp_path):
 def test_there_is_no_run_to_go_on_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _assert_refused("There is no run with checkpoints under runs")
-    _assert_refused("absent/metrics.jsonl cannot be read", "--output-dir", "absent")
+    _assert_refused("There is no run in absent: it holds no metrics", "--output-dir", "absent")
     (tmp_path / "empty").mkdir()
-    _assert_refused("empty/metrics.jsonl cannot be read", "--output-dir", "empty")
+    _assert_refused("There is no run in empty: it holds no metrics", "--output-dir", "empty")
     (tmp_path / "empty" / "metrics.jsonl").write_text(json.dumps({"kind": "progress"}) + "\n")
     _assert_refused("does not begin with the settings", "--output-dir", "empty")
 

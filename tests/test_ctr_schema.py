@@ -69,6 +69,11 @@ USES = {
     "dates": ([day.date() for day in DAYS], "ignored"),
     "timestamps in text": (list(map(str, DAYS)), "ignored"),
     "lists": ([[i] for i in INTEGERS], "list"),
+    "padded integers": ([f" {i}" for i in INTEGERS], "number"),
+    "decimal commas": ([f"{i // 7},{i % 7}5" for i in INTEGERS], "number"),
+    "thousands": ([f"{i // 7},{i:03d}" for i in INTEGERS], "category"),
+    "codes with commas": ([f"0{i},5" for i in INTEGERS], "category"),
+    "codes of many digits": ([f"{i + 10**25}" for i in INTEGERS], "category"),
     "structs": ([{"a": i} for i in INTEGERS], "ignored"),
     "nothing": ([None] * ROWS, "ignored"),
     "empty text": ([""] * ROWS, "ignored"),
@@ -83,6 +88,7 @@ def test_what_a_column_is_used_as(name):
     column = _column(values)
     assert column.use == use
     assert use != "ignored" or column.reason
+    assert use not in ("category", "number") or "not read" not in column.reason
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,9 @@ def test_integers_that_are_categories_by_their_names(name):
     assert _column(INTEGERS, name).use == "category"
 
 
-@pytest.mark.parametrize("name", ["timestamp", "time_stamp", "eventTime", "ts", "created_at"])
+@pytest.mark.parametrize(
+    "name", ["timestamp", "time_stamp", "eventTime", "ts", "created_at", "epoch"]
+)
 def test_integers_that_are_times_by_their_names_help_only_to_split(name):
     since_1970 = [1_700_000_000 + 60 * i for i in range(ROWS)]
     column = _column(since_1970, name)
@@ -114,6 +122,45 @@ def test_integers_that_are_not(name):
 def test_a_category_of_its_own_in_every_row_is_pointed_out():
     assert _column(INTEGERS, "row_id").reason.endswith("another one in every row: --ignore row_id?")
     assert "every row" not in _column([i % 399 for i in INTEGERS], "row_id").reason
+
+
+@pytest.mark.parametrize(
+    ("write", "hint"),
+    [
+        ("{:,}".format, "numbers? write them as 1234.5"),
+        ("${}.50".format, "numbers? write them as 1234.5"),
+        ("{}%".format, "numbers? write them as 1234.5"),
+        (lambda i: f"{i % 12 + 1}/{i % 28 + 1}/2024", "times? write them as 2024-01-31 12:00"),
+        ("10.0.0.{}".format, ""),
+        ("{:08d}".format, ""),
+    ],
+)
+def test_text_for_people_is_a_category_that_says_what_it_may_be(write, hint):
+    column = _column([write(1000 + i // 2) for i in INTEGERS])
+    assert (column.use, column.reason) == ("category", hint)
+
+
+def test_numbers_with_a_decimal_comma():
+    words = {"x": ["-1,5", "2", None, "3,125"] * 100, "l": ["0,0", "1,0"] * 200}
+    schema = _infer(words, label="l", numbers="x")
+    assert [each.name for each in schema.columns if each.decimal_comma] == ["x", "l"]
+    others = {each.name: ["1"] * ROWS for each in schema.used}
+    block, reasons = decode(pa.table(others | words), schema)
+    assert not reasons
+    assert block.labels[:2].tolist() == [0, 1]
+    names = [each.name for each in schema.of_use("number")]
+    np.testing.assert_array_equal(
+        block.numbers[:4, names.index("x")], np.array([-1.5, 2, np.nan, 3.125], np.float32)
+    )
+    assert Schema.from_dict(json.loads(json.dumps(schema.as_dict()))) == schema
+    as_category = _column(words["x"], categories="x")
+    assert (as_category.use, as_category.decimal_comma) == ("category", False)
+
+
+def test_a_type_is_shown_as_people_call_it():
+    words = pa.array([f"w{i}" for i in INTEGERS])
+    assert _column(words.dictionary_encode()).type == "string"
+    assert _column(pa.nulls(ROWS, pa.string())).type == "string"
 
 
 @pytest.mark.parametrize("of", [float, lambda i: f"{i}.0"])
@@ -173,7 +220,10 @@ def _label_of(values, **options):
 
 @pytest.mark.parametrize(
     "values",
-    [[0, 1], [0.0, 1.0], [False, True], ["0", "1"], ["false", "True"], ["0.0", " 1"]],
+    [
+        *([0, 1], [0.0, 1.0], [False, True], ["0", "1"], ["false", "True"], ["0.0", " 1"]),
+        *(["no", "Yes"], ["N", "y"], ["f", "t"]),
+    ],
 )
 def test_labels_of_0_and_1_whatever_holds_them(values):
     block, reasons = _label_of(values * 200)
@@ -194,7 +244,17 @@ def test_a_few_labels_that_are_neither_are_malformed_rows():
 
 MISTAKES = {
     "ratings": ({"l": [1, 2, 3, 4] * 100}, {"label": "l"}, "label l holds '1', '2'.*--positive-fr"),
-    "words": ({"l": ["yes", "no"] * 200}, {"label": "l"}, "The label l holds 'yes', 'no': it must"),
+    "words": ({"l": ["si", "no"] * 200}, {"label": "l"}, "The label l holds 'si', 'no': it must"),
+    "labels with gaps": (
+        {"l": ["1", "", "0", None] * 100},
+        {"label": "l"},
+        "The label l is missing in 200 of the first 400 rows: leave out the rows without one",
+    ),
+    "floats with gaps": (
+        {"l": [1.0, float("nan"), 0.0, None] * 100},
+        {"label": "l"},
+        "The label l is missing in 200 of the first 400 rows: leave out the rows without one",
+    ),
     "no labels": ({"l": [None] * ROWS}, {"label": "l"}, "Column l .*cannot be used as label"),
     "absent": ({}, {"label": "q"}, "--label: there is no column 'q', but click, word"),
     "absent too": ({}, {"ignore": "word,q"}, "--ignore: there is no column 'q', but click, word"),
@@ -209,7 +269,12 @@ MISTAKES = {
     "list": ({"x": [[1]] * ROWS}, {"categories": "x"}, "Column x .*list.*cannot be used as cat"),
     "stamp": ({"x": DAYS}, {"categories": "x"}, "Column x .*timestamp.*cannot be used as category"),
     "no time": ({}, {"time": "word"}, "word .*cannot be used as time, which takes timestamps"),
-    "no category": ({}, {"ignore": "word"}, "No column is a category.*--categories"),
+    "no category": ({}, {"ignore": "word"}, "No column is a category.*--categories, of word."),
+    "none fits": (
+        {"x": [[0.5]] * ROWS, "word": [0.5, 1] * 200},
+        {},
+        "No column is a category, and embeddings are all that this trains: none can be one.",
+    ),
     "section": (
         {"x": INTEGERS},
         {"columns": {"x": {"kind": "number"}}, "categories": "x"},

@@ -4,7 +4,8 @@ import pytest
 
 from qrhash.ctr.config_file import load
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.settings import Settings, options, widths
+from qrhash.ctr.options import widths
+from qrhash.ctr.settings import Settings, options
 
 
 def _load(tmp_path, text, **given):
@@ -30,7 +31,7 @@ def test_a_column_differs_where_its_section_says(tmp_path):
 
 
 WRONG = {
-    "unknown key": ("colisions = 8", "Unknown option 'colisions' in .*run.toml"),
+    "unknown key": ("colisions = 8", r"'colisions' in .*run.toml; is it 'collisions'\?"),
     "wrong type": ("features = 'wide'", "features must be an integer, got 'wide'"),
     "bool": ("features = true", "features must be an integer, got True"),
     "float for int": ("features = 8.0", "features must be an integer, got 8.0"),
@@ -40,7 +41,9 @@ WRONG = {
     "optional": ("hash_size = 1", "hash_size must be at least 2, got 1"),
     "fraction": ("test_fraction = 1.0", "test_fraction must be between 0 and 1"),
     "widths": ("top_mlp = '512-x'", "top_mlp must be positive widths"),
-    "column name": ("[columns.C27]\n", "columns must be named C1 to C26, got C27"),
+    "column name": ("[columns.C27]\n", "columns.C27 goes with --data; Criteo's are C1 to C26"),
+    "too large": ("features = 65_537", "features must be at most 65536, got 65537"),
+    "like no other": ("x1 = 3", r"Unknown option 'x1' in .*run.toml\.$"),
     "column key": ("[columns.C1]\nfeatures = 2", "Unknown option 'features' in .*columns.C1"),
     "column type": ("[columns.C1]\nmoduli = [1, 'a']", "moduli must be a list of integers"),
     "no section": ("columns = 3", "columns must be sections"),

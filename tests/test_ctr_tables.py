@@ -7,6 +7,7 @@ import json
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -328,15 +329,53 @@ def test_what_is_not_a_table_is_said_in_a_sentence(tmp_path):
     says("head.csv", b"click,a\n", "head.csv is empty")
     says("picture.csv", b"\x89PNG\0\0", "neither text, plain or gzip, nor Parquet")
     says("wide.csv", "click,a\n1,2\n".encode("utf-16"), "is text in UTF-16; write it in UTF-8")
-    says("words.csv", b"click\n1\n", "has no columns: none of tab, pipe, semicolon, comma")
+    says("words.csv", b"click\n1\n", "has no columns: none of tab, .*, comma divides .*, 'click',")
+    says("said.csv", b"# by me\nclick,a\n1,2\n", "divides its first line, '# by me', and as often")
+    says("old.csv", b"click,a\r1,2\r", "ends its lines with carriage returns alone; write line")
+    says("lines.csv", b'{"click": 1, "a": 2}\n', "lines.csv is JSON; write it as Parquet or CSV")
+    says("list.csv", b'[\n {"click": 1, "a": 2}]\n', "list.csv is JSON; write it as Parquet or CSV")
+    with pytest.raises(UserError, match=r"s3://bucket/e\.csv is an address; --data takes files"):
+        _open("s3://bucket/e.csv")
+    with pytest.raises(UserError, match="--data names no file: it is empty"):
+        _open("")
     with pytest.raises(UserError, match=r"No file matches .*x\*.csv"):
         _open(tmp_path / "x*.csv")
+
+
+def test_categories_of_a_data_frame_are_categories_whatever_they_are_of(tmp_path):
+    rows = range(400)
+    frame = pd.DataFrame({"click": [i % 2 for i in rows], "word": ["a", "b"] * 200, "x": rows})
+    uses = {}
+    for name, kind in {"plain": "int64", "marked": "category"}.items():
+        path = tmp_path / f"{name}.parquet"
+        frame.astype({"x": kind}).to_parquet(path)
+        source = _open(path)[0]
+        uses[name] = next(each for each in source.schema.columns if each.name == "x")
+    assert [each.use for each in uses.values()] == ["number", "category"]
+    assert uses["marked"].reason == "categorical by its type"
+    assert {each.type for each in uses.values()} == {"int64"}
+
+
+def test_spaces_behind_every_delimiter_are_no_part_of_a_cell(tmp_path):
+    rows = [(i % 2, i % 7, f"w{i % 5}") for i in range(400)]
+    tables = {}
+    for mark in (",", ", "):
+        path = tmp_path / "e.csv"
+        lines = [mark.join(map(str, row)) for row in [("click", "id", "word"), *rows]]
+        path.write_text("\n".join(lines) + "\n")
+        source = _open(path)[0]
+        assert source.schema.categories == ("id", "word")
+        tables[mark] = pa.concat_tables(source.tables(["click", "id", "word"], 0, 400))
+    assert tables[","] == tables[", "]
+    path.write_text("click,word\n" + "1, a\n0,b\n" * 40)
+    words = pa.concat_tables(_open(path)[0].tables(["word"], 0, 80))["word"]
+    assert set(words.to_pylist()) == {" a", "b"}
 
 
 def test_rows_that_have_not_the_cells_of_the_first_one(tmp_path):
     path = tmp_path / "e.csv"
     path.write_text("click,word\n" + "1,a,2\n" * 20)
-    with pytest.raises(UserError, match="none of the first rows has the 2 cells of the first one"):
+    with pytest.raises(UserError, match="the 2 cells of the first one, click, word; is that"):
         _open(path)
     path.write_text("click,word\n" + "1,a,2\n" * 20 + "0,b\n1,c\n" * 40)
     assert _open(path)[0].schema.categories == ("word",)

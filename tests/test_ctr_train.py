@@ -316,6 +316,26 @@ def test_columns_of_a_preset_that_are_alike_are_shown_together():
     ]
 
 
+def test_more_columns_than_can_be_looked_through_are_shown_together():
+    ignored = [Column(f"c{i}", "double", "number", "ignored", "one value") for i in range(80)]
+    others = [Column(f"d{i}", "int64", "integer", "number") for i in range(1, 80, 2)]
+    label = Column("y", "int64", "integer", "label", "by its name")
+    word = Column("w", "string", "text", "category")
+    sizes, configs = {"w": 10}, {"w": EmbedConfig(FullTable(10), 4)}
+    schema = replace(CRITEO, columns=(*ignored, *others, label, word), preset="table")
+    shown = overview(schema, sizes, configs)
+    assert shown[0] == ("c0 to c79", "double", "ignored (one value)", "", "")
+    assert shown[1][0].startswith("d1, d3, d5, ")
+    assert shown[1][0].endswith(" and 20 more")
+    assert [row[1:3] for row in shown[1:]] == [
+        ("int64", "number"),
+        ("int64", "label"),
+        ("string", "category"),
+    ]
+    few = replace(schema, columns=(*ignored[:9], label, word))
+    assert len(overview(few, sizes, configs)) == 11
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_the_display_tells_lines_and_bars(terminal):
     file = io.StringIO()

@@ -359,7 +359,7 @@ def test_the_command(tmp_path, qr):
     for arguments, words in (
         ((source, output, "--from=dlrm"), "exists; choose another file, or --overwrite it."),
         ((source, tmp_path / "o", "--from=keras"), "--from must be one of dlrm, deeprec, tables"),
-        ((source, tmp_path / "o", "--from=tables"), "no table of embeddings is among"),
+        ((source, tmp_path / "o", "--from=tables"), "say which are, by names, or --name NAME="),
         ((source, tmp_path / "o", "--from=tables", "--name=a"), "--name must be NAME=ARRAY, got a"),
         (
             (source, tmp_path / "o", "--from=deeprec", "--name=a=b"),

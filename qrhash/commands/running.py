@@ -17,15 +17,24 @@ def guarded(action: Callable[[], None], console: Console) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         action()
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        said = str(error) if not isinstance(error, RuntimeError) else _of_memory(error)
         Console(stderr=True).print(
-            f"Error: {error or 'out of memory.'}", markup=False, highlight=False, soft_wrap=True
+            f"Error: {said or 'out of memory.'}", markup=False, highlight=False, soft_wrap=True
         )
         return 1
     except KeyboardInterrupt:
         console.print("Interrupted.", markup=False, highlight=False, soft_wrap=True)
         return INTERRUPTED
     return 0
+
+
+def _of_memory(error: RuntimeError) -> str:
+    """What JAX says, if a device has too little memory; raises any other error again."""
+    state, _, said = str(error).partition("\n")[0].partition(": ")
+    if state != "RESOURCE_EXHAUSTED":
+        raise error
+    return f"{said.rstrip('.')}: fewer --features, or a smaller --batch-size, take less."
 
 
 def shown(action: Callable[[Display], None]) -> int:

@@ -24,6 +24,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/parquet     Parquet files -> tables, with bounded memory
   data/folders     columns that are in the names of folders
   data/numbering   the numbers of rows, in the order of the files or by time
+  data/column_names  what the name of a column says of it
   data/looks       what the first rows say of a column
   data/inference   what the columns of a table are used as
   data/sources     one file or many -> blocks, split by lines or by time

@@ -4,6 +4,7 @@
 its type, help and bounds: the command line and the configuration file are both made from it.
 """
 
+import difflib
 import functools
 import math
 import re
@@ -60,7 +61,9 @@ def build(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     known = _type_hints(kind)
     unknown = [name for name in values if name not in known]
     if unknown:
-        raise UserError(f"Unknown option {unknown[0]!r} in {where}.")
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; is it {near[0]!r}?" if near else "."
+        raise UserError(f"Unknown option {unknown[0]!r} in {where}{hint}")
     return kind(**{name: as_meant(value, known[name]) for name, value in values.items()})
 
 
@@ -127,3 +130,11 @@ def _describe(kind: Any) -> str:
 def split_names(text: str | None) -> list[str]:
     """The names in an option such as "a,b"."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def widths(name: str, text: str) -> tuple[int, ...]:
+    """Layer widths, written as in the paper: "512-256-64"."""
+    parts = text.split("-") if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
+    return tuple(int(part) for part in parts)

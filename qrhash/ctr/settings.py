@@ -22,9 +22,9 @@ from qrhash.ctr.column_settings import (
     check_separator,
 )
 from qrhash.ctr.data.criteo import CATEGORIES
-from qrhash.ctr.dynamic_settings import DynamicOptions, check_dynamic
+from qrhash.ctr.dynamic_settings import DynamicColumnOptions, DynamicOptions, check_dynamic
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import PANELS, Option, build, check_values, offered
+from qrhash.ctr.options import PANELS, Option, build, check_values, offered, widths
 from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
 # What a table's columns are used as; the Criteo format has its own.
@@ -121,7 +121,7 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
     threshold: Annotated[
         int, _embeddings("Columns of at most this many ids keep a full table.", least=0)
     ] = 200
-    features: Annotated[int, _embeddings("Width of an embedding vector.", least=1)] = 16
+    features: Annotated[int, _embeddings("Width of an embedding vector.", least=1, most=2**16)] = 16
     large_table_rows: Annotated[
         int,
         _embeddings(
@@ -239,8 +239,9 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         check_values(self)
         if not isinstance(self.columns, Mapping):
             raise UserError(f"columns must be sections, got {self.columns!r}.")
+        is_criteo = self.data is None or self.preset == "criteo"
         for name in _OF_TABLES:
-            if getattr(self, name) is not None and (self.data is None or self.preset == "criteo"):
+            if getattr(self, name) is not None and is_criteo:
                 raise UserError(
                     f"{name} goes with a table in --data, not with the columns of Criteo."
                 )
@@ -259,13 +260,12 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         for name in ("bottom_mlp", "top_mlp", "deep_mlp", "tower_mlp"):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
-            if name not in CATEGORIES and (self.data is None or self.preset == "criteo"):
-                raise UserError(f"columns must be named C1 to C{len(CATEGORIES)}, got {name}.")
+            if name not in CATEGORIES and is_criteo:
+                raise UserError(f"columns.{name} goes with --data; Criteo's are C1 to C26.")
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)
             unfit = [option for option in OF_LISTS if option in section]
-            is_criteo = self.data is None or self.preset == "criteo"
             if unfit and (column.kind == "category" or is_criteo):
                 raise UserError(f"columns.{name}: {unfit[0]} goes with kind 'list'.")
             if column.kind is not None and is_criteo:
@@ -353,13 +353,12 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
 
 
 def options() -> list[tuple[str, Any, Any, Option]]:
-    """(name, type, default, option) of all that the command line offers, panel by panel."""
-    return sorted(offered(Settings), key=lambda each: PANELS.index(each[-1].panel))
+    """(name, type, default, option) of all that the command line offers, panel by panel.
 
-
-def widths(name: str, text: str) -> tuple[int, ...]:
-    """Layer widths, written as in the paper: "512-256-64"."""
-    parts = text.split("-") if text else []
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{name} must be positive widths such as 512-256-64, got {text!r}.")
-    return tuple(int(part) for part in parts)
+    In a panel the options come last that only some runs have.
+    """
+    some = {each[0] for kind in (TowerOptions, DynamicOptions) for each in offered(kind)}
+    some |= {each[0] for each in offered(DynamicColumnOptions)}
+    return sorted(
+        offered(Settings), key=lambda each: (PANELS.index(each[-1].panel), each[0] in some)
+    )

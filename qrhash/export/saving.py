@@ -5,8 +5,9 @@ while that is read.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +174,29 @@ def save(
     checksums = {name: checksum(array) for name, array in arrays.items()}
     whole = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(arrays, whole, {NAME: Header(__version__, said, checksums).to_json()})
+        said_of_all = {NAME: Header(__version__, said, checksums).to_json()}
+        save_tensors(partial(save_file, metadata=said_of_all), arrays, whole)
         with whole.open("rb") as file:
             os.fsync(file.fileno())
         whole.replace(path)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def save_tensors(
+    save_file: Callable[[Any, Path], Any], arrays: Mapping[str, Any], path: Path
+) -> None:
+    """Writes a file of safetensors, for whoever may read what else this user writes.
+
+    Args:
+      save_file: of the library, which leaves its files to their owner alone.
+      arrays: name -> array.
+      path: where to.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(arrays, path)
+    path.chmod(mode)
 
 
 def _encoded(name: str, table: Any, rows: str) -> dict[str, np.ndarray]:

@@ -42,7 +42,8 @@ def from_full_tables(
     if missing or not names:
         given = ", ".join(list(arrays)[:8])
         what = f"{missing[0]!r} is not" if missing else "no table of embeddings is"
-        raise ValueError(f"{what} among the arrays, {given}: say which are, by names.")
+        how = "by names, or --name NAME=ARRAY of qrhash convert"
+        raise ValueError(f"{what} among the arrays, {given}: say which are, {how}.")
     carried = {}
     for name, of in names.items():
         table = as_table(of, arrays[of])

@@ -73,6 +73,13 @@ class Block(NamedTuple):
         taken = [None if each is None else each[wanted] for each in columns]
         return Block._make([*taken, tuple(each.take(wanted) for each in lists)])
 
+    def present(self, name: str, schema: Schema) -> np.ndarray:
+        """The keys that there are in a column of categories, or of lists, [n] uint64."""
+        if name in schema.lists:
+            return self.lists[schema.lists.index(name)].keys
+        place = schema.categories.index(name)
+        return self.keys[~self.missing[:, place], place]
+
 
 def no_rows(schema: Schema) -> Block:
     """A block of no rows."""

@@ -8,6 +8,7 @@ hex digits instead: they are padded to one width, so that a column is a matrix o
 keys are one product with the powers of 16.
 """
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +25,7 @@ CANONICAL = "^(0|-?[1-9][0-9]{0,19})$"  # an integer as it is written, if it has
 WHOLE = r"^(0|-?[1-9][0-9]{0,19})(\.0)?$"  # or as a data frame writes it beside missing ones
 _EXACT = 2**53  # below it every integer is a float
 BOOLEANS = {"true": 1.0, "false": 0.0}
+YES_OR_NO = {"yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}  # of labels, besides
 NO_NUMBER = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", r"\N")
 
 _TIME = (
@@ -61,24 +63,35 @@ def numbers(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return narrow, bad | np.isinf(narrow)
 
 
+def with_points(column: pa.Array) -> pa.Array:
+    """Text of numbers with a decimal comma -> with a point; what is no text stays."""
+    column = plain(column)
+    if not pa.types.is_string(column.type):
+        return column
+    return pc.replace_substring(column, ",", ".", max_replacements=1)
+
+
 def labels(
     name: str, column: pa.Array, positive_from: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """-> clicks [rows] float32, 0 or 1; unreadable [rows] bool, the missing ones too."""
-    values, bad = _decimals(name, column)
+    words = BOOLEANS | YES_OR_NO if positive_from is None else BOOLEANS
+    values, bad = _decimals(name, column, words)
     if positive_from is None:
         return values.astype(np.float32), bad | ~np.isin(values, (0.0, 1.0))
     return (values >= positive_from).astype(np.float32), bad | np.isnan(values)
 
 
-def _decimals(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """-> values [rows] float64 (nan: missing), unreadable [rows] bool."""
+def _decimals(
+    name: str, column: pa.Array, words: Mapping[str, float] = BOOLEANS
+) -> tuple[np.ndarray, np.ndarray]:
+    """-> values [rows] float64 (nan: missing), of words too; unreadable [rows] bool."""
     column, bad = plain(column), np.zeros(len(column), bool)
     if pa.types.is_string(column.type):
         text = pc.utf8_trim_whitespace(column)
         text = pc.if_else(pc.is_in(text, pa.array(NO_NUMBER)), None, text)
         lower = pc.utf8_lower(text)
-        for word, value in BOOLEANS.items():
+        for word, value in words.items():
             text = pc.if_else(pc.equal(lower, word), str(value), text)
         readable = pc.match_substring_regex(text, DECIMAL)
         bad = mask(pc.invert(readable))

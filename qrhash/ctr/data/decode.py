@@ -41,6 +41,7 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
     """
     reasons: dict[int, str] = {}
     readers = _readers(schema)
+    table = with_points(table, schema)
 
     def read(name: str, reader: _Reader, rule: str, *, required: bool = True) -> Any:
         column = table[name].combine_chunks()
@@ -93,6 +94,16 @@ def decode(table: pa.Table, schema: Schema = CRITEO) -> tuple[Block, dict[int, s
         lists=tuple(found_lists),
     )
     return block.take(good), reasons
+
+
+def with_points(table: pa.Table, schema: Schema) -> pa.Table:
+    """A table whose numbers with a decimal comma have a point in its place."""
+    for column in schema.used:
+        if column.decimal_comma:
+            place = table.column_names.index(column.name)
+            cells_of = table[column.name].combine_chunks()
+            table = table.set_column(place, column.name, cells.with_points(cells_of))
+    return table
 
 
 def _read_at_once(table: pa.Table, names: Sequence[str]) -> list[list[str]]:

@@ -193,6 +193,10 @@ def find_files(data: str, notify: Callable[[str], None]) -> list[Path]:
       UserError: there are none.
     """
     path = Path(data)
+    if not data.strip():
+        raise UserError("--data names no file: it is empty.")
+    if "://" in data:
+        raise UserError(f"{data} is an address; --data takes files and folders of this machine.")
     if path.is_dir():
         return _in_folder(path, notify)
     if not path.exists() and glob.has_magic(data):

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from qrhash.ctr.data.cells import BOOLEANS, DECIMAL, NO_NUMBER
+from qrhash.ctr.data.cells import BOOLEANS, DECIMAL, NO_NUMBER, quote
 from qrhash.ctr.data.criteo import COLUMNS
 from qrhash.ctr.data.files import file_errors
 from qrhash.ctr.errors import UserError
@@ -22,6 +22,7 @@ DELIMITERS = {"tab": "\t", "pipe": "|", "semicolon": ";", "comma": ","}  # rare 
 
 _HEAD_BYTES = 1 << 17  # what is looked at; a cell of more would be an error of `csv`
 _HEAD_ROWS = 100
+_JSON = re.compile(rb'\s*(\[\s*)?\{\s*"[^"]*"\s*:')  # an object, or a list of them
 _DATE = re.compile("[0-9]{4}[-/][0-9]{2}[-/][0-9]{2}")
 
 
@@ -33,12 +34,14 @@ class TextFormat(NamedTuple):
       names: of the columns, in the order of the file.
       has_header: whether they are in the first row, which holds no data then.
       has_quotes: whether quotation marks around a cell are no part of it.
+      has_spaces: whether spaces behind a delimiter are no part of a cell.
     """
 
     delimiter: str
     names: tuple[str, ...]
     has_header: bool
     has_quotes: bool
+    has_spaces: bool = False
 
 
 CRITEO_TEXT = TextFormat("\t", COLUMNS, has_header=False, has_quotes=False)
@@ -72,7 +75,10 @@ def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | No
     # Tables of tabs and pipes seldom have quotation marks that are no part of a cell.
     opening = re.compile(f'(?:^|{re.escape(mark)})"', flags=re.MULTILINE)
     has_quotes = mark in ",;" or bool(opening.search(head))
-    cells = [cell.strip() for cell in _first_rows(head, mark, has_quotes=has_quotes)[0]]
+    rows = _first_rows(head, mark, has_quotes=has_quotes)
+    cells = [cell.strip() for cell in rows[0]]
+    behind = [cell for row in rows for cell in row[1:] if cell]
+    has_spaces = bool(behind) and all(cell.startswith(" ") for cell in behind)
     has_header = header == "yes"
     if header == "auto":
         has_header = label in cells or _is_header(cells)
@@ -85,7 +91,7 @@ def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | No
             f"{path} has more than one column {', '.join(twice)}: name each once, or say "
             "--header no, if its first line is none."
         )
-    return TextFormat(mark, tuple(names), has_header, has_quotes)
+    return TextFormat(mark, tuple(names), has_header, has_quotes, has_spaces)
 
 
 def read_head(path: Path, *, compressed: bool) -> str:
@@ -105,6 +111,10 @@ def read_head(path: Path, *, compressed: bool) -> str:
     if len(head) == _HEAD_BYTES and b"\n" in head:
         head = head[: head.rindex(b"\n")]
     head = head.removeprefix(BYTE_ORDER_MARK)
+    if b"\r" in head and b"\n" not in head and len(head.rstrip(b"\r").split(b"\r")) > 1:
+        raise UserError(f"{path} ends its lines with carriage returns alone; write line feeds.")
+    if _JSON.match(head):
+        raise UserError(f"{path} is JSON; write it as Parquet or CSV, with a column for each name.")
     try:
         return head.decode()
     except UnicodeDecodeError:  # As the rows will be read.
@@ -127,7 +137,8 @@ def _delimiter(head: str, path: Path) -> str:
     best = max(DELIMITERS.values(), key=agreement)
     if not agreement(best):
         raise UserError(
-            f"{path} has no columns: none of {', '.join(DELIMITERS)} divides its first lines."
+            f"{path} has no columns: none of {', '.join(DELIMITERS)} divides its first line, "
+            f"{quote(_lines(head)[0])}, and as often those below."
         )
     return best
 

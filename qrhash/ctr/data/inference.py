@@ -5,7 +5,6 @@ if its name says so, if it is too large to be a count, or if there are few of th
 help is left out, with a reason.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -15,6 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrhash.ctr.data import cells, lists
+from qrhash.ctr.data.column_names import is_id, is_index, is_label, is_time
+from qrhash.ctr.data.decode import with_points
 from qrhash.ctr.data.looks import Seen, look
 from qrhash.ctr.data.schema import Column, Schema, Use
 from qrhash.ctr.errors import UserError
@@ -23,24 +24,12 @@ from qrhash.ctr.settings import Settings
 from qrhash.ctr.tower_settings import NO_LABEL, TWO_TOWER
 
 SAMPLE_ROWS = 8192
-LABELS = {"label", "labels", "click", "clicks", "clicked", "is_click", "is_clicked", "isclick"}
-LABELS |= {"clk", "target", "y", "response", "converted", "conversion"}
-
 _MOST_SHOWN = 20  # columns in a sentence
 _FEW = 100  # distinct integers that are a category
 _LARGE = 2**31  # an integer that is no count
 _LABELS_OK = 0.9  # share of labels that are to be 0 or 1
 
-_OF_IDS = {"id", "ids", "uid", "uuid", "guid", "hash", "hashed", "code", "zip", "zipcode"}
-_OF_IDS |= {"postcode", "type", "category", "categories", "cat", "key", "token", "class", "kind"}
-# What has ids: a column of that name, or with "id" behind it.
-_THINGS = (
-    "(user|item|ad|movie|product|session|device|site|app|page|campaign|video|song|artist|book"
-    "|store|shop|brand|cate|customer|client|query|doc|category|publisher|advertiser|creative)"
-)
-_OF_TIMES = {"time", "timestamp", "ts", "datetime", "unixtime", "created", "date"}
 _SINCE_1970 = 10**8  # seconds, in 1973; milliseconds and the like are more
-_INDEX = re.compile("unnamed(: )?[0-9]+|__index_level_[0-9]+__", flags=re.IGNORECASE)
 
 
 def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Settings) -> Schema:
@@ -58,17 +47,22 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
     seen = {}
     for name in fields:
         found = look(sample[name].combine_chunks())
-        seen[name] = found._replace(has_gaps=found.present < sample.num_rows)
+        seen[name] = found._replace(
+            has_gaps=found.present < sample.num_rows,
+            is_categorical=pa.types.is_dictionary(fields[name]),
+        )
     named = _named(settings, seen)
     label = _label(fields, named, settings)
     columns = []
     for name, kind in fields.items():
         use, reason = _use(name, seen[name], named, label, settings.time)
         holds = seen[name].holds
-        shown = lists.type_name(kind) if lists.are_lists(kind) else str(kind)
+        shown = lists.type_name(kind)
         _check_use(name, shown, seen[name], use, sample[name])
-        shown = f"text: {holds}" if pa.types.is_string(kind) and holds != "text" else shown
-        column = Column(name, shown, holds, use, reason)
+        is_told = pa.types.is_string(kind) and holds not in ("text", "nothing")
+        shown = f"text: {holds}" if is_told else shown
+        has_commas = seen[name].has_commas and use in ("label", "number", "weight")
+        column = Column(name, shown, holds, use, reason, decimal_comma=has_commas)
         columns.append(_of_lists(column, kind, settings) if use == "list" else column)
     schema = Schema(
         columns=tuple(columns),
@@ -76,11 +70,12 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         all_positive=label is None,
     )
     if label is not None:
-        _check_label(label, sample[label], schema)
+        _check_label(label, with_points(sample, schema)[label], schema)
     if not schema.embedded:
+        may_be = [n for n in fields if n != label and _can_be_category(n, seen[n], sample[n])]
+        hint = f"name some with --categories, of {listed(may_be)}" if may_be else "none can be one"
         raise UserError(
-            "No column is a category, and embeddings are all that this trains: name some with "
-            f"--categories, of {listed(n for n in fields if n != label)}."
+            f"No column is a category, and embeddings are all that this trains: {hint}."
         )
     _check_lists(settings, schema)
     return schema
@@ -201,7 +196,7 @@ def _label(fields: Mapping[str, Any], named: Mapping[str, Use], settings: Settin
     if _has_no_label(settings, fields):
         return None
     given = [name for name, use in named.items() if use == "label"]
-    found = given or [n for n in fields if n.lower() in LABELS and n not in named]
+    found = given or [n for n in fields if is_label(n) and n not in named]
     if len(found) != 1:
         why = "no column is named as one" if not found else f"it could be {' or '.join(found)}"
         every = f"; or say --label {NO_LABEL}, if every row is a positive one"
@@ -224,7 +219,7 @@ def _use(
             "label",
             "weight",
         ) else "as the options say"
-    if _INDEX.fullmatch(name):
+    if is_index(name):
         return "ignored", "the index of a data frame, by its name"
     if seen.holds in ("nested", "nothing"):
         return "ignored", seen.why
@@ -234,22 +229,25 @@ def _use(
     if seen.holds == "time":
         return "ignored", "a time; --time splits by it"
     if seen.holds == "text":
-        return "category", _alone(name, seen).removeprefix("; ")
+        return "category", seen.why or _alone(name, seen).removeprefix("; ")
     if seen.holds == "boolean":
         return "category", ""
     if seen.holds == "list":
         return "list", ""
     if seen.holds == "number":
         # What a data frame makes of integers beside missing ones.
-        is_id = seen.is_whole and _is_id(name)
-        return ("category", "whole numbers, by its name") if is_id else ("number", "")
+        of_ids = seen.is_whole and is_id(name)
+        how = "with a decimal comma" if seen.has_commas else ""
+        return ("category", "whole numbers, by its name") if of_ids else ("number", how)
     return _use_of_integers(name, seen)
 
 
 def _use_of_integers(name: str, seen: Seen) -> tuple[Use, str]:
-    if _is_time(name) and seen.largest >= _SINCE_1970:
+    if seen.is_categorical:
+        return "category", "categorical by its type"
+    if is_time(name) and seen.largest >= _SINCE_1970:
         return "ignored", "a time, by its name; --time splits by it"
-    if _is_id(name):
+    if is_id(name):
         return "category", "by its name" + _alone(name, seen)
     if seen.largest >= _LARGE:
         return "category", "too large for a count" + _alone(name, seen)
@@ -263,21 +261,6 @@ def _alone(name: str, seen: Seen) -> str:
     """A hint, where there is nothing to learn of a category because no row shares it."""
     is_alone = seen.distinct == seen.present >= _FEW
     return f"; another one in every row: --ignore {name}?" if is_alone else ""
-
-
-def _is_id(name: str) -> bool:
-    is_of_things = re.fullmatch(_THINGS, name.lower()) or re.search(f"{_THINGS}id$", name.lower())
-    return not _OF_IDS.isdisjoint(_words(name)) or bool(is_of_things)
-
-
-def _is_time(name: str) -> bool:
-    words = _words(name)
-    return not _OF_TIMES.isdisjoint({*words, "".join(words)})
-
-
-def _words(name: str) -> list[str]:
-    words = re.split(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])", name)
-    return [word.lower() for word in words if word]
 
 
 def _check_use(name: str, kind: str, seen: Seen, use: Use, column: pa.ChunkedArray) -> None:
@@ -322,6 +305,14 @@ def _check_use(name: str, kind: str, seen: Seen, use: Use, column: pa.ChunkedArr
     )
 
 
+def _can_be_category(name: str, seen: Seen, column: pa.ChunkedArray) -> bool:
+    try:
+        _check_use(name, "", seen, "category", column)
+    except UserError:
+        return False
+    return seen.holds != "nothing"
+
+
 def _check_label(label: str, column: pa.ChunkedArray, schema: Schema) -> None:
     """Raises a UserError if many of the first labels are not what they must be."""
     array = column.combine_chunks()
@@ -331,12 +322,26 @@ def _check_label(label: str, column: pa.ChunkedArray, schema: Schema) -> None:
         bad = np.ones(len(array), bool)
     if not len(bad) or bad.mean() <= 1 - _LABELS_OK:
         return
+    told = array.filter(pa.array(~_is_missing(array)))
+    if len(told) and cells.labels(label, told, schema.positive_from)[1].mean() <= 1 - _LABELS_OK:
+        raise UserError(
+            f"The label {label} is missing in {len(array) - len(told):,} of the first "
+            f"{len(array):,} rows: leave out the rows without one, or fill it in."
+        )
     shown = ", ".join(cells.quote(each) for each in _some(column)) or "nothing"
     values, unreadable = cells.labels(label, array, -np.inf)
-    hint = "it must be 0 or 1, or true or false"
+    hint = "it must be 0 or 1, true or false, or yes or no"
     if unreadable.mean() <= 1 - _LABELS_OK and len(values):
         hint += "; --positive-from X makes a click of a label of at least X"
     raise UserError(f"The label {label} holds {shown}: {hint}.")
+
+
+def _is_missing(array: pa.Array) -> np.ndarray:
+    """Which cells of a column hold no value, [rows] bool."""
+    array = cells.plain(array)
+    if not pa.types.is_string(array.type):
+        return np.asarray(array.is_null(nan_is_null=True))
+    return cells.mask(pc.is_in(pc.utf8_trim_whitespace(array), pa.array([*cells.NO_NUMBER, None])))
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -22,7 +22,10 @@ class Seen(NamedTuple):
       largest: the largest absolute value of integers.
       is_whole: of numbers that are no integers by their type: whether they all are by value.
       has_gaps: whether cells are missing.
-      why: why it is not read, if it holds "nothing", or what is "nested".
+      has_commas: of numbers in text: whether they are written with a decimal comma.
+      is_categorical: whether its type says that it is one of categories.
+      why: why it is not read, if it holds "nothing", or what is "nested"; of text, what it may be
+        in a form that is not read as that.
     """
 
     holds: Holds
@@ -31,8 +34,24 @@ class Seen(NamedTuple):
     largest: int = 0
     is_whole: bool = False
     has_gaps: bool = False
+    has_commas: bool = False
+    is_categorical: bool = False
     why: str = ""
 
+
+# Numbers with a decimal comma, and those whose comma may as well be one of thousands.
+_COMMAS = r"^[+-]?([0-9]+|[0-9]*,[0-9]+)$"
+_THOUSANDS = r"^[+-]?([0-9]+|[0-9]{1,3},[0-9]{3})$"
+_CODE = "^[+-]?(0[0-9]|[0-9]{21})"  # no number's: a leading zero, more digits than 64 bits have
+# What people write for each other is told to them, and not guessed.
+_FOR_PEOPLE = {
+    "numbers? write them as 1234.5": (
+        "^[+-]?[$€£¥]?[+-]?\\s?[0-9]{1,3}([,.' \u00a0]?[0-9]{3})*([.,][0-9]+)?\\s?[%$€£¥]?$"
+    ),
+    "times? write them as 2024-01-31 12:00": (
+        "^[0-9]{1,2}[/.-][0-9]{1,2}[/.-]([0-9]{2}|[0-9]{4})( .*)?$"
+    ),
+}
 
 _UNREAD = "this type is not read"
 _NOTHING = Seen("nothing", 0, 0, why="there is nothing in it")
@@ -70,7 +89,8 @@ def look(column: pa.Array) -> Seen:
         if cells.is_a(kind, *names):
             holds = held
     is_whole = pa.types.is_floating(kind) and not cells.keys("", distinct)[1].any()
-    return Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole, why=_UNREAD)
+    why = _UNREAD if holds == "nested" else ""
+    return Seen(cast(Holds, holds), len(distinct), len(present), is_whole=is_whole, why=why)
 
 
 def _look_at_lists(column: pa.Array) -> Seen:
@@ -98,20 +118,26 @@ def _look_at_text(present: pa.Array, distinct: pa.Array) -> Seen:
     if not len(telling):
         return Seen("text", *counts)
 
+    trimmed = pc.utf8_trim_whitespace(telling)
+
     def share(pattern: str) -> float:
-        trimmed = pc.utf8_trim_whitespace(telling)
         found = pc.match_substring_regex(trimmed, pattern, ignore_case=True)
         return float(np.mean(found.to_numpy(zero_copy_only=False)))
 
     if share(cells.CANONICAL) >= _READABLE:
-        whole = pc.match_substring_regex(distinct, cells.CANONICAL)
-        largest = max(abs(int(text)) for text in distinct.filter(whole).to_pylist())
+        whole = trimmed.filter(pc.match_substring_regex(trimmed, cells.CANONICAL)).unique()
+        largest = max(abs(int(text)) for text in whole.to_pylist())
         return Seen("integer", *counts, largest)
-    # Leading zeros are no number's: those of codes.
-    if share(cells.DECIMAL) >= _READABLE and share("^[+-]?0[0-9]") < 1 - _READABLE:
+    is_code = share(_CODE) >= 1 - _READABLE
+    if share(cells.DECIMAL) >= _READABLE and not is_code:
         return Seen("number", *counts, is_whole=share(cells.WHOLE) == 1)
+    if share(_COMMAS) >= _READABLE and share(_THOUSANDS) < _READABLE and not is_code:
+        return Seen("number", *counts, has_commas=True)
     if share("^(true|false)$") >= _READABLE:
         return Seen("boolean", *counts)
     _, bad = cells.times("", telling)
     is_time = bad.mean() <= 1 - _READABLE and share(cells.INTEGER) < 1 - _READABLE
-    return Seen("time" if is_time else "text", *counts)
+    if is_time:
+        return Seen("time", *counts)
+    hints = (hint for hint, pattern in _FOR_PEOPLE.items() if share(pattern) >= _READABLE)
+    return Seen("text", *counts, why="" if is_code else next(hints, ""))

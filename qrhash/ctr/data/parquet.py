@@ -25,7 +25,7 @@ class ParquetFile:
         with self._file() as file:
             names = file.schema_arrow.names
             twice = sorted({name for name in names if names.count(name) > 1})
-            self.fields = dict(zip(names, file.schema_arrow.types, strict=True))
+            self.fields = _types(file.schema_arrow)
             self.num_rows = file.metadata.num_rows
         # The last part says how many bytes each column has in each group of rows, and their range.
         with file_errors(path), path.open("rb") as stream:
@@ -66,6 +66,20 @@ class ParquetFile:
             pyarrow.parquet.ParquetFile(self.path) as file,
         ):
             yield file
+
+
+def _types(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """Column -> its type: a dictionary's too, where a data frame had categories of integers.
+
+    Parquet keeps these as plain integers, and what they were in a note beside them.
+    """
+    types = dict(zip(schema.names, schema.types, strict=True))
+    for note in (schema.pandas_metadata or {}).get("columns", ()):
+        name = note.get("field_name")
+        is_categorical = name in types and note.get("pandas_type") == "categorical"
+        if is_categorical and pa.types.is_integer(types[name]):
+            types[name] = pa.dictionary(pa.int32(), types[name])
+    return types
 
 
 def _runs(numbers: list[int]) -> list[list[int]]:

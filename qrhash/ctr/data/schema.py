@@ -24,6 +24,7 @@ class Column:
       reason: why, where that is no matter of course.
       length: of a column of lists: how many elements one may have, the same for the whole run.
       separator: where text is cut into lists; None: it is written as JSON or Python write them.
+      decimal_comma: of numbers in text: whether a comma stands before the fraction.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Column:
     reason: str = ""
     length: int | None = None
     separator: str | None = None
+    decimal_comma: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

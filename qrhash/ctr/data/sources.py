@@ -196,7 +196,8 @@ def open_source(
         if not sample.num_rows:
             raise UserError(
                 f"{settings.data}: none of the first rows has the {len(files[0].fields)} cells of "
-                "the first one; is that a header, and --delimiter right?"
+                f"the first one, {listed(files[0].fields)}; is that a header, and --delimiter "
+                "right?"
             )
         found = infer(files[0].fields, sample, settings)
     elif found.lists:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from qrhash.ctr.data.files import Lines, Part, Unchanged, file_errors
@@ -193,6 +194,9 @@ def _read_csv(
             strings_can_be_null=True,
         ),
     )
+    if form.has_spaces:
+        trimmed = [pc.utf8_ltrim(column, characters=" ") for column in table.columns]
+        table = pa.table(trimmed, names=wanted)
     return table.rename_columns(list(columns)), invalid
 
 

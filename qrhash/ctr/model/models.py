@@ -19,7 +19,8 @@ from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.model.growing import Counts, GrowingColumns
 from qrhash.ctr.model.pools import as_embeddings
 from qrhash.ctr.model.room import ColumnConfig, dynamic_tables, stored_table
-from qrhash.ctr.settings import Settings, widths
+from qrhash.ctr.options import widths
+from qrhash.ctr.settings import Settings
 from qrhash.dynamic import DynamicConfig, Found, cached
 from qrhash.nnx import EmbedCollection
 

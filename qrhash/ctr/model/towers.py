@@ -18,7 +18,8 @@ from qrhash.ctr.data.pipeline import Padded
 from qrhash.ctr.model.growing import Counts, GrowingColumns
 from qrhash.ctr.model.models import MLP, Embeddings, takes_keys
 from qrhash.ctr.model.room import ColumnConfig
-from qrhash.ctr.settings import Settings, widths
+from qrhash.ctr.options import widths
+from qrhash.ctr.settings import Settings
 from qrhash.dynamic import Found
 from qrhash.keys import cross
 

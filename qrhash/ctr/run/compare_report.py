@@ -107,7 +107,7 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
     """The comparison as a picture: the loss over the bytes, a line for each embedding."""
     # Slow to import, and used here only.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -115,11 +115,11 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
     for number, method in enumerate(methods):
         some = [each for each in rows if each.method == method and not each.reason]
         some.sort(key=lambda each: each.num_bytes)
-        errors = [0 if math.isnan(each.error) else each.error for each in some]
+        errors = [each.error for each in some]  # Of one seed none is drawn.
         axes.errorbar(
             [each.num_bytes for each in some],
             [each.excess for each in some],
-            errors,
+            None if any(map(math.isnan, errors)) else errors,
             marker="osD^vP*X"[number % 8],
             markersize=5,
             capsize=3,
@@ -127,14 +127,19 @@ def draw(rows: Sequence[Compared], path: Path) -> None:
         )
     (full,) = [each for each in rows if each.method == FULL]
     axes.axhline(0, color="gray", linestyle="--", linewidth=1)
-    axes.plot([full.num_bytes], [0], "o", color="gray", label=f"full, log loss {full.log_loss:.4f}")
+    axes.plot(
+        [full.num_bytes], [0], "o", color="black", label=f"full, log loss {full.log_loss:.4f}"
+    )
     axes.set(
         xscale="log",
         xlabel="bytes of all embeddings",
         ylabel="test log loss against full tables, % (lower is better)",
     )
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    # Of sizes there are few, and decades between them may be none.
+    sizes = {each.times: each.num_bytes for each in rows if not each.reason}
+    axes.set_xticks(sorted(sizes.values()), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B", places=1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -1,6 +1,6 @@
 """The page that an exported model comes with: how it is run without qrhash."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _PAGE = """# A trained model
@@ -107,7 +107,7 @@ def _inputs(said: Mapping[str, Any]) -> list[str]:
         if columns:
             of = said["inputs"]["keys_hi" if kind == "keys" else kind]
             lines.append(
-                text.format(shape=_shape(of), dtype=of["dtype"], names=", ".join(columns), how=how)
+                text.format(shape=_shape(of), dtype=of["dtype"], names=_names(columns), how=how)
             )
     for name, length in said["lists"].items():
         takes = "ids" if f"{name}/ids" in said["inputs"] else "keys_hi`, `keys_lo"
@@ -139,4 +139,10 @@ def _columns(said: Mapping[str, Any]) -> list[str]:
             "key": f"the key itself; {missing} for a missing cell",
         }.get(how["by"], f"the id is {how['by']}, see `model.json`; {missing} for a missing cell")
         groups.setdefault(by, []).append(name)
-    return lines + [f"{', '.join(names)}: {by}." for by, names in groups.items()]
+    return lines + [f"{_names(names)}: {by}." for by, names in groups.items()]
+
+
+def _names(columns: Iterable[str]) -> str:
+    """Names in the marks of code, those with line ends or nothing in them as Python writes them."""
+    shown = (repr(name) if not name.strip() or not name.isprintable() else name for name in columns)
+    return ", ".join(f"`{name}`" for name in shown)

@@ -28,6 +28,7 @@ from qrhash.ctr.run.export_inputs import Inputs, example
 from qrhash.ctr.run.export_readme import readme
 from qrhash.ctr.run.trained import Trained, kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
+from qrhash.export.saving import save_tensors
 from qrhash.keys import Keys
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -153,7 +154,7 @@ def _write_arrays(part: Path, trained: Trained, function: Function, rows: str) -
     from safetensors.flax import save_file
 
     weights = {name: jnp.asarray(each) for name, each in function.weights.items()}
-    save_file(weights, part / WEIGHTS)
+    save_tensors(save_file, weights, part / WEIGHTS)
     vocabularies: dict[str, np.ndarray] = {}
     for name, ids in trained.ids.items():
         if isinstance(ids, Vocabulary):
@@ -167,7 +168,8 @@ def _write_arrays(part: Path, trained: Trained, function: Function, rows: str) -
 def _write_numpy(path: Path, arrays: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_tensors(save_file, whole, path)
 
 
 def embeddings_of(trained: Trained) -> dict[str, export.Exported]:

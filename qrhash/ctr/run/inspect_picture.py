@@ -91,6 +91,7 @@ def _hot_rows(axes: Any, column: ColumnReport, found: Inspected) -> None:
     axes.set_xlim(0, max(shares) * 1.5)
     axes.set(xlabel="of all look-ups")
     axes.set_title(f"hottest of {table.num_rows:,} rows", size=10)
+    axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(fontsize=7, loc="lower right")
     axes.grid(axis="x", alpha=0.3)

@@ -3,10 +3,13 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
+from qrhash.ctr.data.inference import listed
 from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.model.columns import tables_of
 from qrhash.ctr.model.room import ColumnConfig, num_bytes
 from qrhash.dynamic import DynamicConfig
+
+_MOST_ROWS = 60  # one for each column
 
 HEADER = ("column", "type", "used as", "ids", "embedding")
 
@@ -16,21 +19,22 @@ def overview(
     sizes: Mapping[str, int | None],
     configs: Mapping[str, ColumnConfig],
 ) -> list[tuple[str, ...]]:
-    """The rows of a table with the columns of `HEADER`: one for each column, or of a preset, whose
-    columns are known, one for all that are alike.
+    """The rows of a table with the columns of `HEADER`: one for each column; or of a preset, whose
+    columns are known, and of more columns than can be looked through, one for all that are alike.
 
     Args:
       schema: the columns of the data.
       sizes: category -> number of ids; None, if it takes keys.
       configs: category -> its embedding, of those in the model.
     """
-    if schema.preset == "table":
+    if schema.preset == "table" and len(schema.columns) <= _MOST_ROWS:
         return [tuple(_row(column, sizes, configs)) for column in schema.columns]
     alike: dict[tuple[str, ...], list[Column]] = {}
     for column in schema.columns:
         config = configs.get(column.name)
         how = kind_of(config) if config else "dropped" if column.name in sizes else ""
-        alike.setdefault((column.type, column.use, how), []).append(column)
+        use = f"ignored ({column.reason})" if column.use == "ignored" else column.use
+        alike.setdefault((column.type, use, how), []).append(column)
     return [
         (_names(columns), *kind, *_together(how, columns, sizes, configs))
         for (*kind, how), columns in alike.items()
@@ -61,7 +65,7 @@ def _names(columns: Sequence[Column]) -> str:
         else:
             runs.append([name])
     shown = [run if len(run) < 3 else [f"{run[0]} to {run[-1]}"] for run in runs]
-    return ", ".join(itertools.chain.from_iterable(shown))
+    return listed(itertools.chain.from_iterable(shown))
 
 
 def _next(name: str) -> str:

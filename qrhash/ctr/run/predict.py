@@ -6,7 +6,7 @@ rows went through, so that they get the same logits to the last bit.
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ import pyarrow.parquet
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
+from qrhash.ctr.data.vocabulary import UNSEEN_ID, Ids, Vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Scores, click_rates, described, scores
 from qrhash.ctr.run.display import Display
@@ -80,6 +81,7 @@ def predict(
     bad_lines = BadLines(most, display.line)
     source = _Placed(open_others(kept, data, bad_lines, display.line))
     trained = load_trained(kept, display)
+    source.ids = trained.ids
     result = _Counts()
     columns = ["row", "score"] if settings.model == TWO_TOWER else ["row", "logit", "score"]
     columns += [] if source.schema.label is None else ["label"]
@@ -98,6 +100,12 @@ def predict(
         display.done()
         if not result.rows:
             raise UserError(f"{source.name}: none of its {source.num_lines:,} rows can be read.")
+    for name in source.strange:
+        was = next(column.type for column in source.schema.columns if column.name == name)
+        display.line(
+            f"Warning: the run has an id for none of the values of {name} in {source.name}: are "
+            f"they written as those that it was trained on, of type {was}?"
+        )
     unlabelled = result.unlabelled if source.schema.label is not None else 0
     found = result.scores()
     if found is not None and settings.model == TWO_TOWER:
@@ -106,7 +114,11 @@ def predict(
 
 
 class _Placed:
-    """A source that remembers the place of each row that it gave, until it is asked for."""
+    """A source that remembers the place of each row that it gave, until it is asked for.
+
+    Attributes:
+      ids: of the columns of the model: by them is told what `strange` says.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -114,12 +126,15 @@ class _Placed:
         self.num_lines, self.checksum = source.num_lines, source.checksum
         self._places: deque[np.ndarray] = deque()
         self._rest = np.zeros(0, np.int64)
+        self.ids: Mapping[str, Ids] = {}
+        self._met: dict[str, bool] = {}
 
     def blocks(self, start: int, stop: int, wanted: np.ndarray | None = None) -> Iterator[Block]:
         """Yields the rows of lines [start, stop); see `Source`."""
         for block in self._source.blocks(start, stop, wanted):
             assert block.places is not None
             self._places.append(block.places)
+            self._look(block)
             yield block
 
     def take(self, rows: int) -> np.ndarray:
@@ -128,6 +143,21 @@ class _Placed:
             self._rest = np.concatenate([self._rest, self._places.popleft()])
         taken, self._rest = self._rest[:rows], self._rest[rows:]
         return taken
+
+    @property
+    def strange(self) -> list[str]:
+        """The columns that have values, none of which is in the vocabulary."""
+        return [name for name, met in self._met.items() if not met]
+
+    def _look(self, block: Block) -> None:
+        """Whether the vocabularies have any of the values, of columns of which that is open."""
+        for name, ids in self.ids.items():
+            if self._met.get(name) or not isinstance(ids, Vocabulary):
+                continue
+            keys = block.present(name, self.schema)
+            if len(keys):
+                found = ids(keys, np.zeros(len(keys), np.bool_))
+                self._met[name] = bool(np.any(found != UNSEEN_ID))
 
 
 class _Counts:

@@ -161,6 +161,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text().splitlines(keepends=True)
         records = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"There is no run in {path.parent}: it holds no {path.name}.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
