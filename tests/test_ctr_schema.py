@@ -94,7 +94,18 @@ def test_what_a_column_is_used_as(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("user_id", "id", "userId", "userid", "ZIP", "item.type", "hash_of_it", "main category"),
+        *(
+            "user_id",
+            "id",
+            "userId",
+            "userid",
+            "visitorid",
+            "AnimeID",
+            "ZIP",
+            "item.type",
+            "hash_of_it",
+            "main category",
+        ),
         *("user", "Movie", "item"),
     ],
 )

@@ -8,8 +8,13 @@ _OF_IDS = {"id", "ids", "uid", "uuid", "guid", "hash", "hashed", "code", "zip", 
 _OF_IDS |= {"postcode", "type", "category", "categories", "cat", "key", "token", "class", "kind"}
 # What has ids: a column of that name, or with "id" behind it.
 _THINGS = (
-    "(user|item|ad|movie|product|session|device|site|app|page|campaign|video|song|artist|book"
-    "|store|shop|brand|cate|customer|client|query|doc|category|publisher|advertiser|creative)"
+    "("
+    "user|visitor|member|account|customer|client|buyer|seller|merchant|vendor|author|artist"
+    "|creator|item|product|article|ad|advertiser|publisher|campaign|creative|category|cate"
+    "|brand|shop|store|hotel|restaurant|place|venue|location|city|country|movie|video|film|show"
+    "|anime|game|song|track|album|playlist|book|news|post|question|document|doc|query|session"
+    "|device|site|app|page|channel|content|listing|job|course"
+    ")"
 )
 _OF_TIMES = {"time", "timestamp", "ts", "datetime", "unixtime", "epoch", "created", "date"}
 _INDEX = re.compile("unnamed(: )?[0-9]+|__index_level_[0-9]+__", flags=re.IGNORECASE)
