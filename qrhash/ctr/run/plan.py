@@ -18,6 +18,7 @@ from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.vocabulary import Counts
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.planned import SAID, planned
+from qrhash.ctr.options import split_names
 from qrhash.ctr.plan_settings import PlanOptions
 from qrhash.ctr.run.devices import mesh_sizes
 from qrhash.ctr.run.display import Display
@@ -68,7 +69,7 @@ def run(
             columns, examples = survey(settings, display)
     plan, sections = planned(
         settings,
-        columns,
+        growing(columns, options),
         budget,
         devices=devices,
         optimizer=options.optimizer,
@@ -129,6 +130,28 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     if met.of and not rows:
         raise UserError(f"{source.name}: none of the {train} training lines can be read.")
     return columns, rows
+
+
+def growing(columns: Mapping[str, Column], options: PlanOptions) -> dict[str, Column]:
+    """The columns, with whether their tables are to grow, or may.
+
+    Raises:
+      UserError: a column that is to grow is not among them.
+    """
+    named = split_names(options.dynamic_columns)
+    unknown = [name for name in named if name not in columns]
+    if unknown:
+        raise UserError(
+            f"--dynamic-columns must be of those planned for, {', '.join(columns)}, got "
+            f"{unknown[0]}."
+        )
+    others = "may" if options.allow_dynamic else "no"
+    return {
+        name: each._replace(
+            dynamic="must" if name in named else others, admit_after=options.admit_after
+        )
+        for name, each in columns.items()
+    }
 
 
 def _prior_count(variance: float) -> float | None:
