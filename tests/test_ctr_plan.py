@@ -339,6 +339,26 @@ def test_counts_are_those_of_the_ids():
         assert counts.vocabulary(least).num_embeddings == len(wanted)
 
 
+def test_keys_of_columns_that_are_to_grow_are_counted_whatever_the_settings_say(tmp_path):
+    data = _write_table(tmp_path / "events.csv")
+    columns = {"user_id": {"hash_size": 1000}}
+    settings = Settings(data=str(data), lists="tags", dynamic="1000", columns=columns)
+    with Display(Console(quiet=True)) as display:
+        found, _ = planning_run.survey(settings, display, ["item", "user_id"])
+        without, _ = planning_run.survey(settings, display)
+    assert found.keys() == {"user_id", "item"}
+    assert all(column.counts is not None for column in found.values())
+    assert without == {"user_id": Column(1000)}
+    grown = {name: each._replace(dynamic="must") for name, each in found.items()}
+    plan, sections = planned(
+        settings, grown, 200_000, devices=1, optimizer="adagrad", num_examples=None
+    )
+    again = Settings(**tomllib.loads(planning_run.config_text(settings, sections, plan)))
+    built = embed_configs(again, {"user_id": None, "item": None, "tags": None})
+    assert _same({name: built[name] for name in found}, plan.configs)
+    assert built["tags"].capacity == 1000
+
+
 def _variance(groups):
     """The same of lists of clicks, by the sums of squares of an analysis of variance."""
     clicks = np.concatenate(groups)

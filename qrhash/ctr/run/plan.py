@@ -4,7 +4,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.text import Text
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sizes import read_sizes
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import Counts
+from qrhash.ctr.data.vocabulary import Counts, has_no_vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.planned import SAID, planned
 from qrhash.ctr.options import split_names
@@ -66,10 +66,10 @@ def run(
         columns, examples = read_sizes(Path(options.sizes)), options.num_examples
     else:
         with display:
-            columns, examples = survey(settings, display)
+            columns, examples = survey(settings, display, split_names(options.dynamic_columns))
     plan, sections = planned(
         settings,
-        growing(columns, options),
+        with_growth(columns, options),
         budget,
         devices=devices,
         optimizer=options.optimizer,
@@ -84,15 +84,18 @@ def run(
     return plan_table(plan), Text(summary(plan))
 
 
-def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int]:
+def survey(
+    settings: Settings, display: Display, growing: Collection[str] = ()
+) -> tuple[dict[str, Column], int]:
     """What the training rows say of the columns that have ids: sizes, counts and lengths.
 
     Args:
       settings: where the data are, and what their columns are used as.
       display: is told of the pass.
+      growing: columns whose tables are to grow: their keys are counted, whatever the settings say.
 
     Returns:
-      Column name -> `Column`, without those that are dropped or take keys as they are, with how
+      Column name -> `Column`, without others that are dropped or take keys as they are, with how
       much the click rates of their ids differ; and the number of rows.
 
     Raises:
@@ -104,7 +107,13 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     train, _ = splits(settings, source)
     schema = source.schema
     rows = 0
-    met, clicked = (Counts(settings, schema.categories, schema.lists) for _ in range(2))
+    counted = [
+        name
+        for name in schema.embedded
+        if name in growing or not has_no_vocabulary(settings.column(name))
+    ]
+    kinds = (schema.categories, schema.lists)
+    met, clicked = (Counts(settings, *kinds, counted) for _ in range(2))
     blocks = make_goal(settings, schema).source(source).blocks(0, train)
     for block in shown(blocks, display, "vocabulary", train):
         rows += len(block.labels)
@@ -132,7 +141,7 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     return columns, rows
 
 
-def growing(columns: Mapping[str, Column], options: PlanOptions) -> dict[str, Column]:
+def with_growth(columns: Mapping[str, Column], options: PlanOptions) -> dict[str, Column]:
     """The columns, with whether their tables are to grow, or may.
 
     Raises:

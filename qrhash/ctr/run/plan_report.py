@@ -103,8 +103,9 @@ def draw_plan(plan: Plan, path: Path) -> None:
         losses.barh(list(of_way), [each.loss for each in of_way.values()], color=colour)
     for name, each in drawn:
         share = "full" if not each.is_compressed else f"{each.share:.1%} of full"
+        share += f"\n  {each.why}" if each.is_dynamic else ""
         if each.loss:
-            losses.text(each.loss, name, f"  {each.loss:.1%}, in {share}", va="center", size=8)
+            losses.text(each.loss, name, f"  {each.loss:.1%}, in {share}", va="center", size=7.5)
         else:
             losses.text(0, name, f"  {share}", va="center", size=8, color="gray")
     sizes.set(xscale="log", xlabel="bytes of tables and their keys, all devices together")
@@ -115,7 +116,9 @@ def draw_plan(plan: Plan, path: Path) -> None:
     figure.legend(*named, loc="outside lower center", ncols=4, fontsize=8)
     most = max((each.loss for _, each in drawn), default=0.0)
     losses.set(xlabel="expected to be lost of what a full table would know")
-    losses.set_xlim(0, max(0.01, most) * 1.5)
+    # Room for the words behind the bars.
+    wide = 4.0 if any(each.is_dynamic for _, each in drawn) else 1.5
+    losses.set_xlim(0, max(0.01, most) * wide)
     losses.xaxis.set_major_formatter(PercentFormatter(1))
     for axes in (sizes, losses):
         axes.grid(axis="x", alpha=0.3)
