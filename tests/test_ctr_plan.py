@@ -123,7 +123,7 @@ def test_whatever_is_planned_is_built(
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize(("grows", "admit_after"), [("no", 2), ("must", 2), ("must", 1)])
+@pytest.mark.parametrize(("grows", "admit_after"), [("no", 2), ("must", 2)])
 def test_a_device_holds_what_was_promised(devices, grows, admit_after):
     settings = Settings(
         large_table_rows=400,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrhash import dynamic, planning
-from qrhash.planning import candidates, growing, knapsack, traffic
+from qrhash.planning import candidates, growing, knapsack, planner, traffic
 from qrhash.planning.memory import OPTIMIZERS, Memory
 
 # The 26 columns of Criteo's display advertising data.
@@ -275,9 +275,10 @@ def test_the_choice_is_the_best_there_is(classes, budget, most_states):
 
 def _offered(sizes, features, memory, examples, grows):
     """(cost, loss, config) of all candidates of each column."""
-    ways = {"no": candidates.WAYS, "may": (*candidates.WAYS, growing.growing)}
-    ways["must"] = (growing.growing,)
     for size in sizes:
+        ways = (growing.growing,) if grows == "must" else candidates.WAYS
+        if grows == "may" and size >= planner.LEAST_GROWING:
+            ways = (*ways, growing.growing)
         facts = candidates.Facts(
             num_embeddings=size,
             features=features,
@@ -287,7 +288,7 @@ def _offered(sizes, features, memory, examples, grows):
             options={"large_table_rows": memory.large_table_rows},
             per_octave=1,
         )
-        found = [way(facts) for way in ways[grows]]
+        found = [way(facts) for way in ways]
         yield [
             (cost, loss, each.make(number))
             for each in found

@@ -66,7 +66,10 @@ class PlanOptions:
     ] = None
     allow_dynamic: Annotated[
         bool,
-        _plan("Whether other columns may have tables that grow too, where that loses less."),
+        _plan(
+            "Whether other columns of 1,000 keys or more may have tables that grow too, where "
+            "that loses less."
+        ),
     ] = False
     admit_after: Annotated[
         int,

@@ -31,8 +31,8 @@ class Column(NamedTuple):
       prior_count: after how many meetings half of the variance of an id's effect is known: the
         variance of the noise, divided by that between ids. A column whose effects are larger has a
         smaller one, and weighs more. None: 10.
-      dynamic: whether its table grows, and takes keys as they come: "no", "may" (where that loses
-        less) or "must".
+      dynamic: whether its table grows, and takes keys as they come: "no", "may" (of 1,000
+        ids or more, where that loses less) or "must".
       admit_after: how often a key is met before it has a row of its own there.
     """
 

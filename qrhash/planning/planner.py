@@ -29,6 +29,9 @@ THRESHOLD = 200
 # Of a budget: a full table that takes less than this is not worth compressing.
 _NEGLIGIBLE = 0.001
 
+# Ids of a column that may grow: each such table has an index of its own to look keys up in.
+LEAST_GROWING = 1000
+
 # Budgets tried from one to its double: of all columns together, and of each at least.
 _SIZES, _LEAST_SIZES = 256, 8
 
@@ -245,7 +248,7 @@ def _ways(dynamic: str, facts: Facts, threshold: int) -> Sequence[Way]:
         return (growing,)
     if facts.num_embeddings <= threshold:
         return WAYS[:1]
-    if dynamic == "no":
+    if dynamic == "no" or facts.num_embeddings < LEAST_GROWING:
         return WAYS
     full_bytes = facts.memory.on_a_device(facts.num_embeddings, facts.features)
     return (*WAYS, functools.partial(growing, most_bytes=WORTHWHILE * full_bytes))
