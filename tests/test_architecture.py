@@ -63,7 +63,6 @@ ROOMS = {
     "stacks": {"jax", "numpy"},
     "plans": {"jax"},
     "collection": {"jax"},
-    "planning": {"numpy"},
     "inspection": {"numpy"},
     "jaxprs": {"jax"},
     "program": {"jax"},
@@ -71,6 +70,7 @@ ROOMS = {
     "autodiff": {"jax", "numpy"},
     "optim": {"jax", "numpy", "optax"},
     "dynamic": {"jax", "numpy", "optax"},
+    "planning": {"numpy"},
     "linen": {"jax", "flax"},
     "nnx": {"jax", "flax", "optax"},
     "deeprec": {"jax", "flax", "numpy"},
@@ -98,7 +98,6 @@ ROOMS = {
 
 # The rooms inside of a room that is a folder, in reading order.
 INSIDE = {
-    "planning": ["traffic", "memory", "candidates", "knapsack", "planner"],
     "inspection": ["blocks", "frequency", "twins", "traffic", "similarity"],
     "optim": [
         "refusals",
@@ -114,6 +113,9 @@ INSIDE = {
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
         *("sharded", "config", "embedding", "growth", "resharding", "deltas"),
         *("cached", "store", "residents", "records", "numbering", "traffic", "tier_files", "tiers"),
+    ],
+    "planning": [
+        *("traffic", "memory", "columns", "candidates", "growing", "knapsack", "planner"),
     ],
     "linen": ["variables", "modules", "dynamic"],
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import qrhash
-from qrhash import cli
+from qrhash import cli, dynamic
 from qrhash.budget import partition_of
 from qrhash.ctr.config_file import load
 from qrhash.ctr.data.sizes import read_sizes
@@ -51,16 +51,39 @@ def _columns(sizes):
 # --- what the trainer builds ----------------------------------------------------------------------
 
 
+def _sizes(plan):
+    """As the trainer has them: of a column of keys there are none."""
+    return {n: None if each.is_dynamic else each.num_embeddings for n, each in plan.columns}
+
+
+def _but_seeds(config):
+    if not isinstance(config, dynamic.DynamicConfig):
+        return config
+    partition = dataclasses.replace(config.refused.partition, seed=0)
+    refused = dataclasses.replace(config.refused, partition=partition)
+    return dataclasses.replace(config, seed=0, refused=refused)
+
+
+def _same(built, planned):
+    return {n: _but_seeds(each) for n, each in built.items()} == {
+        n: _but_seeds(each) for n, each in planned.items()
+    }
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("budget", [60_000, 640_000, 4_000_000])
-def test_the_trainer_builds_what_was_planned(budget, devices):
+@pytest.mark.parametrize("grows", ["no", "may", "must"])
+def test_the_trainer_builds_what_was_planned(budget, devices, grows):
     settings = Settings(large_table_rows=400, init_stddev=0.3)
+    columns = {name: Column(size, dynamic=grows, admit_after=3) for name, size in SIZES.items()}
     plan, sections = planned(
-        settings, _columns(SIZES), budget, devices=devices, optimizer="adagrad", num_examples=None
+        settings, columns, budget, devices=devices, optimizer="adagrad", num_examples=None
     )
     text = planning_run.config_text(settings, sections, plan)
     again = Settings(**tomllib.loads(text))
-    assert embed_configs(again, SIZES) == plan.configs
+    assert _same(embed_configs(again, _sizes(plan)), plan.configs)
+    assert all(each.is_dynamic for _, each in plan.columns) == (grows == "must")
+    assert any(each.is_dynamic for _, each in plan.columns) <= (grows != "no")
     assert again.mesh == (None if devices == 1 else "data=8")
     assert plan.bytes_per_device <= budget
 
@@ -72,15 +95,19 @@ def test_the_trainer_builds_what_was_planned(budget, devices):
     st.sampled_from([1, 3, 8]),
     st.sampled_from([1, 100, 16384]),
     st.floats(0.02, 1.1),
+    st.sampled_from(["no", "may", "must"]),
+    st.sampled_from([1, 2, 9]),
 )
-def test_whatever_is_planned_is_built(sizes, features, devices, large_table_rows, share):
+def test_whatever_is_planned_is_built(
+    sizes, features, devices, large_table_rows, share, grows, admit_after
+):
     sizes = {f"C{number}": size for number, size in enumerate(sizes, 1)}
     options = Settings(features=features, large_table_rows=large_table_rows, threshold=10)
     budget = max(1, int(share * sum(sizes.values()) * features * 8))
     try:
         plan, sections = planned(
             options,
-            _columns(sizes),
+            {n: Column(size, None, 1.0, None, grows, admit_after) for n, size in sizes.items()},
             budget,
             devices=devices,
             optimizer="adagrad",
@@ -91,35 +118,41 @@ def test_whatever_is_planned_is_built(sizes, features, devices, large_table_rows
             return
         raise
     again = Settings(**tomllib.loads(planning_run.config_text(options, sections, plan)))
-    assert embed_configs(again, sizes) == plan.configs
+    assert _same(embed_configs(again, _sizes(plan)), plan.configs)
     assert plan.bytes_per_device <= budget
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_device_holds_what_was_promised(devices):
+@pytest.mark.parametrize(("grows", "admit_after"), [("no", 2), ("must", 2)])
+def test_a_device_holds_what_was_promised(devices, grows, admit_after):
     settings = Settings(
         large_table_rows=400,
         bottom_mlp="8",
         top_mlp="8",
         mesh=None if devices == 1 else f"data={devices}",
     )
+    columns = _columns(SIZES)
+    for name in ("C1", "C3", "C10", "C26"):
+        columns[name] = Column(SIZES[name], dynamic=grows, admit_after=admit_after)
+    budget = 80_000 if grows == "no" else 200_000
     plan, sections = planned(
-        settings, _columns(SIZES), 80_000, devices=devices, optimizer="adagrad", num_examples=None
+        settings, columns, budget, devices=devices, optimizer="adagrad", num_examples=None
     )
     as_planned = dataclasses.replace(settings, columns=sections)
     layout = make_layout(as_planned)
-    configs = embed_configs(as_planned, SIZES, layout)
-    assert {config.operation for config in configs.values()} == {"mult", "project"}
+    configs = embed_configs(as_planned, _sizes(plan), layout)
+    operations = {getattr(config, "operation", "") for config in configs.values()}
+    assert operations == ({"mult", "project"} if grows == "no" else {"mult", ""})
     learner = Learner(
         lambda: build_model(as_planned, configs, 13, ()), as_planned, num_steps=1, layout=layout
     )
     states = learner._state.inner_states
     adam = states["dense"].inner_state[0]
-    projections = [
-        each["embeddings"] for each in (learner.params["dense"], adam.mu["dense"], adam.nu["dense"])
-    ]
+    dense = (learner.params["dense"], adam.mu["dense"], adam.nu["dense"])
+    projections = [each["embeddings"] for each in dense if "embeddings" in each]
     held = dict.fromkeys(range(devices), 0)
-    for array in jax.tree.leaves([learner.params["tables"], states["tables"], projections]):
+    of_tables = [learner.params["tables"], states["tables"], learner._keys]
+    for array in jax.tree.leaves([*of_tables, projections]):
         for shard in array.addressable_shards:
             held[shard.device.id] += shard.data.nbytes
     # Not within a percent: to the byte.
@@ -246,6 +279,39 @@ def test_from_data_to_a_trained_model(tmp_path, monkeypatch):
     assert records[-1]["embedding_bytes"] / 1000 == pytest.approx(float(in_all), abs=0.06)
 
 
+def test_columns_whose_keys_keep_coming_get_tables_that_grow(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = _write_table(tmp_path / "events.csv")
+    (tmp_path / "own.toml").write_text("[columns.item]\nmin_count = 2\n")
+    result = _run(
+        *("--data", data, "--config", "own.toml", "--lists", "tags", "--features", 4),
+        *("--threshold", 30, "--num-bytes", "25kB", "--dynamic-columns", "item,tags"),
+        *("--admit-after", 3, "--output", "plan.toml", "--picture", "plan.png"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert len(re.findall("rows of their own, the others", " ".join(result.stdout.split()))) == 2
+    assert "indexes of keys of" in " ".join(result.stdout.split())
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    small = '\nbottom_mlp = "8"\ntop_mlp = "8"\nevaluations = 1\n'
+    text = (tmp_path / "plan.toml").read_text()
+    (tmp_path / "small.toml").write_text(text.replace("\n\n[", f"{small}\n[", 1))
+    item = tomllib.loads(text)["columns"]["item"]
+    assert item.keys() >= {"dynamic", "admit_after", "key_bits"}
+    assert "min_count" not in item
+    trained = CliRunner().invoke(
+        cli.build_app(), ["train", "--config=small.toml", "--output-dir=run"]
+    )
+    assert trained.exit_code == 0, trained.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    summary = json.loads(lines[-1])
+    found = re.search(
+        r"tables of ([\d.]+) kB and indexes of keys of ([\d.]+) kB", text.replace("\n# ", " ")
+    )
+    told = [float(size) for size in found.groups()]
+    taken = [summary["embedding_bytes"] / 1000, summary["index_bytes"] / 1000]
+    assert taken == pytest.approx(told, abs=0.06)
+
+
 def test_the_survey_counts_as_the_vocabulary_does(tmp_path):
     data = _write_table(tmp_path / "events.csv")
     settings = Settings(data=str(data), lists="tags", min_count=2, test_rows=100)
@@ -271,6 +337,26 @@ def test_counts_are_those_of_the_ids():
     for least, wanted in ((1, [3, 2, 1, 0]), (2, [3, 2, 1]), (4, [6])):
         assert list(counts.counts(least)) == wanted
         assert counts.vocabulary(least).num_embeddings == len(wanted)
+
+
+def test_keys_of_columns_that_are_to_grow_are_counted_whatever_the_settings_say(tmp_path):
+    data = _write_table(tmp_path / "events.csv")
+    columns = {"user_id": {"hash_size": 1000}}
+    settings = Settings(data=str(data), lists="tags", dynamic="1000", columns=columns)
+    with Display(Console(quiet=True)) as display:
+        found, _ = planning_run.survey(settings, display, ["item", "user_id"])
+        without, _ = planning_run.survey(settings, display)
+    assert found.keys() == {"user_id", "item"}
+    assert all(column.counts is not None for column in found.values())
+    assert without == {"user_id": Column(1000)}
+    grown = {name: each._replace(dynamic="must") for name, each in found.items()}
+    plan, sections = planned(
+        settings, grown, 200_000, devices=1, optimizer="adagrad", num_examples=None
+    )
+    again = Settings(**tomllib.loads(planning_run.config_text(settings, sections, plan)))
+    built = embed_configs(again, {"user_id": None, "item": None, "tags": None})
+    assert _same({name: built[name] for name in found}, plan.configs)
+    assert built["tags"].capacity == 1000
 
 
 def _variance(groups):
@@ -389,6 +475,14 @@ def test_sizes_in_bytes_are_read(text, size):
             "--picture must end in .png, got 'plan.jpg'",
         ),
         (
+            ["--num-bytes", "1MB", "--sizes", "sizes.csv", "--dynamic-columns", "user,it"],
+            "--dynamic-columns must be of those planned for, user, got it",
+        ),
+        (
+            ["--num-bytes", "1MB", "--sizes", "sizes.csv", "--admit-after", "3"],
+            "--admit-after goes with --dynamic-columns or --allow-dynamic",
+        ),
+        (
             ["--num-bytes=1MB", "--sizes=sizes.csv", "--mesh=data=2,model=4", "--devices=8"],
             "--devices must be 4, over which mesh data=2,model=4 splits large tables, got 8",
         ),
@@ -414,6 +508,8 @@ def test_the_least_budget_that_is_told_is_enough(tmp_path, monkeypatch):
 
 def test_help_says_what_to_give():
     text = _run("--help").stdout
+    for option in ("--dynamic-columns", "--allow-dynamic", "--admit-after"):
+        assert f"{option} " in text
     for option in ("--num-bytes", "--sizes", "--devices", "--optimizer", "--picture", "--label"):
         assert f"{option} " in text
     assert "64MB" in text

@@ -16,7 +16,9 @@ from qrhash.dynamic import (
     SketchCount,
     SmallNorm,
     StepsSinceUse,
+    init_state,
 )
+from qrhash.dynamic.index import shard_bytes
 from support.meshes import make_layout
 
 CONFIGS = [
@@ -74,3 +76,17 @@ def test_functions_are_given_beside_json():
 def test_values_that_make_no_config_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         DynamicConfig.from_dict(DynamicConfig(10, 4).to_dict() | change)
+
+
+ADMISSIONS = [AdmitAll(), ExactCount(2, 50), SketchCount(3, 999), SketchCount(300, 999)]
+
+
+@pytest.mark.parametrize("admission", [*ADMISSIONS, AdmitByChance(0.5)], ids=repr)
+@pytest.mark.parametrize("capacity", [1, 64, 65, 1000])
+@pytest.mark.parametrize("num_shards", [None, 8])
+def test_bytes_of_an_index_are_those_of_its_arrays(admission, capacity, num_shards):
+    layout = num_shards and make_layout((num_shards,), ("model",))
+    config = DynamicConfig(capacity, 8, admission=admission, layout=layout)
+    arrays = jax.tree.leaves(jax.eval_shape(lambda: init_state(config)))
+    taken = sum(array.size * array.dtype.itemsize for array in arrays)
+    assert (num_shards or 1) * shard_bytes(capacity, admission, num_shards) == taken

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
+from qrhash.ctr.column_settings import ColumnOptions
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import Option, bytes_of, check_values
+from qrhash.ctr.options import Option, bytes_of, check_values, split_names
 
 _plan = partial(Option, "Plan")
 
@@ -56,6 +57,24 @@ class PlanOptions:
             least=1,
         ),
     ] = None
+    dynamic_columns: Annotated[
+        str | None,
+        _plan(
+            "Columns whose keys keep coming, a,b: they get tables that grow, with rows of their "
+            "own for the keys met often enough, and compressed vectors for all others."
+        ),
+    ] = None
+    allow_dynamic: Annotated[
+        bool,
+        _plan(
+            "Whether other columns of 1,000 keys or more may have tables that grow too, where "
+            "that loses less."
+        ),
+    ] = False
+    admit_after: Annotated[
+        int,
+        _plan("Of tables that grow: how often a key is met before it has a row.", least=1),
+    ] = ColumnOptions.admit_after
     output: Annotated[
         str | None, _plan("Where the file for qrhash train --config goes, such as plan.toml.")
     ] = None
@@ -74,6 +93,9 @@ class PlanOptions:
             raise UserError(f"--picture must end in .png, got {self.picture!r}.")
         if self.sizes is None and self.num_examples is not None:
             raise UserError("--num-examples goes with --sizes; data are counted.")
+        is_any = self.allow_dynamic or split_names(self.dynamic_columns)
+        if self.admit_after != PlanOptions.admit_after and not is_any:
+            raise UserError("--admit-after goes with --dynamic-columns or --allow-dynamic.")
 
     @property
     def budget(self) -> int:

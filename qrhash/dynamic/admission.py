@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from qrhash.arithmetic import as_size, ceil_div
-from qrhash.dynamic.index import KeyIndex, assign, create, lookup_rows
-from qrhash.dynamic.newcomers import Admission, Admitted, Newcomers
+from qrhash.dynamic.index import KeyIndex, assign, create, lookup_rows, num_bytes
+from qrhash.dynamic.newcomers import Admission, AdmitAll, Admitted, Newcomers
 from qrhash.dynamic.slots import read
 from qrhash.dynamic.upkeep import evict, lowest
 from qrhash.fields import require_probability
@@ -50,6 +50,11 @@ class ExactCount(Admission):
         """With its part of the candidates."""
         return dataclasses.replace(self, num_candidates=ceil_div(self.num_candidates, num_shards))
 
+    @property
+    def num_bytes(self) -> int:
+        """Those of the candidates' index."""
+        return num_bytes(self.num_candidates)
+
     def init(self) -> KeyIndex:
         """No candidates."""
         return create(self.num_candidates)
@@ -82,6 +87,11 @@ class ExactCount(Admission):
             counts=state.counts.at[rows].set(0, mode="drop"),
             last_steps=state.last_steps.at[rows].set(0, mode="drop"),
         )
+
+
+def admit_after(times: int, capacity: int) -> Admission:
+    """Keys that have been met so often: at once, or among as many candidates as there are rows."""
+    return AdmitAll() if times == 1 else ExactCount(times, capacity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +166,11 @@ class SketchCount(Admission):
         """With its part of the counters."""
         num_counters = max(ceil_div(self.num_counters, num_shards), self.num_hashes)
         return dataclasses.replace(self, num_counters=num_counters)
+
+    @property
+    def num_bytes(self) -> int:
+        """Those of the counters, and of one number."""
+        return self.num_hashes * self._width * (1 if self.threshold < 2**8 else 2) + 4
 
     def init(self) -> PyTree:
         """Counters [num_hashes * width], and how often they were halved."""

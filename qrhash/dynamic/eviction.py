@@ -12,11 +12,14 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from qrhash.arithmetic import as_size
+from qrhash.arithmetic import as_size, ceil_div
 from qrhash.dynamic.index import KeyIndex
 from qrhash.dynamic.upkeep import lowest
 from qrhash.fields import require_choice
 from qrhash.types import Scalar
+
+# One row in so many is kept free, when nothing says how long a key may keep one.
+_KEPT_FREE = 8
 
 # What each row of the table has -> what each row of the index has.
 ByPlace: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -134,3 +137,8 @@ class LeastUsed(Eviction):
         below = live & (index.counts < bound)
         rest = excess - jnp.sum(below, dtype=jnp.int32)
         return below | lowest(index.last_steps, live & (index.counts == bound), rest)
+
+
+def longest_unused(capacity: int) -> LeastUsed:
+    """Keeps one row in eight free: keys that were met longest ago lose theirs."""
+    return LeastUsed(capacity - ceil_div(capacity, _KEPT_FREE), by="step")

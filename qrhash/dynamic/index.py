@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qrhash.arithmetic import as_size
+from qrhash.arithmetic import as_size, ceil_div
 from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers
 from qrhash.dynamic.slots import find, new_slots, on_few, place, read, some_keys
 from qrhash.keys import Keys, scramble
@@ -137,8 +137,34 @@ def create(capacity: int, num_slots: int | None = None) -> KeyIndex:
     )
 
 
+def shard_bytes(capacity: int, admission: Admission, num_shards: int | None = None) -> int:
+    """Bytes of an index and of what its admission keeps.
+
+    Args:
+      capacity: how many keys can have a row, on all shards together.
+      admission: of the keys.
+      num_shards: on a mesh, of how many shards this is one; None: without a mesh.
+
+    >>> shard_bytes(2**16, _ADMIT_ALL) // 2**16
+    52
+    """
+    rows = ceil_div(capacity, num_shards or 1)
+    home = 0 if num_shards is None else 4 * rows  # `qrhash.dynamic.sharded`
+    return num_bytes(rows) + home + admission.split(num_shards or 1).num_bytes
+
+
+def num_bytes(capacity: int) -> int:
+    """Bytes of the arrays of `create(capacity)`."""
+    # Four words for each slot, five for each row, and two numbers.
+    return 16 * _fewest_slots(capacity) + 20 * capacity + 8
+
+
+def _fewest_slots(capacity: int) -> int:
+    return 1 << (_SLOTS_PER_ROW * capacity - 1).bit_length()
+
+
 def _checked_slots(num_slots: int | None, capacity: int) -> int:
-    fewest = 1 << (_SLOTS_PER_ROW * capacity - 1).bit_length()
+    fewest = _fewest_slots(capacity)
     if num_slots is None:
         return fewest
     num_slots = as_size("num_slots", num_slots)

@@ -56,6 +56,11 @@ class Admission(abc.ABC):
         del num_shards
         return self
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the state."""
+        return 0
+
     @abc.abstractmethod
     def judge(self, state: PyTree, newcomers: Newcomers) -> tuple[PyTree, Admitted]:
         """Counts newcomers, and says which of them are admitted."""

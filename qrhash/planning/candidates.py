@@ -1,8 +1,9 @@
 """Ways to keep a column, with what each costs and loses, for many sizes at once.
 
-A way is a function: facts about a column -> `Candidates`. `WAYS` lists all of them; a new one is
-one more function there. Nothing is built here: sizes and losses are arithmetic on arrays, and the
-config of a candidate is made when it is chosen.
+A way is a function: facts about a column -> `Candidates`. `WAYS` lists all of them for ids of a
+vocabulary; a new one is one more function there. Tables that grow are one for keys (`growing`).
+Nothing is built here: sizes and losses are arithmetic on arrays, and the config of a candidate is
+made when it is chosen.
 
 **What a candidate loses.** `traffic` says which share of a column's variance is known from rows of
 one id each, `known`, and which from a table that ids share, `shared`. Tables beside that one tell
@@ -72,6 +73,7 @@ class Facts:
       memory: what is counted as bytes.
       options: other fields of its `EmbedConfig`.
       per_octave: how many budgets are tried from one to its double.
+      admit_after: of a table that grows, how often a key is met before it has a row.
     """
 
     num_embeddings: int
@@ -81,6 +83,7 @@ class Facts:
     memory: Memory
     options: Mapping[str, Any]
     per_octave: int = 8
+    admit_after: int = 2
 
     @functools.cached_property
     def known(self) -> float:
@@ -112,12 +115,12 @@ class Candidates(NamedTuple):
     Attributes:
       costs: [m] bytes on each device, with state.
       losses: [m] what each loses, of the column's variance.
-      make: number of a candidate -> its config.
+      make: number of a candidate -> its config, an `EmbedConfig` or a `DynamicConfig`.
     """
 
     costs: np.ndarray
     losses: np.ndarray
-    make: Callable[[int], EmbedConfig]
+    make: Callable[[int], Any]
 
 
 def full(facts: Facts) -> Candidates:

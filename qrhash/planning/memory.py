@@ -2,15 +2,17 @@
 
 On a mesh a large table is split by rows, the last shard padded; tables of one width stand in one
 stack, which is padded once (`qrhash.layout`, `qrhash.spans`). Small tables and projections are on
-every device.
+every device. Tables that grow stand in no stack, and have an index of their keys, which is split
+over the devices as well.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from qrhash.arithmetic import ceil_div
 from qrhash.config import EmbedConfig
 from qrhash.fields import require_choice
 from qrhash.spans import stacks_of
@@ -64,25 +66,56 @@ class Memory:
         """The same of the optimizer's state alone."""
         return num_params * self.itemsize * _OF_DENSE
 
-    def tables(self, config: EmbedConfig) -> int:
-        """Tables and projection of a config, without state."""
-        return config.num_params * self.itemsize
+    def of_table(self, rows: int, width: int) -> int:
+        """Of a table that stands alone, with its state, on each device, padding included."""
+        is_split = rows >= self.large_table_rows
+        return int(self.of_tables(ceil_div(rows, self.devices) if is_split else rows, width))
 
-    def state(self, config: EmbedConfig) -> int:
+    def tables(self, config: Any) -> int:
+        """Tables and projection of a config, without state."""
+        num_params: int = config.num_params
+        return num_params * self.itemsize
+
+    def state(self, config: Any) -> int:
         """The optimizer's state for them."""
-        in_tables = sum(self.state_of_tables(rows, width) for rows, width in config.table_shapes)
+        in_tables = sum(self.state_of_tables(rows, width) for rows, width in _shapes(config))
         return int(in_tables + self.state_of_dense(_num_dense(config)))
 
-    def per_device(self, configs: Mapping[str, EmbedConfig]) -> int:
+    def index(self, config: Any) -> int:
+        """The index of a table that grows, candidates included, on each device; 0 for others."""
+        if isinstance(config, EmbedConfig):
+            return 0
+        # Loaded on first use: most plans have no such table.
+        from qrhash.dynamic.index import shard_bytes
+
+        shards = None if self.devices == 1 else self.devices
+        return shard_bytes(config.capacity, config.admission, shards)
+
+    def per_device(self, configs: Mapping[str, Any]) -> int:
         """Of all of them with their state, on each device, padding included."""
         total = sum(self.of_dense(_num_dense(config)) for config in configs.values())
-        for stack in stacks_of(configs):
+        fixed = {n: each for n, each in configs.items() if isinstance(each, EmbedConfig)}
+        for stack in stacks_of(fixed):
             rows, width = stack.shape
-            rows = -(-rows // self.devices) if stack.is_large else rows
+            rows = ceil_div(rows, self.devices) if stack.is_large else rows
             total += self.of_tables(rows, width)
+        for config in configs.values():
+            total += self.index(config)
+            if not isinstance(config, EmbedConfig):
+                total += sum(self.of_table(*shape) for shape in _shapes(config))
         return int(total)
 
 
-def _num_dense(config: EmbedConfig) -> int:
+def _shapes(config: Any) -> Iterator[tuple[int, int]]:
+    """Rows and width of every table of a config."""
+    if isinstance(config, EmbedConfig):
+        yield from config.table_shapes
+    else:
+        yield from config.own.table_shapes
+        yield from config.refused.table_shapes if config.refused else ()
+
+
+def _num_dense(config: Any) -> int:
     """Parameters besides the tables."""
-    return config.num_params - sum(rows * width for rows, width in config.table_shapes)
+    num_params: int = config.num_params
+    return num_params - sum(rows * width for rows, width in _shapes(config))

@@ -1,24 +1,27 @@
-"""`plan`: vocabularies and a budget of memory -> an `EmbedConfig` for each column.
+"""`plan`: vocabularies and a budget of memory -> an embedding for each column.
 
-Every column has candidates (`candidates`): a full table, and smaller ones by each operation and
-family at many sizes, each with its bytes on a device and with what it is expected to lose of what a
-full table would know of the column's ids. Of each column one is chosen, such that all together stay
-within the budget and lose least (`knapsack`).
+Every column has candidates: a full table and smaller ones by each operation and family at many
+sizes (`candidates`), and tables that grow (`growing`), each with its bytes on a device and with
+what it is expected to lose of what a full table would know of the column's ids. Of each column one
+is chosen, such that all together stay within the budget and lose least (`knapsack`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from qrhash.arithmetic import as_size
 from qrhash.config import EmbedConfig
 from qrhash.fields import as_float_dtype
-from qrhash.planning.candidates import WAYS, Facts, Way
+from qrhash.planning.candidates import WAYS, WORTHWHILE, Facts, Way
+from qrhash.planning.columns import Column, checked, examples_of, prior_count_of
+from qrhash.planning.growing import growing
 from qrhash.planning.knapsack import choose
 from qrhash.planning.memory import Memory
-from qrhash.planning.traffic import PRIOR_COUNT, of_counts, of_zipf
+from qrhash.planning.traffic import of_counts, of_zipf
 
 # Columns of at most this many ids keep full tables.
 THRESHOLD = 200
@@ -26,30 +29,11 @@ THRESHOLD = 200
 # Of a budget: a full table that takes less than this is not worth compressing.
 _NEGLIGIBLE = 0.001
 
-# Of a column; its tables are of 2**31 rows at most.
-_MOST_IDS = 2**40
+# Ids of a column that may grow: each such table has an index of its own to look keys up in.
+LEAST_GROWING = 1000
 
 # Budgets tried from one to its double: of all columns together, and of each at least.
 _SIZES, _LEAST_SIZES = 256, 8
-
-
-class Column(NamedTuple):
-    """What is known of a column of categories.
-
-    Attributes:
-      num_embeddings: number of ids.
-      counts: how often each is met, [num_embeddings] in falling order; None: Zipf's law with
-        exponent 1.05 is assumed.
-      length: mean number of ids in an example: of lists any, and below 1 where some have none.
-      prior_count: after how many meetings half of the variance of an id's effect is known: the
-        variance of the noise, divided by that between ids. A column whose effects are larger has a
-        smaller one, and weighs more. None: 10.
-    """
-
-    num_embeddings: int
-    counts: Any = None
-    length: float = 1.0
-    prior_count: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,18 +41,23 @@ class ColumnPlan:
     """What was planned for a column.
 
     Attributes:
-      config: its embedding.
+      config: its embedding, an `EmbedConfig`; or, of a table that grows, a
+        `qrhash.dynamic.DynamicConfig`.
+      num_embeddings: number of ids that it was planned for.
       table_bytes: of its tables and projection, on all devices together.
       state_bytes: the optimizer's state for them.
-      bytes_per_device: of both, on each device, with the padding of this column alone.
+      index_bytes: of a table that grows the index of keys.
+      bytes_per_device: of all that, on each device, with the padding of this column alone.
       full_bytes: of a full table, without state.
       loss: share, from 0 to 1, of what a full table would know that is expected to be lost.
       why: the reason, in words.
     """
 
-    config: EmbedConfig
+    config: Any
+    num_embeddings: int
     table_bytes: int
     state_bytes: int
+    index_bytes: int
     bytes_per_device: int
     full_bytes: int
     loss: float
@@ -76,13 +65,18 @@ class ColumnPlan:
 
     @property
     def share(self) -> float:
-        """The share of the bytes of a full table."""
-        return self.table_bytes / self.full_bytes
+        """The share of the bytes of a full table, the index of keys included."""
+        return (self.table_bytes + self.index_bytes) / self.full_bytes
 
     @property
     def is_compressed(self) -> bool:
         """Whether it is anything but a full table."""
-        return self.share < 1
+        return self.is_dynamic or self.share < 1
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether its table grows."""
+        return not isinstance(self.config, EmbedConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +88,8 @@ class Plan:
       num_bytes: the budget, for each device.
       devices: how many devices large tables are split over.
       optimizer: whose state is counted.
-      bytes_per_device: tables, projections and state on each device, padding included.
+      bytes_per_device: tables, projections, state and indexes of keys on each device, padding
+        included.
       loss: share of what full tables would know that is expected to be lost, over all columns.
       least_loss: no choice among the candidates loses less than this.
     """
@@ -108,8 +103,11 @@ class Plan:
     least_loss: float
 
     @property
-    def configs(self) -> dict[str, EmbedConfig]:
-        """Column name -> `EmbedConfig`, as `qrhash.CollectionConfig` takes them."""
+    def configs(self) -> dict[str, Any]:
+        """Column name -> `EmbedConfig`, as `qrhash.CollectionConfig` takes them.
+
+        Of a table that grows a `qrhash.dynamic.DynamicConfig`, which stands by itself.
+        """
         return {name: column.config for name, column in self.columns}
 
     @property
@@ -121,6 +119,11 @@ class Plan:
     def state_bytes(self) -> int:
         """The optimizer's state for them."""
         return sum(column.state_bytes for _, column in self.columns)
+
+    @property
+    def index_bytes(self) -> int:
+        """The indexes of keys of tables that grow."""
+        return sum(column.index_bytes for _, column in self.columns)
 
     @property
     def full_bytes(self) -> int:
@@ -151,8 +154,8 @@ def plan(
 
     Args:
       columns: name -> `Column`, or its number of ids. Ids are to be numbered by falling frequency.
-      num_bytes: what each device may hold of tables, projections and optimizer state, padding
-        included.
+      num_bytes: what each device may hold of tables, projections, optimizer state and, of tables
+        that grow, indexes of keys, padding included.
       features: width of the vectors.
       devices: how many devices the rows of large tables are split over; small tables and
         projections are on each.
@@ -160,7 +163,7 @@ def plan(
         each entry) or "adam" (two).
       num_examples: how many examples there are to learn from. Default: as many as the counts say;
         without counts, as many as meet the rarest id of the longest column once.
-      threshold: columns of at most this many ids keep full tables.
+      threshold: columns of at most this many ids keep full tables, but where `dynamic` is "must".
       **options: other fields of all `EmbedConfig`s, such as `large_table_rows` or `init_stddev`.
 
     Returns:
@@ -186,8 +189,8 @@ def plan(
         ),
         itemsize=as_float_dtype("param_dtype", options.get("param_dtype", np.float32)).itemsize,
     )
-    checked = _checked(columns)
-    examples = _examples(checked, num_examples)
+    of_columns = checked(columns)
+    examples = examples_of(of_columns, num_examples)
     facts = {
         name: Facts(
             num_embeddings=column.num_embeddings,
@@ -195,18 +198,20 @@ def plan(
             traffic=of_zipf(column.num_embeddings, examples * column.length)
             if column.counts is None
             else of_counts(column.counts),
-            prior_count=_prior_count(column),
+            prior_count=prior_count_of(column),
             memory=memory,
             options=options,
-            per_octave=max(_LEAST_SIZES, _SIZES // len(checked)),
+            per_octave=max(_LEAST_SIZES, _SIZES // len(of_columns)),
+            admit_after=column.admit_after,
         )
-        for name, column in checked.items()
+        for name, column in of_columns.items()
     }
     weights = {
-        name: min(1.0, column.length) / _prior_count(column) for name, column in checked.items()
+        name: min(1.0, column.length) / prior_count_of(column)
+        for name, column in of_columns.items()
     }
     classes = {
-        name: _Class(WAYS if each.num_embeddings > threshold else WAYS[:1], each, weights[name])
+        name: _Class(_ways(of_columns[name].dynamic, each, threshold), each, weights[name])
         for name, each in facts.items()
     }
     picks, configs, bound = _picked(classes, budget, memory)
@@ -216,8 +221,10 @@ def plan(
         lost = classes[name].losses[picks[name]] / (weights[name] * facts[name].known or 1.0)
         planned[name] = ColumnPlan(
             config=config,
+            num_embeddings=facts[name].num_embeddings,
             table_bytes=memory.tables(config),
             state_bytes=memory.state(config),
+            index_bytes=memory.index(config) * memory.devices,
             bytes_per_device=memory.per_device({name: config}),
             full_bytes=facts[name].full_params * memory.itemsize,
             loss=float(lost),
@@ -235,11 +242,23 @@ def plan(
     )
 
 
+def _ways(dynamic: str, facts: Facts, threshold: int) -> Sequence[Way]:
+    """The ways to keep a column, with a full table first if that is one."""
+    if dynamic == "must":
+        return (growing,)
+    if facts.num_embeddings <= threshold:
+        return WAYS[:1]
+    if dynamic == "no" or facts.num_embeddings < LEAST_GROWING:
+        return WAYS
+    full_bytes = facts.memory.on_a_device(facts.num_embeddings, facts.features)
+    return (*WAYS, functools.partial(growing, most_bytes=WORTHWHILE * full_bytes))
+
+
 class _Class:
     """The candidates of a column, of some ways behind each other.
 
     Args:
-      ways: the first one has one candidate, the full table.
+      ways: see `_ways`.
       facts: about the column.
       weight: of what it loses.
 
@@ -252,7 +271,7 @@ class _Class:
         self.costs = np.concatenate([way.costs for way in self._ways])
         self.losses = np.concatenate([way.losses for way in self._ways]) * weight
 
-    def make(self, number: int) -> EmbedConfig:
+    def make(self, number: int) -> Any:
         """The config of a candidate."""
         for way in self._ways:
             if number < len(way.costs):
@@ -260,8 +279,12 @@ class _Class:
             number -= len(way.costs)
         raise IndexError(number)
 
-    def why(self, pick: int, config: EmbedConfig, budget: int) -> str:
+    def why(self, pick: int, config: Any, budget: int) -> str:
         """The reason for a candidate, or what it means."""
+        if not isinstance(config, EmbedConfig):
+            num_rows = config.refused.partition.num_rows
+            shared = f"{len(num_rows)} x {num_rows[0]:,}"
+            return f"{config.capacity:,} rows of their own, the others share {shared}"
         if pick == 0:
             is_small = len(self.costs) == 1 or self.costs[0] < _NEGLIGIBLE * budget
             return "not worth compressing" if is_small else "worth its bytes"
@@ -275,7 +298,7 @@ class _Class:
 
 def _picked(
     classes: Mapping[str, _Class], budget: int, memory: Memory
-) -> tuple[dict[str, int], dict[str, EmbedConfig], float]:
+) -> tuple[dict[str, int], dict[str, Any], float]:
     """The candidates chosen, by number, their configs, and the bound of what they lose."""
     bound, allowed = None, float(budget)
     costs = [each.costs for each in classes.values()]
@@ -297,67 +320,3 @@ def _picked(
             return picks, configs, bound
         # Padding, which is of all columns together, and no cost of one of them.
         allowed -= taken - budget
-
-
-def _checked(columns: Any) -> dict[str, Column]:
-    """Columns whose fields are what they must be."""
-    if not isinstance(columns, Mapping) or not columns:
-        raise ValueError(
-            f"columns must be a mapping of names to Columns or sizes, one at least, got {columns!r}"
-            "."
-        )
-    checked = {}
-    for name, given in columns.items():
-        column = given if isinstance(given, Column) else Column(given)
-        size = as_size(f"columns[{name!r}].num_embeddings", column.num_embeddings)
-        if size > _MOST_IDS:
-            raise ValueError(
-                f"columns[{name!r}] must have at most {_MOST_IDS:,} ids, got {size:,}."
-            )
-        if not 0 < column.length < np.inf:
-            raise ValueError(
-                f"columns[{name!r}].length must be a positive number, got {column.length!r}."
-            )
-        if not 0 < _prior_count(column) < np.inf:
-            raise ValueError(
-                f"columns[{name!r}].prior_count must be a positive number, got "
-                f"{column.prior_count!r}."
-            )
-        counts = _counts(name, size, column.counts)
-        checked[name] = column._replace(num_embeddings=size, counts=counts)
-    return checked
-
-
-def _prior_count(column: Column) -> float:
-    return PRIOR_COUNT if column.prior_count is None else column.prior_count
-
-
-def _counts(name: str, size: int, given: Any) -> np.ndarray | None:
-    if given is None:
-        return None
-    counts = np.asarray(given, np.float64)
-    rule = f"columns[{name!r}].counts must be"
-    if counts.shape != (size,):
-        raise ValueError(f"{rule} one for each of {size} ids, got shape {counts.shape}.")
-    if not np.isfinite(counts).all() or (counts < 0).any():
-        raise ValueError(f"{rule} 0 or more, got {counts.min()} to {counts.max()}.")
-    if (np.diff(counts) > 0).any():
-        place = int(np.argmax(np.diff(counts) > 0))
-        raise ValueError(
-            f"{rule} in falling order, as ids are numbered, got {counts[place]:g} before "
-            f"{counts[place + 1]:g}."
-        )
-    return counts
-
-
-def _examples(columns: Mapping[str, Column], given: float | None) -> float:
-    """How many examples there are to learn from."""
-    if given is not None:
-        if not 0 < given < np.inf:
-            raise ValueError(f"num_examples must be a positive number, got {given!r}.")
-        return float(given)
-    known = [column for column in columns.values() if column.counts is not None]
-    if known:
-        return max(float(column.counts.sum()) / column.length for column in known)
-    most = max(column.num_embeddings for column in columns.values())
-    return float(of_zipf(most, 1.0).counts[-1]) ** -1

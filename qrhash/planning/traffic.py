@@ -54,6 +54,29 @@ class Traffic(NamedTuple):
         return float(self.sizes @ self.counts)
 
 
+class Groups(NamedTuple):
+    """Ids in groups of one count each, from the most frequent on.
+
+    Attributes:
+      sizes: how many ids each group has, [..., groups]; need not be whole numbers.
+      counts: how often each of them is met, [groups], falling, above 0.
+    """
+
+    sizes: np.ndarray
+    counts: np.ndarray
+
+
+def whole_counts(traffic: Traffic) -> Groups:
+    """The same traffic with whole counts: those of a piece are the two next to their mean."""
+    low = np.floor(traffic.counts)
+    above = traffic.counts - low
+    counts = np.concatenate([low + 1, low])
+    sizes = np.concatenate([traffic.sizes * above, traffic.sizes * (1 - above)])
+    counts, places = np.unique(-counts[sizes > 0], return_inverse=True)
+    sizes = np.bincount(places, sizes[sizes > 0], len(counts))
+    return Groups(sizes[counts < 0], -counts[counts < 0])
+
+
 def of_counts(counts: np.ndarray) -> Traffic:
     """The traffic of ids whose counts [n] are known, in falling order."""
     edges = _edges(len(counts))
@@ -82,7 +105,7 @@ def known_alone(traffic: Traffic, prior_count: float = PRIOR_COUNT) -> float:
     """The share of a column's variance that is known from rows of one id each."""
     if not traffic.total:
         return 0.0
-    return float(traffic.sizes @ _known(traffic.counts, prior_count)) / traffic.total
+    return float(traffic.sizes @ known_of(traffic.counts, prior_count)) / traffic.total
 
 
 def known_by_rows(
@@ -115,10 +138,43 @@ def _known_of_rows(traffic: Traffic, num_rows: int, prior_count: float) -> float
     ids = np.diff(np.maximum(below, 0), axis=1)
     met, squares = ids @ traffic.counts, ids @ traffic.counts**2
     effective = np.divide(squares, met, out=np.zeros_like(met), where=met > 0)
-    return float(groups @ _known(effective, prior_count))
+    return float(groups @ known_of(effective, prior_count))
 
 
-def _known(counts: np.ndarray, prior_count: float) -> np.ndarray:
+def known_by_hash(groups: Groups, num_rows: np.ndarray, prior_count: float) -> np.ndarray:
+    """What a table explains, times all meetings, that ids share by hash.
+
+    The ids of a row are a sample: of each group a number with a Poisson distribution. The most
+    frequent of them decides what the row knows; those that are rarer are taken at their expected
+    traffic and squares of counts, as u above is of sums.
+
+    Args:
+      groups: of the ids, of sizes [..., groups].
+      num_rows: of the table, [...].
+      prior_count: kappa.
+
+    Returns:
+      [...], expected over all hashes.
+    """
+    of_row = groups.sizes / num_rows[..., None]
+    is_first = np.exp(of_row - np.cumsum(of_row, axis=-1)) * -np.expm1(-of_row)
+    # Of the group of the first, how many are in the row: one at least.
+    alike = np.divide(of_row, -np.expm1(-of_row), out=np.ones_like(of_row), where=of_row > 1e-9)
+    met, squares = of_row * groups.counts, of_row * groups.counts**2
+    met = _behind(met) + alike * groups.counts
+    squares = _behind(squares) + alike * groups.counts**2
+    known: np.ndarray = num_rows * (is_first * known_of(squares / met, prior_count)).sum(-1)
+    return known
+
+
+def _behind(each: np.ndarray) -> np.ndarray:
+    """The sums of what comes behind, along the last axis."""
+    sums = np.cumsum(each[..., ::-1], axis=-1)[..., ::-1]
+    return np.concatenate([sums[..., 1:], np.zeros_like(sums[..., :1])], axis=-1)
+
+
+def known_of(counts: np.ndarray, prior_count: float) -> np.ndarray:
+    """What rows explain, times their meetings, whose ids have these effective counts."""
     known: np.ndarray = np.divide(
         counts**2, counts + prior_count, out=np.zeros_like(counts), where=counts > 0
     )

@@ -229,7 +229,7 @@ class Counts:
         self._categories, self._lists = categories, lists
         every = (*categories, *lists)
         if names is None:
-            names = [name for name in every if not _without_vocabulary(settings.column(name))]
+            names = [name for name in every if not has_no_vocabulary(settings.column(name))]
         self.of = {name: KeyCounts() for name in every if name in names}
 
     def add(self, block: Block) -> None:
@@ -276,6 +276,11 @@ def build_ids(
         name: _without_vocabulary(column) or counted.of[name].vocabulary(column.min_count)
         for name, column in columns.items()
     }
+
+
+def has_no_vocabulary(column: ColumnSettings) -> bool:
+    """Whether a column's ids need no pass over the data."""
+    return _without_vocabulary(column) is not None
 
 
 def _without_vocabulary(column: ColumnSettings) -> Ids | None:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qrhash import EmbedConfig, FullTable, HashTrick, MixedRadix
-from qrhash.ctr.column_settings import ColumnOptions
+from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits, MixedRadix
+from qrhash.ctr.column_settings import OF_IDS, WAYS, ColumnOptions
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs
-from qrhash.ctr.model.room import num_bytes
+from qrhash.ctr.model.room import ColumnConfig, num_bytes
 from qrhash.ctr.settings import Settings
+from qrhash.dynamic import DynamicConfig, ExactCount
 from qrhash.planning import Column, Plan, plan
 
 # What a plan says for every column, in place of the run's own words.
@@ -17,6 +18,9 @@ SAID = ("partition", "operation", "compression", "collisions", "num_tables")
 
 # What a column's section says of other things than sizes: also that it has no rows that grow.
 _KEPT = SHARED | {"dynamic"}
+
+# Of that, what a column has no use for whose rows grow.
+_OF_IDS = {*OF_IDS, *WAYS} - {"dynamic"}
 
 
 def planned(
@@ -33,7 +37,7 @@ def planned(
     Returns:
       The plan, and `Settings.columns`, of the columns that the settings had sections for too.
       `embed_configs` of them gives the plan's configs, with each column's own `combiner` and
-      `init_stddev`.
+      `init_stddev`, and of tables that grow other seeds.
 
     Raises:
       UserError: there is no column to plan for, or the budget is too small.
@@ -56,20 +60,31 @@ def planned(
         raise UserError(str(error)) from error
     sections = {name: dict(section) for name, section in settings.columns.items()}
     for name, each in found.columns:
-        kept = {key: v for key, v in sections.get(name, {}).items() if key in _KEPT}
+        unfit = _OF_IDS if each.is_dynamic else set()
+        kept = {k: v for k, v in sections.get(name, {}).items() if k in _KEPT - unfit}
         sections[name] = kept | section_of(each.config)
     defaults = {name: getattr(ColumnOptions, name) for name in SAID}
     as_planned = replace(settings, data=settings.data or "to come", columns=sections, **defaults)
-    sizes = {name: column.num_embeddings for name, column in columns.items()}
+    sizes = {name: None if each.is_dynamic else each.num_embeddings for name, each in found.columns}
     built: Mapping[str, Any] = embed_configs(as_planned, sizes)
-    assert {name: each.table_shapes for name, each in built.items()} == {
-        name: config.table_shapes for name, config in found.configs.items()
+    assert {name: _sizes(config) for name, config in built.items()} == {
+        name: _sizes(config) for name, config in found.configs.items()
     }
     return found, sections
 
 
-def section_of(config: EmbedConfig) -> dict[str, Any]:
+def _sizes(config: ColumnConfig) -> Any:
+    """What the bytes of an embedding go by."""
+    if isinstance(config, EmbedConfig):
+        return config.table_shapes
+    assert config.refused is not None  # None that a plan has is without.
+    return config.capacity, config.admission, config.refused.table_shapes
+
+
+def section_of(config: ColumnConfig) -> dict[str, Any]:
     """The options of a column that has this embedding."""
+    if isinstance(config, DynamicConfig):
+        return _section_of_dynamic(config)
     partition = config.partition
     if isinstance(partition, FullTable) and config.operation != "project":
         return {"partition": "full"}
@@ -84,3 +99,18 @@ def section_of(config: EmbedConfig) -> dict[str, Any]:
     else:  # also a narrow row for every id, which is what "project" makes of such a budget
         of_tables = {"partition": "quotient-remainder"}
     return of_tables | {"operation": config.operation} | section
+
+
+def _section_of_dynamic(config: DynamicConfig) -> dict[str, Any]:
+    """The same of a table that grows, as a plan has it."""
+    assert config.refused is not None
+    digits, admission = config.refused.partition, config.admission
+    assert isinstance(digits, KeyDigits)
+    return {
+        "dynamic": str(config.capacity),
+        "admit_after": admission.threshold if isinstance(admission, ExactCount) else 1,
+        "newcomers": "compressed",
+        "operation": config.refused.operation,
+        "key_bits": digits.bits,
+        "num_tables": digits.num_tables,
+    }

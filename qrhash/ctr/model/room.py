@@ -8,12 +8,9 @@ The compressed vectors come from tables with a quarter as many rows, all of them
 are rows of keys' own; and what bytes are left where the index would leap to its next size.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
-
-import jax
 
 from qrhash import EmbedConfig, KeyDigits, MeshLayout, MultiHash, Partition
 from qrhash.ctr.column_settings import ColumnSettings
@@ -21,12 +18,12 @@ from qrhash.ctr.dynamic_settings import Room, room
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import split_names
 from qrhash.ctr.settings import Settings
-from qrhash.dynamic import AdmitAll, DynamicConfig, ExactCount, LeastUsed, StepsSinceUse, init_state
+from qrhash.dynamic import DynamicConfig, StepsSinceUse
+from qrhash.dynamic.admission import admit_after
+from qrhash.dynamic.eviction import longest_unused
+from qrhash.dynamic.index import shard_bytes
 
 ColumnConfig: TypeAlias = EmbedConfig | DynamicConfig
-
-# Of the rows, when nothing says how long a key may keep one: one in so many is kept free.
-_KEPT_FREE = 8
 
 # Rows of keys' own for each row of the tables of compressed vectors.
 _OWN_ROWS = 4
@@ -110,8 +107,10 @@ def num_rows(config: ColumnConfig) -> int:
 
 def index_bytes(config: DynamicConfig) -> int:
     """The memory of a table's index, and of the candidates beside it."""
-    state = jax.eval_shape(lambda: init_state(config))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if config.layout is None:
+        return shard_bytes(config.capacity, config.admission)
+    shards = config.layout.num_shards
+    return shards * shard_bytes(config.capacity, config.admission, shards)
 
 
 def _config(
@@ -137,14 +136,12 @@ def _config(
                 large_table_rows=settings.large_table_rows,
                 **unsized(options),
             )
-        free = math.ceil(capacity / _KEPT_FREE)
         by_age = options.evict_after
-        once = options.admit_after == 1
         return DynamicConfig(
             capacity,
             settings.features,
-            admission=AdmitAll() if once else ExactCount(options.admit_after, capacity),
-            eviction=StepsSinceUse(by_age) if by_age else LeastUsed(capacity - free, by="step"),
+            admission=admit_after(options.admit_after, capacity),
+            eviction=StepsSinceUse(by_age) if by_age else longest_unused(capacity),
             refused=refused,
             init_stddev=options.init_stddev if refused is None else None,
             seed=seed,

@@ -11,7 +11,6 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qrhash import EmbedConfig
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.run.by_frequency import Judged
 from qrhash.ctr.run.inspect_figures import as_figures
@@ -120,7 +119,7 @@ def _of_columns(found: Inspected) -> Table:
             hottest = _share(longest.hot[0].lookups, longest.lookups) if longest.hot else ""
         table.add_row(
             Text(each.name),
-            _way(each.config),
+            described(each.config),
             f"{len(ids.counts):,}",
             _share(len(ids.counts) - ids.num_met, len(ids.counts)),
             "" if each.twins is None else _share(each.twins.num_twins, each.twins.num_ids),
@@ -129,10 +128,6 @@ def _of_columns(found: Inspected) -> Table:
             hottest,
         )
     return table
-
-
-def _way(config: Any) -> str:
-    return described(config) if isinstance(config, EmbedConfig) else "rows that grow"
 
 
 def _of_room(room: Room) -> str:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from rich.text import Text
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sizes import read_sizes
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import Counts
+from qrhash.ctr.data.vocabulary import Counts, has_no_vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.planned import SAID, planned
+from qrhash.ctr.options import split_names
 from qrhash.ctr.plan_settings import PlanOptions
 from qrhash.ctr.run.devices import mesh_sizes
 from qrhash.ctr.run.display import Display
@@ -65,10 +66,10 @@ def run(
         columns, examples = read_sizes(Path(options.sizes)), options.num_examples
     else:
         with display:
-            columns, examples = survey(settings, display)
+            columns, examples = survey(settings, display, split_names(options.dynamic_columns))
     plan, sections = planned(
         settings,
-        columns,
+        with_growth(columns, options),
         budget,
         devices=devices,
         optimizer=options.optimizer,
@@ -83,15 +84,18 @@ def run(
     return plan_table(plan), Text(summary(plan))
 
 
-def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int]:
+def survey(
+    settings: Settings, display: Display, growing: Collection[str] = ()
+) -> tuple[dict[str, Column], int]:
     """What the training rows say of the columns that have ids: sizes, counts and lengths.
 
     Args:
       settings: where the data are, and what their columns are used as.
       display: is told of the pass.
+      growing: columns whose tables are to grow: their keys are counted, whatever the settings say.
 
     Returns:
-      Column name -> `Column`, without those that are dropped or take keys as they are, with how
+      Column name -> `Column`, without others that are dropped or take keys as they are, with how
       much the click rates of their ids differ; and the number of rows.
 
     Raises:
@@ -103,7 +107,13 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     train, _ = splits(settings, source)
     schema = source.schema
     rows = 0
-    met, clicked = (Counts(settings, schema.categories, schema.lists) for _ in range(2))
+    counted = [
+        name
+        for name in schema.embedded
+        if name in growing or not has_no_vocabulary(settings.column(name))
+    ]
+    kinds = (schema.categories, schema.lists)
+    met, clicked = (Counts(settings, *kinds, counted) for _ in range(2))
     blocks = make_goal(settings, schema).source(source).blocks(0, train)
     for block in shown(blocks, display, "vocabulary", train):
         rows += len(block.labels)
@@ -129,6 +139,28 @@ def survey(settings: Settings, display: Display) -> tuple[dict[str, Column], int
     if met.of and not rows:
         raise UserError(f"{source.name}: none of the {train} training lines can be read.")
     return columns, rows
+
+
+def with_growth(columns: Mapping[str, Column], options: PlanOptions) -> dict[str, Column]:
+    """The columns, with whether their tables are to grow, or may.
+
+    Raises:
+      UserError: a column that is to grow is not among them.
+    """
+    named = split_names(options.dynamic_columns)
+    unknown = [name for name in named if name not in columns]
+    if unknown:
+        raise UserError(
+            f"--dynamic-columns must be of those planned for, {', '.join(columns)}, got "
+            f"{unknown[0]}."
+        )
+    others = "may" if options.allow_dynamic else "no"
+    return {
+        name: each._replace(
+            dynamic="must" if name in named else others, admit_after=options.admit_after
+        )
+        for name, each in columns.items()
+    }
 
 
 def _prior_count(variance: float) -> float | None:

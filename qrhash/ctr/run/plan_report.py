@@ -9,6 +9,7 @@ from rich.text import Text
 
 from qrhash import EmbedConfig, HashTrick, MixedRadix
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.model.room import ColumnConfig
 from qrhash.planning import Plan
 
 _MOST_DRAWN = 40  # columns in the picture
@@ -17,11 +18,13 @@ _MOST_DRAWN = 40  # columns in the picture
 def summary(plan: Plan) -> str:
     """A plan in a sentence."""
     devices = "one device" if plan.devices == 1 else f"each of {plan.devices} devices"
-    share = plan.table_bytes / plan.full_bytes
+    share = (plan.table_bytes + plan.index_bytes) / plan.full_bytes
+    of_keys = f" and indexes of keys of {megabytes(plan.index_bytes)}" if plan.index_bytes else ""
     return (
         f"{megabytes(plan.bytes_per_device)} of {megabytes(plan.num_bytes)} on {devices} with "
-        f"{plan.optimizer} state; tables of {megabytes(plan.table_bytes)} in all, {share:.2%} of "
-        f"full ones; {plan.loss:.2%} of what full tables would know is expected to be lost"
+        f"{plan.optimizer} state; tables of {megabytes(plan.table_bytes)}{of_keys} in all, "
+        f"{share:.2%} of full ones; {plan.loss:.2%} of what full tables would know is expected to "
+        "be lost"
     )
 
 
@@ -37,12 +40,14 @@ def megabytes(count: int) -> str:
     return f"{count} B"
 
 
-def described(config: EmbedConfig) -> str:
+def described(config: ColumnConfig) -> str:
     """An embedding in a word or two.
 
     Args:
       config: of a column.
     """
+    if not isinstance(config, EmbedConfig):
+        return "rows that grow"
     partition = config.partition
     if isinstance(partition, HashTrick):
         return "hash trick"
@@ -59,11 +64,11 @@ def plan_table(plan: Plan) -> Table:
     table = Table(title="what each column gets", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for header in ("column", "ids", "embedding", "", "bytes", "of full", "lost"):
         is_text = header in ("column", "embedding", "")
-        table.add_column(header, justify="left" if is_text else "right", no_wrap=True)
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=header != "")
     for name, each in plan.columns:
         table.add_row(
             Text(name),
-            f"{each.config.num_embeddings:,}",
+            f"{each.num_embeddings:,}",
             described(each.config),
             each.why,
             megabytes(each.bytes_per_device),
@@ -93,16 +98,17 @@ def draw_plan(plan: Plan, path: Path) -> None:
     )
     for way, colour in colours.items():
         of_way = {name: each for name, each in drawn if described(each.config) == way}
-        taken = [each.table_bytes for each in of_way.values()]
+        taken = [each.table_bytes + each.index_bytes for each in of_way.values()]
         sizes.barh(list(of_way), taken, height=0.5, color=colour, label=f"as planned: {way}")
         losses.barh(list(of_way), [each.loss for each in of_way.values()], color=colour)
     for name, each in drawn:
         share = "full" if not each.is_compressed else f"{each.share:.1%} of full"
+        share += f"\n  {each.why}" if each.is_dynamic else ""
         if each.loss:
-            losses.text(each.loss, name, f"  {each.loss:.1%}, in {share}", va="center", size=8)
+            losses.text(each.loss, name, f"  {each.loss:.1%}, in {share}", va="center", size=7.5)
         else:
             losses.text(0, name, f"  {share}", va="center", size=8, color="gray")
-    sizes.set(xscale="log", xlabel="bytes of tables, all devices together")
+    sizes.set(xscale="log", xlabel="bytes of tables and their keys, all devices together")
     sizes.xaxis.set_minor_formatter(NullFormatter())
     sizes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: megabytes(int(value))))
     sizes.set_ylim(len(drawn) - 0.4, -0.6)
@@ -110,7 +116,9 @@ def draw_plan(plan: Plan, path: Path) -> None:
     figure.legend(*named, loc="outside lower center", ncols=4, fontsize=8)
     most = max((each.loss for _, each in drawn), default=0.0)
     losses.set(xlabel="expected to be lost of what a full table would know")
-    losses.set_xlim(0, max(0.01, most) * 1.5)
+    # Room for the words behind the bars.
+    wide = 4.0 if any(each.is_dynamic for _, each in drawn) else 1.5
+    losses.set_xlim(0, max(0.01, most) * wide)
     losses.xaxis.set_major_formatter(PercentFormatter(1))
     for axes in (sizes, losses):
         axes.grid(axis="x", alpha=0.3)
