@@ -108,11 +108,11 @@ def grow_all(
                 f"{of_table[0]!r} from {name} to {more.spans[of_table][0]}: build the config with "
                 "another large_table_rows."
             )
-    tables = unstack(mine, config)
+    of_features = unstack(mine, config)
     for name in capacities:
-        (old,) = tables[name]
+        (old,) = of_features[name]
         zeros = jnp.zeros((made[name].capacity, *old.shape[1:]), old.dtype)
-        tables[name] = (zeros.at[: old.shape[0]].set(old),)
+        of_features[name] = (zeros.at[: old.shape[0]].set(old),)
     rows = dict.fromkeys(stacks)
     for before, after in zip(config.stacks, more.stacks, strict=True):
         if before.shape != after.shape:
@@ -121,4 +121,4 @@ def grow_all(
                 for old, new in zip(before.spans, after.spans, strict=True)
             ]
             rows[before.name] = jnp.concatenate(moved)
-    return {**stacks, **stack(tables, more)}, grown, more, rows
+    return {**stacks, **stack(of_features, more)}, grown, more, rows
