@@ -15,7 +15,9 @@ from qrhash import tables as of_feature
 from qrhash.bag_sums import are_summed_at_once, summed_at_once
 from qrhash.bags import Bag
 from qrhash.initializers import Draw, create, table_initializers
+from qrhash.keys import Keys
 from qrhash.operations import Projection
+from qrhash.parts import ids_of_parts, vectors_of_parts
 from qrhash.plans import gather, plan_for, reads_of
 from qrhash.spans import Span, Stack
 from qrhash.stacks import (
@@ -108,7 +110,7 @@ def _feature_keys(key: Key, config: CollectionConfig) -> dict[str, Key]:
 
 def lookup(
     stacks: Mapping[str, Any],
-    ids: Mapping[str, Array | Bag],
+    ids: Mapping[str, Any],
     config: CollectionConfig,
     projections: Mapping[str, Projection] | None = None,
 ) -> dict[str, jax.Array]:
@@ -117,17 +119,19 @@ def lookup(
     Args:
       stacks: {stack name: array [rows, width]}, as from `init`.
       ids: {feature name: integers [*shape]}, of any of the features, each of any shape; a
-        `qrhash.Bag` where there are several in one place.
+        `qrhash.Bag` where there are several in one place; of a dynamic feature its keys with their
+        rows, as `qrhash.dynamic.assign_all` or `find_all` gives them.
       config: the `CollectionConfig`.
       projections: as from `init_projections`, where there are any.
 
     Returns:
-      {feature name: vectors [*shape, features]}, equal to those of `qrhash.lookup` on the
-      feature's own tables.
+      {feature name: vectors [*shape, features]}, equal to those of `qrhash.lookup`, or
+      `qrhash.dynamic.lookup`, on the feature's own tables.
 
     Raises:
-      ValueError: ids that are not a mapping, or of a feature that is not in the collection; a stack
-        or projection is missing, or has another shape than the config's; or as `qrhash.lookup`.
+      ValueError: ids that are not a mapping, or of a feature that is not in the collection; keys
+        without rows for a dynamic feature, or with rows for another; a stack or projection is
+        missing, or has another shape than the config's; or as `qrhash.lookup`.
 
     >>> from qrhash.config import EmbedConfig
     >>> from qrhash.families import QuotientRemainder
@@ -138,6 +142,25 @@ def lookup(
     """
     config = as_collection_config(config)
     projections = {} if projections is None else projections
+    check_features(ids, config)
+    composites = config.composites
+    of_parts: dict[str, Any] = {}
+    for name, given in ids.items():
+        of_parts |= ids_of_parts(name, given, composites.get(name))
+    vectors = look_up_parts(stacks, of_parts, config, projections)
+    return {
+        name: vectors_of_parts(name, given, composites.get(name), vectors)
+        for name, given in ids.items()
+    }
+
+
+def look_up_parts(
+    stacks: Mapping[str, Any],
+    ids: Mapping[str, Array | Keys | Bag],
+    config: CollectionConfig,
+    projections: Mapping[str, Projection],
+) -> dict[str, jax.Array]:
+    """See `lookup`; of ordinary features, parts among them."""
     _check(stacks, ids, config, projections)
     configs = config.configs
     indices, bags = {}, {}
@@ -175,7 +198,7 @@ def lookup(
         # The transpose of a split is one concatenation; that of slices, a padded array for each.
         parts = jax.lax.split(combined, [1] * len(names))
         vectors.update(zip(names, (part[0] for part in parts), strict=True))
-    return {name: vectors[name] for name in ids}
+    return vectors
 
 
 def _bags_of(names: Sequence[str], bags: Mapping[str, Bag | None]) -> Bag | None:
@@ -184,24 +207,33 @@ def _bags_of(names: Sequence[str], bags: Mapping[str, Bag | None]) -> Bag | None
     return Bag.together(found) if found else None
 
 
+def check_features(ids: Any, config: CollectionConfig) -> None:
+    """Raises a ValueError unless ids are a mapping of features of the collection."""
+    _check_mapping("ids", ids)
+    features = dict(config.embeddings)
+    unknown = [name for name in ids if name not in features]
+    if unknown:
+        raise ValueError(
+            f"ids must be of features of the collection, {', '.join(features)}, got {unknown[0]!r}."
+        )
+
+
+def _check_mapping(name: str, given: Any) -> None:
+    if not isinstance(given, Mapping):
+        what = "stack" if name == "stacks" else "feature"
+        raise ValueError(f"{name} must be a mapping of {what} names, got {type(given)}.")
+
+
 def _check(
     stacks: Mapping[str, Any],
-    ids: Any,
+    ids: Mapping[str, Any],
     config: CollectionConfig,
     projections: Mapping[str, Projection],
 ) -> None:
     """Raises a ValueError unless everything is there, and of the shapes that the config gives."""
-    named = {"ids": ids, "stacks": stacks, "projections": projections}
-    for name, given in named.items():
-        if not isinstance(given, Mapping):
-            what = "stack" if name == "stacks" else "feature"
-            raise ValueError(f"{name} must be a mapping of {what} names, got {type(given)}.")
+    _check_mapping("stacks", stacks)
+    _check_mapping("projections", projections)
     configs = config.configs
-    unknown = [name for name in ids if name not in configs]
-    if unknown:
-        raise ValueError(
-            f"ids must be of features of the collection, {', '.join(configs)}, got {unknown[0]!r}."
-        )
     owners = dict.fromkeys(config.owner_of[name] for name in ids)
     missing = [stack.name for stack in config.stacks if stack.name not in stacks]
     missing += [

@@ -45,9 +45,11 @@ class ReplicatedTable(LocalTable):
     ) -> Self:
         """See `Table`: the sum of what the devices have."""
         layout, mine, specs = self._on_mesh(indices, look_ups)
+        # On a device no axis is explicit, of which the array's own type may tell.
+        table = LocalTable(jax.core.ShapedArray(self.array.shape, self.array.dtype))
 
         def on_device(indices: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> jax.Array:
-            gradient = LocalTable(self.array).gradient(indices, cotangents, mine).array
+            gradient = table.gradient(indices, cotangents, mine).array
             return jax.lax.psum(gradient, layout.batch_axes) if layout.batch_axes else gradient
 
         run = layout.run(on_device, (specs, specs), PartitionSpec())

@@ -6,6 +6,7 @@ top of each other. Which rows of a stack are a feature's own is known when the c
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -17,36 +18,10 @@ from qrhash.arithmetic import as_fields
 from qrhash.config import EmbedConfig
 from qrhash.key_families import KeyDigits, MultiHash
 from qrhash.kinds import put_table, whole_table
-from qrhash.partitions import Partition
+from qrhash.parts import Composite, Shared, as_plain, checked, from_plain, ordinary
 from qrhash.spans import Span, Stack, stacks_of
 from qrhash.strings import hash_strings
 from qrhash.types import Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Shared:
-    """The tables and projection of another feature, with a partition of one's own.
-
-    Attributes:
-      owner: name of the feature that has them.
-      partition: id -> rows of theirs; None: the owner's.
-      combiner: how the vectors of a bag become one; None: the owner's.
-    """
-
-    owner: str
-    partition: Partition | None = None
-    combiner: str | None = None
-
-    def of(self, config: EmbedConfig) -> EmbedConfig:
-        """The config, given the owner's."""
-        if self.partition is None and self.combiner is None:
-            return config
-        return dataclasses.replace(
-            config,
-            partition=self.partition or config.partition,
-            combiner=self.combiner or config.combiner,
-        )
-
 
 _OfKeys = TypeVar("_OfKeys", bound=KeyDigits | MultiHash)
 
@@ -62,13 +37,14 @@ class CollectionConfig:
     """The embeddings of many features.
 
     Attributes:
-      embeddings: feature name -> its `EmbedConfig`, or the name of another feature, whose tables
-        and projection it then shares; or `Shared`, to share them by a partition of its own. A
-        mapping, kept as a tuple of pairs.
+      embeddings: feature name -> its `EmbedConfig`, or `qrhash.dynamic.DynamicConfig`; or the name
+        of another feature, whose tables and projection it then shares; or `Shared`, to share them
+        by a partition of its own. A mapping, kept as a tuple of pairs.
 
     Raises:
       ValueError: a feature shares with one that is not there, or that itself shares, or by a
-        partition of other tables; or tables of one stack differ in their logical axes.
+        partition of other tables; or tables of one stack differ in their logical axes; or a feature
+        has the name of a part of another.
 
     >>> from qrhash.families import FullTable, QuotientRemainder
     >>> item = EmbedConfig(QuotientRemainder(1_000_000, 4), 16)
@@ -87,25 +63,7 @@ class CollectionConfig:
             raise ValueError(
                 f"embeddings must be a mapping of names to EmbedConfigs, got {self.embeddings!r}."
             )
-        pairs = self.embeddings.items() if isinstance(self.embeddings, Mapping) else self.embeddings
-        embeddings = dict(pairs)
-        for name, value in embeddings.items():
-            if not isinstance(name, str):
-                raise ValueError(f"embeddings must have names, got {name!r}.")
-            if isinstance(value, str):
-                embeddings[name] = value = Shared(value)
-            own = embeddings.get(value.owner) if isinstance(value, Shared) else value
-            if not isinstance(own, EmbedConfig):
-                raise ValueError(
-                    f"embeddings[{name!r}] must be an EmbedConfig or the name of a feature that "
-                    f"has one, got {value!r}."
-                )
-            if isinstance(value, Shared) and value.of(own).table_shapes != own.table_shapes:
-                raise ValueError(
-                    f"embeddings[{name!r}] must share tables of the same shapes, "
-                    f"{own.table_shapes}, got a partition for {value.of(own).table_shapes}."
-                )
-        object.__setattr__(self, "embeddings", tuple(embeddings.items()))
+        object.__setattr__(self, "embeddings", tuple(checked(dict(self.embeddings)).items()))
         _ = self.stacks  # raises now if tables do not go together
 
     @classmethod
@@ -132,11 +90,11 @@ class CollectionConfig:
         names = list(features)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"features must be names, each once, got {names!r}.")
-        partition = config.partition
+        partition = getattr(config, "partition", config)
         if not isinstance(partition, (KeyDigits, MultiHash)):
             raise ValueError(
-                "one_pool needs a partition with a seed, KeyDigits or MultiHash, got "
-                f"{partition!r}."
+                "one_pool needs an EmbedConfig of a partition with a seed, KeyDigits or MultiHash, "
+                f"got {partition!r}."
             )
 
         own, *others = (of_feature(partition, name) for name in names)
@@ -145,27 +103,45 @@ class CollectionConfig:
             embeddings[name] = Shared(names[0], other)
         return cls(embeddings)
 
+    @functools.cached_property
+    def parts(self) -> tuple[tuple[str, EmbedConfig | Shared], ...]:
+        """The embeddings, with the parts of dynamic ones in their places."""
+        return tuple(ordinary(dict(self.embeddings)))
+
     @property
     def own_configs(self) -> dict[str, EmbedConfig]:
-        """Feature name -> config, of the features that have tables of their own."""
-        return {name: value for name, value in self.embeddings if isinstance(value, EmbedConfig)}
+        """Feature name -> config, of the features that have tables of their own.
+
+        A dynamic feature's own rows go by its name, the tables of its compressed vectors by
+        "<name>:refused".
+        """
+        return {name: value for name, value in self.parts if isinstance(value, EmbedConfig)}
 
     @property
     def owner_of(self) -> dict[str, str]:
         """Feature name -> name of the feature whose tables it uses: its own, or shared."""
         return {
-            name: value.owner if isinstance(value, Shared) else name
-            for name, value in self.embeddings
+            name: value.owner if isinstance(value, Shared) else name for name, value in self.parts
         }
 
     @property
     def configs(self) -> dict[str, EmbedConfig]:
-        """Feature name -> config, of every feature."""
+        """Feature name -> config, of every feature; of dynamic ones those of their parts."""
         own = self.own_configs
         return {
             name: value.of(own[value.owner]) if isinstance(value, Shared) else value
+            for name, value in self.parts
+        }
+
+    @property
+    def composites(self) -> dict[str, Any]:
+        """Feature name -> config, of the features that are made of parts: the dynamic ones."""
+        own = dict(self.embeddings)
+        configs = {
+            name: value.of(own[value.owner]) if isinstance(value, Shared) else value
             for name, value in self.embeddings
         }
+        return {name: each for name, each in configs.items() if isinstance(each, Composite)}
 
     @functools.cached_property
     def stacks(self) -> tuple[Stack, ...]:
@@ -193,35 +169,13 @@ class CollectionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON has it; see `EmbedConfig.to_dict`."""
-        return {name: _plain(value) for name, value in self.embeddings}
+        return {name: as_plain(value) for name, value in self.embeddings}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, devices: Sequence[Any] | None = None) -> Self:
         """The config of which `to_dict` made these values; see `EmbedConfig.from_dict`."""
-        embeddings = {
-            name: _from_plain(value, devices) for name, value in as_fields("config", values).items()
-        }
-        return cls(embeddings)
-
-
-def _plain(value: EmbedConfig | Shared) -> Any:
-    """One of the embeddings as JSON has it."""
-    if isinstance(value, EmbedConfig):
-        return value.to_dict()
-    if value == Shared(value.owner):
-        return value.owner
-    partition = None if value.partition is None else value.partition.to_dict()
-    return {"owner": value.owner, "partition": partition, "combiner": value.combiner}
-
-
-def _from_plain(value: Any, devices: Sequence[Any] | None) -> Any:
-    if isinstance(value, str):
-        return value
-    if "owner" in as_fields("config", value):
-        of_own = value.get("partition")
-        partition = None if of_own is None else Partition.from_dict(of_own)
-        return Shared(value["owner"], partition, value.get("combiner"))
-    return EmbedConfig.from_dict(value, devices=devices)
+        embeddings = as_fields("config", values)
+        return cls({name: from_plain(value, devices) for name, value in embeddings.items()})
 
 
 def as_collection_config(config: Any) -> CollectionConfig:
@@ -245,14 +199,16 @@ def unstack(stacks: Mapping[str, Any], config: CollectionConfig) -> dict[str, tu
     if missing:
         raise ValueError(f"stacks must be as from init, {missing[0]} is missing.")
     whole = {name: whole_table(table) for name, table in stacks.items()}
-    parts = {
-        of_table: whole[name][span.offset : span.offset + span.num_rows]
-        for of_table, (name, span) in config.spans.items()
-    }
-    return {
-        name: tuple(parts[name, j] for j in range(owned.num_tables))
-        for name, owned in config.own_configs.items()
-    }
+    return {name: tables_of(whole, config, name) for name in config.own_configs}
+
+
+def tables_of(stacks: Mapping[str, Any], config: CollectionConfig, name: str) -> tuple[Array, ...]:
+    """The tables of one feature that has its own."""
+    numbers = itertools.takewhile(lambda j: (name, j) in config.spans, itertools.count())
+    spans = (config.spans[name, j] for j in numbers)
+    return tuple(
+        whole_table(stacks[of])[span.offset : span.offset + span.num_rows] for of, span in spans
+    )
 
 
 def stack(tables: Mapping[str, tuple[Array, ...]], config: CollectionConfig) -> dict[str, Any]:

@@ -42,9 +42,9 @@ COSTLY = {
         "ctr_export",
     ),
     *("ctr_list_runs", "ctr_models", "ctr_resume", "ctr_towers", "ctr_train", "deeprec"),
-    *("deeprec_dynamic", "dropin", "dynamic", "dynamic_deltas", "dynamic_growth", "dynamic_meshes"),
-    *("dynamic_modules", "export", "fitting", "linen", "nnx", "optim", "pooling", "rowgrads"),
-    *("sharding", "tables", "take", "training"),
+    *("deeprec_dynamic", "dropin", "dynamic", "dynamic_collection", "dynamic_deltas"),
+    *("dynamic_growth", "dynamic_meshes", "dynamic_modules", "export", "fitting", "linen", "nnx"),
+    *("optim", "pooling", "rowgrads", "sharding", "tables", "take", "training"),
 }
 
 

@@ -59,6 +59,7 @@ ROOMS = {
     "vectors": {"jax", "numpy"},
     "row_training": {"jax"},
     "logits": {"jax", "numpy"},
+    "parts": {"jax"},
     "spans": {"numpy"},
     "stacks": {"jax", "numpy"},
     "plans": {"jax"},
@@ -111,7 +112,8 @@ INSIDE = {
     ],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
-        *("sharded", "config", "embedding", "growth", "resharding", "deltas"),
+        *("sharded", "config", "found", "embedding"),
+        *("collections", "growth", "resharding", "deltas"),
         *("cached", "store", "residents", "records", "numbering", "traffic", "tier_files", "tiers"),
     ],
     "planning": [

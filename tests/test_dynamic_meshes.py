@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import qrhash
 from qrhash import EmbedConfig, KeyDigits, Keys, dynamic
@@ -25,6 +26,7 @@ CAPACITY, WIDTH, BATCH = 96, 4, 32
 
 LAYOUTS = {
     "2x4": layout_2x4,
+    "explicit": lambda: layout_2x4(AxisType.Explicit),
     "8 of both": lambda: make_layout((8,), ("data",), row_axes="data"),
 }
 
@@ -87,7 +89,9 @@ def data():
 ADMISSIONS = {"all": AdmitAll(), "exact": ExactCount(3, 800), "sketch": SketchCount(3, 80_000)}
 
 
-@pytest.mark.parametrize(("mesh", "admission"), [("2x4", "exact"), ("8 of both", "sketch")])
+@pytest.mark.parametrize(
+    ("mesh", "admission"), [("2x4", "exact"), ("8 of both", "sketch"), ("explicit", "exact")]
+)
 def test_a_mesh_trains_the_numbers_of_one_device(mesh, admission, data):
     options = {"eviction": StepsSinceUse(3)}
     policy = ADMISSIONS[admission]

@@ -877,6 +877,28 @@ def test_explicit_axes_give_the_same_vectors_and_steps(make, large_table_rows, e
     jax.tree.map(assert_close, *ends)
 
 
+def test_explicit_axes_give_the_gradients_of_a_collection(rng):
+    """Of stacks that are split, and of those that are on every device."""
+    ids = {"item": rng.integers(0, 40, 16, np.int32), "day": rng.integers(0, 7, 16, np.int32)}
+    found = []
+    for where in (layout_2x4(kind=AxisType.Explicit), None):
+        options = {"layout": where, "large_table_rows": 10}
+        sizes = {"item": 40, "day": 7}
+        config = qrhash.CollectionConfig(
+            {n: qrhash.EmbedConfig(qrhash.FullTable(s), 4, **options) for n, s in sizes.items()}
+        )
+        assert sorted(config.large_tables.values()) == [False, True]
+
+        def loss(stacks, ids, config=config):
+            vectors = qrhash.collection.lookup(stacks, ids, config)
+            return sum(jnp.sum(jnp.sin(each)) for each in vectors.values())
+
+        stacks = qrhash.collection.init(jax.random.key(0), config)
+        run = jax.jit(qrhash.value_and_grad(loss, config.large_tables))
+        found.append(dense(run(stacks, jax.tree.map(jnp.asarray, ids))))
+    jax.tree.map(assert_close, *found)
+
+
 def test_explicit_axes_give_the_whole_table(rng):
     table = rng.standard_normal((29, FEATURES)).astype(np.float32)
     sharded = ShardedTable.from_array(table, layout_2x4(kind=AxisType.Explicit))

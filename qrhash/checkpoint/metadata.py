@@ -8,7 +8,8 @@ from typing import Any
 from qrhash.arithmetic import typed_fields
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.stacks import CollectionConfig, Shared
+from qrhash.parts import Shared
+from qrhash.stacks import CollectionConfig
 
 # What an id's numbers depend on. The names of logical axes, the mesh and the like do not matter.
 _FIELDS = ("partition", "operation", "features", "widths", "use_bias", "param_dtype")
@@ -18,7 +19,8 @@ _JUDGED_BY = ("threshold", "probability", "seed", "halve_every")
 
 # What to do about another one, where something can be done.
 _ADVICE = {
-    "capacity": "restore it with the capacity of the checkpoint, then call qrhash.dynamic.grow.",
+    "capacity": "restore it with the capacity of the checkpoint, then call qrhash.dynamic.grow, or "
+    "grow_all.",
     "admission": "restore it with that of the checkpoint, then take dataclasses.replace(state, "
     "admission=init_state(config).admission): keys keep their rows, candidates are counted anew.",
 }
@@ -35,7 +37,9 @@ def describe(config: Any) -> dict[str, Any]:
     if isinstance(config, Mapping):
         dynamic = {name: c for name, c in config.items() if isinstance(c, DynamicConfig)}
         others = {name: each for name, each in config.items() if name not in dynamic}
-        if dynamic:
+        owners = (getattr(each, "owner", each) for each in others.values())
+        # One that is shared is of a collection, as are all beside it.
+        if dynamic and not any(isinstance(each, str) and each in dynamic for each in owners):
             # Nothing depends on their order.
             of_dynamic = {name: _describe_dynamic(dynamic[name]) for name in sorted(dynamic)}
             return (describe(others) if others else {}) | of_dynamic
@@ -47,10 +51,13 @@ def describe(config: Any) -> dict[str, Any]:
             "config must be an EmbedConfig, a DynamicConfig, a CollectionConfig or a mapping of "
             f"names to configs, got {config!r}."
         )
-    return {
-        name: _describe_shared(value) if isinstance(value, Shared) else _describe_one(value)
-        for name, value in config.embeddings
-    }
+    return {name: _describe_embedding(value) for name, value in config.embeddings}
+
+
+def _describe_embedding(value: Any) -> Any:
+    if isinstance(value, Shared):
+        return _describe_shared(value)
+    return _describe_dynamic(value) if isinstance(value, DynamicConfig) else _describe_one(value)
 
 
 def _describe_shared(shared: Shared) -> Any:

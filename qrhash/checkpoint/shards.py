@@ -18,6 +18,7 @@ from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.embedding import State
 from qrhash.dynamic.newcomers import Admission
 from qrhash.dynamic.resharding import deal
+from qrhash.stacks import CollectionConfig
 from qrhash.types import PyTree
 
 
@@ -58,6 +59,8 @@ class Moved(NamedTuple):
 
 def admissions_of(config: Any) -> list[Admission]:
     """Those of the tables that grow among a model's configs."""
+    if isinstance(config, CollectionConfig):
+        config = dict(config.embeddings)
     configs = config.values() if isinstance(config, Mapping) else [config]
     return [each.admission for each in configs if isinstance(each, DynamicConfig)]
 

@@ -20,6 +20,14 @@ others: the compressed one, from a few small tables.
 from qrhash.delta_files import Delta, load_delta, save_delta
 from qrhash.dynamic.admission import AdmitByChance, ExactCount, SketchCount
 from qrhash.dynamic.cached import cached
+from qrhash.dynamic.collections import (
+    assign_all,
+    evict_all,
+    find_all,
+    init_states,
+    parameters_in,
+    start_all,
+)
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.deltas import (
     Published,
@@ -30,7 +38,6 @@ from qrhash.dynamic.deltas import (
     nothing_served,
 )
 from qrhash.dynamic.embedding import (
-    Found,
     Parameters,
     State,
     assign,
@@ -43,7 +50,8 @@ from qrhash.dynamic.embedding import (
     start_rows,
 )
 from qrhash.dynamic.eviction import Eviction, LeastUsed, SmallNorm, StepsSinceUse
-from qrhash.dynamic.growth import grow
+from qrhash.dynamic.found import Found
+from qrhash.dynamic.growth import grow, grow_all
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission, AdmitAll
 from qrhash.dynamic.resharding import reshard
@@ -76,19 +84,26 @@ __all__ = [
     "Tiered",
     "apply_delta",
     "assign",
+    "assign_all",
     "cached",
     "delta_since",
     "evict",
+    "evict_all",
     "find",
+    "find_all",
     "grow",
+    "grow_all",
     "init",
     "init_state",
+    "init_states",
     "large",
     "load_delta",
     "lookup",
     "nothing_published",
     "nothing_served",
+    "parameters_in",
     "reshard",
     "save_delta",
+    "start_all",
     "start_rows",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,18 @@ from qrhash.families import FullTable
 from qrhash.fields import as_plain, checked_init, without_init
 from qrhash.keys import check_seed
 from qrhash.layout import MeshLayout
+from qrhash.parts import Composite
 from qrhash.tuning import LARGE_TABLE_ROWS
 from qrhash.types import Initializer
 
 _ADMIT_ALL = AdmitAll()
 
+# Name of the part of compressed vectors; keys' own rows go by the name of the feature.
+REFUSED = "refused"
+
 
 @dataclasses.dataclass(frozen=True)
-class DynamicConfig:
+class DynamicConfig(Composite):
     """The embedding of one feature whose keys come and go.
 
     A key that has earned a row has the vector in it. One that has not has its *compressed* vector,
@@ -57,6 +61,8 @@ class DynamicConfig:
     >>> config.num_params == 100_000 * 16 + compressed.num_params
     True
     """
+
+    given: ClassVar[str] = "keys with rows, as qrhash.dynamic.assign_all or find_all gives them"
 
     capacity: int
     features: int
@@ -127,6 +133,15 @@ class DynamicConfig:
             large_table_rows=self.large_table_rows,
             layout=self.layout,
         )
+
+    @property
+    def parts(self) -> dict[str, EmbedConfig]:
+        """The two look-ups of a key: in the keys' own rows, "", and in the tables of `refused`.
+
+        Bags are summed in both, whatever becomes of the sums.
+        """
+        parts = {"": self.own} | ({} if self.refused is None else {REFUSED: self.refused})
+        return {name: dataclasses.replace(part, combiner="sum") for name, part in parts.items()}
 
     @property
     def stddev(self) -> float:

@@ -16,23 +16,24 @@ known of keys, and changes nothing.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from qrhash import tables, vectors
-from qrhash.bags import Bag
+from qrhash.batches import everywhere
 from qrhash.dynamic import index as key_index
 from qrhash.dynamic import sharded
-from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
+from qrhash.dynamic.config import REFUSED, DynamicConfig, check_dynamic_config
+from qrhash.dynamic.found import Found, as_keys, check_found, keys_of
 from qrhash.dynamic.slots import places_where, read, some_keys
 from qrhash.dynamic.upkeep import evict as evict_rows
 from qrhash.initializers import SymmetricUniform
 from qrhash.keys import Keys
 from qrhash.kinds import set_table_rows
 from qrhash.operations import Projection
-from qrhash.pooling import divided, pool
 from qrhash.types import Array, Key, PyTree, Scalar, wide_dtype
 
 # New rows that are started at once.
@@ -70,29 +71,6 @@ class State:
     index: key_index.KeyIndex
     admission: PyTree
     home: Any = None
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("keys", "rows", "meant"), meta_fields=()
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Found:
-    """Keys of a batch with their rows: what look-ups take.
-
-    Attributes:
-      keys: `Keys` [*shape], or a `qrhash.Bag` of n keys.
-      rows: their `Rows`; of a bag [n].
-      meant: which of the keys are meant, bool; None: all. The others have vectors of zeros.
-    """
-
-    keys: Any
-    rows: key_index.Rows
-    meant: Any = None
-
-    @property
-    def _flat_keys(self) -> Keys:
-        flat = _of(self.keys).reshape(-1)
-        return Keys(jnp.asarray(flat.hi), jnp.asarray(flat.lo))
 
 
 def init(key: Key, config: DynamicConfig) -> Parameters:
@@ -142,13 +120,13 @@ def assign(
       The state, and the keys as `lookup` and `start_rows` take them.
     """
     check_dynamic_config(config)
-    keys, meant = _as_keys(keys, where)
+    keys, meant = as_keys(keys, where)
     given: dict[str, Any] = {"admission": config.admission, "state": state.admission}
     if config.layout is None:
         given["where"] = meant
-        index, rows, admission = key_index.assign(state.index, _of(keys), step, **given)
+        index, rows, admission = key_index.assign(state.index, keys_of(keys), step, **given)
     else:
-        flat, given["where"], shape = key_index.flat_keys(_of(keys), meant)
+        flat, given["where"], shape = key_index.flat_keys(keys_of(keys), meant)
         given |= {"home": state.home, "capacity": config.capacity}
         index, rows, admission = sharded.assign(config.layout, state.index, flat, step, **given)
         rows = rows.in_shape(shape)
@@ -165,26 +143,13 @@ def find(state: State, keys: Any, config: DynamicConfig, *, where: Array | None 
       where: as in `assign`.
     """
     check_dynamic_config(config)
-    keys, meant = _as_keys(keys, where)
+    keys, meant = as_keys(keys, where)
     if config.layout is None:
-        return Found(keys, key_index.lookup_rows(state.index, _of(keys), where=meant), meant)
-    flat, wanted, shape = key_index.flat_keys(_of(keys), meant)
+        return Found(keys, key_index.lookup_rows(state.index, keys_of(keys), where=meant), meant)
+    flat, wanted, shape = key_index.flat_keys(keys_of(keys), meant)
     given = {"where": wanted, "home": state.home, "capacity": config.capacity}
     rows = sharded.lookup_rows(config.layout, state.index, flat, **given)
     return Found(keys, rows.in_shape(shape), meant)
-
-
-def _of(keys: Keys | Bag) -> Keys:
-    """The keys [*shape], or those in the places of bags [n]."""
-    return keys.ids if isinstance(keys, Bag) else keys
-
-
-def _as_keys(keys: Any, where: Array | None) -> tuple[Keys | Bag, Any]:
-    if not isinstance(keys, Bag):
-        return Keys.of(keys), where
-    if where is not None:
-        raise ValueError("where must be left out with a Bag, whose segments say the same.")
-    return dataclasses.replace(keys, ids=Keys.of(keys.ids)), jnp.asarray(keys.in_bag)
 
 
 def start_rows(
@@ -201,10 +166,11 @@ def start_rows(
       The parameters; and the numbers of the rows written, int32 [n], in the place of the table, as
       `qrhash.reset_rows` takes them.
     """
-    rows = new_rows(found, config)
+    check_found(found)
+    rows = found.new_rows(config)
     if rows.size:
         is_new = found.rows.is_new.reshape(-1)
-        table = _with_new_rows(parameters, found._flat_keys, is_new, rows, config)
+        table = _with_new_rows(parameters, found.flat_keys, is_new, rows, config)
         parameters = parameters._replace(table=table)
     return parameters, Parameters(rows, None, None)
 
@@ -215,7 +181,35 @@ def _with_new_rows(
     parameters: Parameters, keys: Keys, is_new: jax.Array, rows: jax.Array, config: DynamicConfig
 ) -> Any:
     """The table with the rows of new keys [n] written."""
-    capacity, size = config.capacity, min(_AT_ONCE, rows.shape[0])
+
+    def compressed(table: Any, keys: Keys) -> jax.Array:
+        del table
+        of_refused = config.parts[REFUSED]
+        return vectors.lookup(parameters.refused, keys, of_refused, parameters.projection)
+
+    return write_new(parameters.table, keys, is_new, rows, config, compressed)
+
+
+def write_new(
+    table: Any,
+    keys: Keys,
+    is_new: jax.Array,
+    rows: jax.Array,
+    config: DynamicConfig,
+    compressed: Callable[[Any, Keys], jax.Array],
+) -> Any:
+    """A table with the rows of new keys written.
+
+    Args:
+      table: with `config.capacity` rows or, where it is a stack, more.
+      keys: `Keys` [n].
+      is_new: which of them are new, bool [n].
+      rows: the rows of these in the table, int32 [n].
+      config: the `DynamicConfig`.
+      compressed: the table so far and some keys -> compressed vectors of these.
+    """
+    keys, is_new, rows = everywhere((keys, is_new, rows), config.layout)
+    num_rows, size = table.shape[0], min(_AT_ONCE, rows.shape[0])
     count = jnp.sum(is_new, dtype=jnp.int32)
     # As many places as the last turn may look at.
     places = places_where(is_new, -(-rows.shape[0] // size) * size)
@@ -224,23 +218,17 @@ def _with_new_rows(
         done, table = state
         at = jax.lax.dynamic_slice_in_dim(places, done, size)
         here = jnp.minimum(at, rows.shape[0] - 1)
-        vectors = _first_vectors(parameters, some_keys(keys, here), config)
-        named = jnp.where(at < rows.shape[0], read(rows, here), capacity)
-        return done + size, set_table_rows(table, named, vectors)
+        some = some_keys(keys, here)
+        drawn = _drawn(some, config) if config.refused is None else compressed(table, some)
+        named = jnp.where(at < rows.shape[0], read(rows, here), num_rows)
+        return done + size, set_table_rows(table, named, everywhere(drawn, config.layout))
 
-    state = (jnp.int32(0), parameters.table)
+    state = (jnp.int32(0), table)
     return jax.lax.while_loop(lambda state: state[0] < count, turn, state)[1]
 
 
-def new_rows(found: Found, config: DynamicConfig) -> jax.Array:
-    """The rows that keys have just got, int32 [n]: at their first places; else the capacity."""
-    return jnp.where(found.rows.is_new, found.rows.rows, config.capacity).reshape(-1)
-
-
-def _first_vectors(parameters: Parameters, keys: Keys, config: DynamicConfig) -> jax.Array:
-    """Vectors [n, features] that the rows of keys [n] start with."""
-    if config.refused is not None:
-        return vectors.lookup(parameters.refused, keys, config.refused, parameters.projection)
+def _drawn(keys: Keys, config: DynamicConfig) -> jax.Array:
+    """Vectors [n, features] that the rows of keys [n] start with, without compressed ones."""
     dtype = wide_dtype(config.param_dtype)
     seed = jax.random.key(config.seed)
     initializer = config.embedding_init or SymmetricUniform(config.stddev)
@@ -266,56 +254,22 @@ def lookup(
 
     Returns:
       Vectors [*shape, features] of `config.own.vector_dtype`; of a bag one for each, pooled.
+
+    Raises:
+      ValueError: keys that were neither assigned nor found.
     """
     check_dynamic_config(config)
-    if not isinstance(found.keys, Bag):
-        return _vectors(parameters, found, config, out_sharding)
-    bag = found.keys
-    if config.combiner == "max" or (config.refused is None and config.refused_value):
-        single = dataclasses.replace(found, keys=bag.ids)
-        each = _vectors(parameters, single, config, None)
-        return pool(each, bag, config.combiner).reshape(*bag.shape, config.features)
-    has_row = found.rows.rows < config.capacity
-    own = _some_of(bag, has_row, found.rows.rows)
-    sums = _sums((parameters.table,), own, config.own, None, out_sharding)
-    if config.refused is not None:
-        others = _some_of(bag, ~has_row, bag.ids)
-        more = (parameters.refused, others, config.refused, parameters.projection)
-        sums = sums + _sums(*more, out_sharding).astype(sums.dtype)
-    flat = sums.reshape(bag.num_bags, config.features)
-    return divided(flat, bag, config.combiner).reshape(sums.shape)
-
-
-def _some_of(bag: Bag, where: jax.Array, ids: Any) -> Bag:
-    """The bags with some of their places, and these ids."""
-    segments = jnp.where(where, bag.segments, bag.num_bags)
-    return dataclasses.replace(bag, ids=ids, segments=segments)
-
-
-def _sums(
-    given: Any, bag: Bag, config: Any, projection: Projection | None, out_sharding: Any
-) -> jax.Array:
-    config = dataclasses.replace(config, combiner="sum")
-    return vectors.lookup(given, bag, config, projection, out_sharding=out_sharding)
-
-
-def _vectors(
-    parameters: Parameters, found: Found, config: DynamicConfig, out_sharding: Any
-) -> jax.Array:
-    """The vectors of keys [*shape] that are in no bags."""
-    rows = found.rows.rows
-    own = vectors.lookup((parameters.table,), rows, config.own, out_sharding=out_sharding)
-    is_refused = rows == config.capacity
-    if found.meant is not None:
-        is_refused = is_refused & found.meant
-    if config.refused is None:
-        return jnp.where(is_refused[..., None], config.refused_value, own).astype(own.dtype)
-    # One place for each key, which is empty where it has a row: nothing is read for it, and no
-    # gradient is sent anywhere.
-    keys = found.keys.reshape(*rows.shape, 1)
-    bag = Bag.from_padded(keys, mask=is_refused[..., None])
-    more = _sums(parameters.refused, bag, config.refused, parameters.projection, out_sharding)
-    return own + more.astype(own.dtype)
+    check_found(found)
+    to = None if found.is_pooled_last(config) else out_sharding
+    tables = {"": (parameters.table,), REFUSED: parameters.refused}
+    projections = {"": None, REFUSED: parameters.projection}
+    looked_up = {
+        part: vectors.lookup(
+            tables[part], ids, config.parts[part], projections[part], out_sharding=to
+        )
+        for part, ids in found.by_part(config).items()
+    }
+    return found.vectors(looked_up, config)
 
 
 def evict(
@@ -337,11 +291,29 @@ def evict(
     """
     if config.eviction is None:
         raise ValueError("evict needs config.eviction, such as StepsSinceUse(1000), got None.")
-    (table,) = jax.tree.leaves(parameters.table)
+    before = state.index.num_keys
+    state = evicted(state, parameters.table, config, step)
+    return state, before - state.index.num_keys
+
+
+def evicted(
+    state: State, table: Any, config: DynamicConfig, step: Scalar, *, offset: int = 0
+) -> State:
+    """The state without the keys that the config's eviction names.
+
+    Args:
+      state: the `State`.
+      table: the keys' own rows, from the row `offset` on.
+      config: the `DynamicConfig`.
+      step: the number of the step.
+      offset: the first of their rows in the table.
+    """
+    assert config.eviction is not None  # or there is nothing to ask
+    (array,) = jax.tree.leaves(table)
     if config.layout is None:
-        index = evict_rows(state.index, config.eviction.gone(state.index, table, step))
-    else:
-        by_place = functools.partial(sharded.by_place, config.layout, state.home)
-        gone = config.eviction.gone(state.index, table, step, by_place)
-        index = sharded.evict(config.layout, state.index, gone)
-    return dataclasses.replace(state, index=index), state.index.num_keys - index.num_keys
+        rows = slice(offset, offset + config.capacity)
+        gone = config.eviction.gone(state.index, array, step, lambda each: each[rows])
+        return dataclasses.replace(state, index=evict_rows(state.index, gone))
+    by_place = functools.partial(sharded.by_place, config.layout, state.home + offset)
+    gone = config.eviction.gone(state.index, array, step, by_place)
+    return dataclasses.replace(state, index=sharded.evict(config.layout, state.index, gone))

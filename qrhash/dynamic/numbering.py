@@ -13,7 +13,6 @@ from qrhash.bags import Bag
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.embedding import (
-    Found,
     Parameters,
     State,
     assign,
@@ -22,6 +21,7 @@ from qrhash.dynamic.embedding import (
     init_state,
 )
 from qrhash.dynamic.eviction import SmallNorm
+from qrhash.dynamic.found import Found
 from qrhash.dynamic.upkeep import evict as evict_rows
 from qrhash.initializers import per_row, table_initializers
 from qrhash.keys import Keys

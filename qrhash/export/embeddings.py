@@ -230,12 +230,12 @@ class Crossed:
 
     Attributes:
       table: the embedding of the table.
-      key: of the feature: keys are crossed with it.
+      key: of the feature: keys are crossed with it; None: they are not.
       combiner: see `qrhash.EmbedConfig`.
     """
 
     table: Growing
-    key: Keys
+    key: Keys | None
     combiner: str
 
     @property
@@ -245,7 +245,7 @@ class Crossed:
 
     def lookup(self, ids: Any, offsets: Any = None, weights: Any = None) -> np.ndarray:
         """The vectors of keys; see `Snapshot.lookup`."""
-        crossed = cross(self.key, ids)
+        crossed = ids if self.key is None else cross(self.key, ids)
         return replace(self.table, combiner=self.combiner).lookup(crossed, offsets, weights)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from qrhash import __version__
 from qrhash.collection import unstack
 from qrhash.config import EmbedConfig
+from qrhash.dynamic.collections import parameters_in
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.dynamic.deltas import delta_since, nothing_published
 from qrhash.dynamic.embedding import Parameters, State
@@ -71,6 +72,9 @@ def of_collection(
     config: CollectionConfig | Mapping[str, Any],
     stacks: Mapping[str, Any],
     projections: Mapping[str, Any] | None = None,
+    *,
+    states: Mapping[str, State] | None = None,
+    version: int | None = None,
 ) -> dict[str, Exported]:
     """The embeddings of many features; tables that features share are kept once.
 
@@ -78,22 +82,35 @@ def of_collection(
       config: the `CollectionConfig`.
       stacks: the stacked tables, as `qrhash.collection.init` gives them.
       projections: of the features with operation "project".
+      states: with dynamic features their states, as `qrhash.dynamic.init_states` gives them.
+      version: and how many steps are done, see `of_dynamic`.
 
     Raises:
-      ValueError: a stack is missing, or has another shape.
+      ValueError: a stack is missing, or has another shape; or with dynamic features states or
+        version are missing.
     """
     config = as_collection_config(config)
     tables, projections = unstack(stacks, config), projections or {}
-    own = {
-        name: of_feature(owned, tables[name], projections.get(name))
-        for name, owned in config.own_configs.items()
-    }
-    return {
-        name: own[name] if name in own else Exported(_said(each) | {"owner": owner}, {}, {})
-        for (name, each), owner in zip(
-            config.configs.items(), config.owner_of.values(), strict=True
-        )
-    }
+    composites, exported = config.composites, dict[str, Exported]()
+    configs, owner_of = config.configs, config.owner_of
+    for name, value in config.embeddings:
+        owner = owner_of[name]
+        if name not in composites:
+            said = _said(configs[name]) | {"owner": owner}
+            is_own = isinstance(value, EmbedConfig)
+            given = tables[owner], projections.get(owner)
+            exported[name] = of_feature(value, *given) if is_own else Exported(said, {}, {})
+        elif not isinstance(value, DynamicConfig):
+            exported[name] = of_crossed(owner, None, composites[name].combiner)
+        elif states is None or name not in states or version is None:
+            raise ValueError(
+                f"states and version must be given with dynamic features, those of {name!r} are "
+                "missing."
+            )
+        else:
+            parameters = parameters_in(stacks, config, name, projections)
+            exported[name] = of_dynamic(value, parameters, states[name], version)
+    return exported
 
 
 def of_dynamic(
@@ -132,10 +149,12 @@ def of_crossed(name: str, key: Any, combiner: str) -> Exported:
 
     Args:
       name: of the table's embedding in the snapshot.
-      key: of the feature, `qrhash.Keys` []: a key is looked up as `qrhash.cross(key, keys)`.
+      key: of the feature, `qrhash.Keys` []: a key is looked up as `qrhash.cross(key, keys)`; None:
+        as it is.
       combiner: how the vectors of a bag become one.
     """
-    return Exported({"table": name, "key": int(key.to_numpy()), "combiner": combiner}, {}, {})
+    number = None if key is None else int(key.to_numpy())
+    return Exported({"table": name, "key": number, "combiner": combiner}, {}, {})
 
 
 def save(

@@ -163,7 +163,8 @@ class Snapshot:
             # Of the table as it is now: deltas are of that.
             table = self._named(said["table"], embeddings)
             assert isinstance(table, Growing)
-            return Crossed(table, Keys.of(np.uint64(said["key"])), said["combiner"])
+            key = None if said["key"] is None else Keys.of(np.uint64(said["key"]))
+            return Crossed(table, key, said["combiner"])
         if name not in embeddings:
             names = ", ".join(map(repr, self.names))
             raise ValueError(f"name must be one of {names}, those of {self.path}, got {name!r}.")

@@ -18,6 +18,8 @@ new rows are started:
     state, found = qrhash.dynamic.assign(state, keys, config, step)
     params, new = qrhash.linen.start_rows(params, {"embed": found}, config)
     opt_state = qrhash.reset_rows(tx, opt_state, params, new)
+
+So does an `EmbedCollection` with dynamic features what `qrhash.dynamic.assign_all` has found.
 """
 
 from qrhash.linen.dynamic import DynamicEmbed, parameters_of, start_rows

@@ -13,10 +13,12 @@ from flax.core import copy
 
 from qrhash import dynamic
 from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
-from qrhash.dynamic.embedding import Found, Parameters
-from qrhash.linen.modules import projection_params
+from qrhash.dynamic.embedding import Parameters
+from qrhash.dynamic.found import Found
+from qrhash.linen.modules import projection_params, projections_of
 from qrhash.linen.variables import boxed
 from qrhash.operations import Projection
+from qrhash.stacks import CollectionConfig
 from qrhash.tables import init_table
 from qrhash.types import Key
 
@@ -106,13 +108,14 @@ def parameters_of(params: Mapping[str, Any], config: DynamicConfig) -> Parameter
 
 
 def start_rows(params: Any, found: Any, config: Any) -> tuple[Any, Any]:
-    """`qrhash.dynamic.start_rows` for the parameters of a whole model.
+    """`qrhash.dynamic.start_rows` and `start_all` for the parameters of a whole model.
 
     Args:
       params: the parameters, unboxed; donate them, and tables are updated in place.
-      found: {name of a submodule: as `assign` gives it}, nested as the parameters are, of any of
-        the model's `DynamicEmbed`s; or, of a model that is one, what `assign` gives alone.
-      config: the `DynamicConfig`; of several, {name: config} as `found` is.
+      found: {name of a submodule: as `assign` or `assign_all` gives it}, nested as the parameters
+        are, of any of the model's `DynamicEmbed`s and `EmbedCollection`s; or, of a model that is
+        one, what that gives alone.
+      config: the `DynamicConfig` or `CollectionConfig`; of several, {name: config} as `found` is.
 
     Returns:
       The parameters; and the numbers of the rows written, in the places of the tables, with None
@@ -120,15 +123,19 @@ def start_rows(params: Any, found: Any, config: Any) -> tuple[Any, Any]:
 
     Raises:
       ValueError: a name that is none of the parameters' or the configs', or the parameters there
-        are not those of a `DynamicEmbed`.
+        are not those of such a module.
     """
     if isinstance(found, Found):
         started, new = dynamic.start_rows(parameters_of(params, config), found, config)
         changed, rows = {"table": started.table}, {"table": new.table}
+    elif isinstance(found, Mapping) and _is_of_collection(params, config):
+        projections = projections_of(params, config)
+        changed, rows = dynamic.start_all(params, found, config, projections)
     elif isinstance(found, Mapping):
         changed, rows = {}, {}
         for name, each in found.items():
-            of_name = config if isinstance(config, DynamicConfig) else _of("config", config, name)
+            of_all = isinstance(config, (DynamicConfig, CollectionConfig))
+            of_name = config if of_all else _of("config", config, name)
             part = _of("params", params, name)
             changed[name], rows[name] = start_rows(part, each, of_name)
     else:
@@ -136,6 +143,11 @@ def start_rows(params: Any, found: Any, config: Any) -> tuple[Any, Any]:
             f"found must be what assign gives, or a mapping of such, got {type(found).__name__}."
         )
     return copy(params, changed), copy(copy(params, dict.fromkeys(params)), rows)
+
+
+def _is_of_collection(params: Any, config: Any) -> bool:
+    """Whether the parameters are those of one `EmbedCollection`."""
+    return isinstance(config, CollectionConfig) and any(s.name in params for s in config.stacks)
 
 
 def _of(argument: str, mapping: Any, name: str) -> Any:

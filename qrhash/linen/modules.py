@@ -153,7 +153,8 @@ class EmbedCollection(nn.Module):
     """Vectors for the ids of many features, from few stacked tables.
 
     The parameters are named as in `qrhash.nnx.EmbedCollection`: the stacks as in `config.stacks`,
-    and `<feature>_kernel` and `<feature>_bias` for operation "project".
+    and `<feature>_kernel` and `<feature>_bias` for operation "project". Which keys of dynamic
+    features have which rows is not of the module, see `qrhash.linen.DynamicEmbed`.
 
     Attributes:
       config: the `CollectionConfig`, or a mapping to make one of.
@@ -167,7 +168,7 @@ class EmbedCollection(nn.Module):
     ((2, 8), ['large_8_float32', 'small_8_float32'])
     """
 
-    config: CollectionConfig | Mapping[str, EmbedConfig | str]
+    config: CollectionConfig | Mapping[str, Any]
 
     def __post_init__(self) -> None:
         # A module is hashed by its attributes, and a mapping has no hash.
@@ -190,16 +191,26 @@ class EmbedCollection(nn.Module):
         }
         self.projections = {name: each for name, each in made.items() if each is not None}
 
-    def __call__(self, inputs: Mapping[str, Array | Bag]) -> dict[str, jax.Array]:
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Looks up the vectors of ids; see `qrhash.collection.lookup`.
 
         Args:
-          inputs: {feature name: integer ids [*shape], or a `qrhash.Bag`}, of any of the features.
+          inputs: {feature name: integer ids [*shape], or a `qrhash.Bag`}, of any of the features;
+            of dynamic ones as `qrhash.dynamic.assign_all` or `find_all` gives it.
 
         Returns:
           {feature name: vectors [*shape, features]}.
         """
         return collection.lookup(self.stacks, inputs, self.collection, self.projections)
+
+
+def projections_of(params: Mapping[str, Any], config: CollectionConfig) -> dict[str, Projection]:
+    """The projections among the parameters of an `EmbedCollection`, unboxed."""
+    return {
+        name: Projection(*(params[f"{name}_{field}"] for field in owned.projection_fields))
+        for name, owned in config.own_configs.items()
+        if owned.projection_fields
+    }
 
 
 def projection_params(

@@ -11,6 +11,8 @@ A `DynamicEmbed` gives rows to keys before these two lines:
 
     found = model.embed.assign(keys, step)
     optimizer.reset_rows(model, model.embed, found)
+
+So does an `EmbedCollection` with dynamic features.
 """
 
 from qrhash.nnx.dynamic import DynamicEmbed

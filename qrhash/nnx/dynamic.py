@@ -11,7 +11,8 @@ from flax import nnx
 
 from qrhash import dynamic
 from qrhash.dynamic.config import DynamicConfig
-from qrhash.dynamic.embedding import Found, Parameters, State
+from qrhash.dynamic.embedding import Parameters, State
+from qrhash.dynamic.found import Found
 from qrhash.nnx.variables import KeyState, annotated, array_of, as_table, table_variable
 from qrhash.operations import Projection
 from qrhash.types import Array, Scalar
@@ -112,6 +113,10 @@ class DynamicEmbed(nnx.Module):
         """
         started, _ = dynamic.start_rows(self.parameters, found, self.config)
         self.table.set_value(array_of(started.table))
+
+    def new_rows(self, found: Found) -> dict[str, jax.Array]:
+        """Name of the table -> rows that keys have just got, as `assign` gave them."""
+        return {"table": found.new_rows(self.config)}
 
     def find(self, keys: Any, *, where: Array | None = None) -> Found:
         """The rows of keys outside of the training; see `qrhash.dynamic.find`.

@@ -1,4 +1,4 @@
-"""The modules: hold the arrays of features and call the pure"""
+"""The modules: hold the arrays of features and call the pure core."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qrhash import collection
+from qrhash import collection, dynamic
 from qrhash.bags import Bag
 from qrhash.config import EmbedConfig, check_config
+from qrhash.dynamic.collections import new_rows_of
+from qrhash.dynamic.embedding import State
 from qrhash.logits import all_vectors, attend
-from qrhash.nnx.variables import Table, annotated, array_of, as_table, table_variable
+from qrhash.nnx.variables import KeyState, Table, annotated, array_of, as_table, table_variable
 from qrhash.operations import Projection, as_projection
 from qrhash.stacks import CollectionConfig, as_collection_config, as_stacks, unstack
 from qrhash.tables import as_tables, check_dtype, init, init_projection
-from qrhash.types import Array
+from qrhash.types import Array, Scalar
 from qrhash.vectors import lookup
 
 
@@ -141,7 +143,9 @@ class EmbedCollection(nnx.Module):
     """Vectors for the ids of many features, from few stacked tables.
 
     The stacks are attributes of type `Table` named as in `config.stacks`. For operation "project"
-    a feature's `<name>_kernel` and `<name>_bias` are ordinary parameters.
+    a feature's `<name>_kernel` and `<name>_bias` are ordinary parameters. With dynamic features,
+    which have keys in place of ids, `state` is a `KeyState`; of their compressed vectors the
+    features are called "<name>:refused".
 
     Args:
       config: the `CollectionConfig`, or a mapping to make one of.
@@ -154,6 +158,11 @@ class EmbedCollection(nnx.Module):
     >>> vectors = embed({"item": jax.numpy.array([1, 999_999]), "day": jax.numpy.array([0, 6])})
     >>> vectors["item"].shape, vectors["day"].shape
     ((2, 8), (2, 8))
+    >>> user = dynamic.DynamicConfig(1000, 8)
+    >>> embed = EmbedCollection({"user": user, "day": day}, rngs=nnx.Rngs(0))
+    >>> found = embed.assign({"user": ["ann", "bob"], "day": jax.numpy.array([0, 6])}, step=0)
+    >>> embed(found)["user"].shape, embed.num_keys
+    ((2, 8), {'user': Array(2, dtype=int32)})
     """
 
     def __init__(self, config: CollectionConfig | Mapping[str, Any], *, rngs: nnx.Rngs) -> None:
@@ -169,12 +178,80 @@ class EmbedCollection(nnx.Module):
             for field in configs[name].projection_fields:
                 param = annotated(nnx.Param, getattr(projection, field), getattr(axes, field))
                 setattr(self, f"{name}_{field}", param)
+        if self.config.composites:
+            self.state = KeyState(dynamic.init_states(self.config))
 
-    def __call__(self, inputs: Mapping[str, Array | Bag]) -> dict[str, jax.Array]:
+    @property
+    def num_keys(self) -> dict[str, Any]:
+        """How many keys have a row, int32 [], by dynamic feature that has its own table."""
+        return {name: state.index.num_keys for name, state in self._states.items()}
+
+    @property
+    def _states(self) -> dict[str, State]:
+        return dict(self.state.get_value()) if self.config.composites else {}
+
+    def assign(
+        self, ids: Mapping[str, Any], step: Scalar, *, where: Mapping[str, Array] | None = None
+    ) -> dict[str, Any]:
+        """The rows of keys in a step of the training, of which the new ones are started.
+
+        `qrhash.dynamic.assign_all` and `start_all`. It belongs before the function that is
+        differentiated; `Optimizer.reset_rows` then does the same for the optimizer's state.
+
+        Args:
+          ids: {feature name: ids; of a dynamic feature `qrhash.Keys` [*shape], or what `Keys.of`
+            takes; or a `qrhash.Bag` of either}, of any of the features.
+          step: the number of the step, from 0 on.
+          where: {name of a dynamic feature: which of its keys are meant, bool [*shape]}.
+
+        Returns:
+          The ids, with the keys of dynamic features with their rows, as the module takes them.
+        """
+        states, found = dynamic.assign_all(self._states, ids, self.config, step, where=where)
+        stacks, _ = dynamic.start_all(self.stacks, found, self.config, self.projections)
+        if states:
+            self.state.set_value(states)
+        for name, table in stacks.items():
+            self._stack(name).set_value(array_of(table))
+        return found
+
+    def find(
+        self, ids: Mapping[str, Any], *, where: Mapping[str, Array] | None = None
+    ) -> dict[str, Any]:
+        """The rows of keys outside of the training; see `qrhash.dynamic.find_all`.
+
+        Args:
+          ids: as in `assign`.
+          where: as in `assign`.
+        """
+        return dynamic.find_all(self._states, ids, self.config, where=where)
+
+    def evict(self, step: Scalar) -> dict[str, jax.Array]:
+        """Takes rows back from the keys that the features' evictions name.
+
+        Args:
+          step: the number of the step.
+
+        Returns:
+          {feature name: how many keys have lost their row, int32 []}.
+
+        Raises:
+          ValueError: no feature has an eviction.
+        """
+        states, counts = dynamic.evict_all(self._states, self.stacks, self.config, step)
+        self.state.set_value(states)
+        return counts
+
+    def new_rows(self, found: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Name of a stack -> rows that keys have just got, as `assign` gave them."""
+        return new_rows_of(found, self.config)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, jax.Array]:
         """Looks up the vectors of ids; see `qrhash.collection.lookup`.
 
         Args:
-          inputs: {feature name: integer ids [*shape], or a `qrhash.Bag`}, of any of the features.
+          inputs: {feature name: integer ids [*shape], or a `qrhash.Bag`}, of any of the features;
+            with dynamic ones as `assign` or `find` gives it.
 
         Returns:
           {feature name: vectors [*shape, features]}.

@@ -6,8 +6,8 @@ import jax
 import optax
 from flax import nnx
 
-from qrhash.dynamic.embedding import Found, new_rows
 from qrhash.nnx.dynamic import DynamicEmbed
+from qrhash.nnx.modules import EmbedCollection
 from qrhash.nnx.variables import as_table, is_large, is_variable
 from qrhash.optim import reset_rows, touched_rows
 from qrhash.protocol import is_table
@@ -43,7 +43,7 @@ class Optimizer(nnx.Optimizer):
                 table.warn_if_elsewhere()
         super().__init__(model, touched_rows(tx), wrt=wrt)
 
-    def reset_rows(self, model: Any, embed: DynamicEmbed, found: Found) -> None:
+    def reset_rows(self, model: Any, embed: DynamicEmbed | EmbedCollection, found: Any) -> None:
         """The state of rows that keys have just got is as at the start; see `qrhash.reset_rows`.
 
         Call it after `embed.assign` and before the step: a row that was another key's must not keep
@@ -51,7 +51,7 @@ class Optimizer(nnx.Optimizer):
 
         Args:
           model: the module that is optimized.
-          embed: one of its `DynamicEmbed`s, or itself.
+          embed: one of its `DynamicEmbed`s or `EmbedCollection`s, or itself.
           found: what `embed.assign` has given.
 
         Raises:
@@ -60,12 +60,13 @@ class Optimizer(nnx.Optimizer):
         here = [path for path, node in nnx.iter_graph(model) if node is embed]
         if not here:
             raise ValueError(
-                "embed must be a DynamicEmbed of the model, got one that is not in it."
+                "embed must be a DynamicEmbed of the model, or an EmbedCollection, got one that is "
+                "not in it."
             )
-        table, numbers = (*here[0], "table"), new_rows(found, embed.config)
+        named = {(*here[0], name): numbers for name, numbers in embed.new_rows(found).items()}
         state = nnx.state(model, self.wrt, graph=self.graph)
         params = jax.tree.map(as_table, state, is_leaf=is_variable)
-        rows = {path: numbers if path == table else None for path, _ in nnx.to_flat_state(state)}
+        rows = {path: named.get(path) for path, _ in nnx.to_flat_state(state)}
         of_optimizer = nnx.as_pure(self.opt_state)
         new = reset_rows(self.tx, of_optimizer, params, nnx.from_flat_state(rows))
         nnx.update(self.opt_state, nnx.state(new, graph=self.graph))

@@ -63,7 +63,11 @@ def reset_rows(
 
 
 def grow_rows(
-    tx: optax.GradientTransformation, state: PyTree, params: PyTree, grown: PyTree
+    tx: optax.GradientTransformation,
+    state: PyTree,
+    params: PyTree,
+    grown: PyTree,
+    rows: PyTree | None = None,
 ) -> PyTree:
     """The state of an optimizer for parameters whose tables have more rows than before.
 
@@ -73,6 +77,8 @@ def grow_rows(
       params: the parameters before.
       grown: the parameters after, such as `qrhash.dynamic.grow` gives them: the same tree, with
         tables in it that have more rows, the first of which are those that they had.
+      rows: or a tree of them with, in the place of a table, where the rows that it had are now,
+        int32 [rows], such as `qrhash.dynamic.grow_all` gives it; None: they are the first ones.
 
     Returns:
       The state. Every row keeps its own, a row that is new has it as at the start.
@@ -101,10 +107,12 @@ def grow_rows(
         return jnp.arange(old.shape[0])
 
     try:
-        rows = jax.tree.map(all_rows, params, grown, is_leaf=_is_node)
+        first = jax.tree.map(all_rows, params, grown, is_leaf=_is_node)
     except ValueError as error:
         raise ValueError(f"grown must be a tree as params are: {error}") from error
-    before, after = _named(params, rows), _named(grown, rows)
+    before, after = _named(params, first), _named(grown, first if rows is None else rows)
+    if before.keys() != after.keys():
+        raise ValueError("rows must be given for the tables that have more of them, and no others.")
     leaves, tree = jax.tree.flatten(params)
     owners = owners_of(tx, tree, leaves, {n: each.storage.row_axis for n, each in before.items()})
     arrays, state_tree = jax.tree.flatten(state)

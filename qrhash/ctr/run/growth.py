@@ -13,7 +13,6 @@ from qrhash import reset_rows
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.growing import Counts, GrowingColumns
 from qrhash.dynamic import DynamicConfig
-from qrhash.dynamic.embedding import new_rows
 from qrhash.nnx import as_table
 from qrhash.nnx.variables import is_variable
 
@@ -33,7 +32,7 @@ def assign_rows(model: Any, batch: Batch, step: Any) -> tuple[Batch, Counts, dic
     found = [each for each, _ in of_tables]
     counts = jax.tree.map(lambda *each: jnp.stack(each), *(each for _, each in of_tables))
     new = {
-        path: new_rows(each, table.table.config)
+        path: each.new_rows(table.table.config)
         for (path, table), each in zip(_tables(model), found, strict=True)
     }
     return batch._replace(found=found), counts, new
