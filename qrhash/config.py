@@ -50,8 +50,7 @@ class EmbedConfig:
       features: width of the vector.
       operation: how the k rows of an id become its vector: "add", "mult", "concat", "project",
         "path", or "features", with which they stay k vectors; see `qrhash.combine`.
-        By measurement "concat" is best down to about a quarter of a full table's memory, "mult"
-        at higher compression, "project" best of all there.
+        By measurement "path" and "project" lose least at equal bytes; see `fit`.
       widths: width of each table. Default: `features` for "add", "mult" and "features" (nothing
         else fits); `features` split evenly for "concat"; a quarter of `features` for "project", and
         for "path" in its longest table, beside the maps.

@@ -139,6 +139,20 @@ def _bytes_of(configs):
     return sum(config.num_params * config.param_dtype.itemsize for config in configs.values())
 
 
+def test_of_as_many_bytes_path_is_the_default_and_mult_elsewhere():
+    def operation(**options):
+        return embed_configs(Settings(**options), SIZES)["C1"].operation
+
+    assert operation(compression=4.0) == "path"
+    assert operation(columns={"C1": {"compression": 4.0}}) == "path"
+    assert operation(compression=4.0, operation="add") == "add"
+    assert operation() == operation(collisions=8) == operation(ids="keys") == "mult"
+    assert operation(compression=4.0, partition="mixed-radix", num_tables=3) == "mult"
+    assert operation(compression=4.0, partition="hash-trick") == "mult"
+    widths = {"C1": {"compression": 4.0, "widths": [16, 16]}}
+    assert operation(columns=widths) == "mult"
+
+
 @pytest.mark.parametrize("compression", [2.0, 4.0, 15.0])
 @pytest.mark.parametrize("operation", ["mult", "concat", "project", "add", "path"])
 @pytest.mark.parametrize("family", ["quotient-remainder", "mixed-radix", "chinese-remainder"])

@@ -68,9 +68,13 @@ class ColumnOptions(DynamicColumnOptions):
             least=2,
         ),
     ] = 2
-    operation: Annotated[Operation, _embeddings("How the rows of an id become its vector.")] = (
-        "mult"
-    )
+    operation: Annotated[
+        Operation | None,
+        _embeddings(
+            "How the rows of an id become its vector. Default: 'path' for quotient-remainder with "
+            "--compression, where it is the best of as many bytes; else 'mult'."
+        ),
+    ] = None
     combiner: Annotated[
         Combiner, _embeddings("How the vectors of a list's elements become one.")
     ] = "mean"
@@ -143,6 +147,14 @@ class ColumnSettings(ColumnOptions):
         """Whether `compression` says how many rows the tables have."""
         is_fixed = self.partition in ("full", "drop") or self.radices or self.moduli
         return self.compression is not None and not is_fixed and not self.takes_keys
+
+    @property
+    def combined_by(self) -> Operation:
+        """The operation, given or not."""
+        if self.operation is not None:
+            return self.operation
+        is_for_path = self.is_sized_by_bytes and self.partition == "quotient-remainder"
+        return "path" if is_for_path and self.widths is None else "mult"
 
 
 def check_amount(settings: ColumnOptions) -> None:

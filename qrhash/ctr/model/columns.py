@@ -131,7 +131,7 @@ def _of_keys(name: str, features: int, options: ColumnSettings) -> EmbedConfig:
     try:
         digits = KeyDigits(bits, options.num_tables)
         return EmbedConfig(
-            digits, features, options.operation, widths=options.widths, **unsized(options)
+            digits, features, options.combined_by, widths=options.widths, **unsized(options)
         )
     except ValueError as error:
         raise UserError(f"Column {name}, keys of {bits} bits: {error}") from error
@@ -200,7 +200,7 @@ class _Column(NamedTuple):
             return EmbedConfig.fit(
                 self.size,
                 self.features,
-                "mult" if single else self.options.operation,
+                "mult" if single else self.options.combined_by,
                 num_bytes=max(1, math.floor(budget)),
                 family=lambda _, rows: self._of_rows(rows),
                 **options,
@@ -223,7 +223,7 @@ class _Column(NamedTuple):
         return EmbedConfig(
             partition,
             self.features,
-            self.options.operation if combined else "mult",
+            self.options.combined_by if combined else "mult",
             widths=self.options.widths if combined else None,
             **unsized(self.options),
         )

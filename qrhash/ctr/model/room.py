@@ -131,7 +131,7 @@ def _config(
             refused = EmbedConfig(
                 _partition_of_newcomers(options, capacity, more, seed),
                 settings.features,
-                options.operation,
+                options.combined_by,
                 widths=options.widths,
                 large_table_rows=settings.large_table_rows,
                 **unsized(options),
