@@ -33,7 +33,7 @@ from qrhash.checkpoint import Checkpoints
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed, SmallNorm, StepsSinceUse
 from qrhash.parts import Shared
 from support.cases import OPTIMIZED, assert_close
-from support.meshes import layout_2x4, make_layout, whole
+from support.meshes import dense, layout_2x4, make_layout, whole
 
 STANDARD_PROMOTION = True  # optax's Adam
 UNCHECKED_KEYS = True
@@ -430,6 +430,40 @@ def test_bags_equal_those_of_the_table_alone(combiner, refused, rng):
     ]
     jax.tree.map(assert_close, got, wanted)
     jax.tree.map(assert_close, *grads)
+
+
+@pytest.mark.parametrize("combiner", ["mean", "max"])
+@pytest.mark.parametrize("mesh", ["2x4", "explicit"])
+def test_bags_on_a_mesh(mesh, combiner, rng):
+    lists = [rng.integers(0, 30, rng.integers(0, 4)).tolist() for _ in range(BATCH)]
+    ids = {
+        "item": _keys(rng, (BATCH,)),
+        "last_items": Bag.from_lists(lists, capacity=64),
+        "user": Bag.from_padded(_keys(rng, (BATCH, 4)), lengths=rng.integers(0, 5, BATCH)),
+    }
+    found = []
+    for layout in (None, MESHES[mesh]()):
+        embeddings = dict(_roomy(_config("concat", layout)).embeddings)
+        embeddings["last_items"] = Shared("item", combiner=combiner)
+        embeddings["user"] = dataclasses.replace(embeddings["user"], combiner=combiner)
+        config = CollectionConfig(embeddings)
+        stacks = collection.init(jax.random.key(0), config)
+
+        @jax.jit
+        def run(stacks, states, ids, config=config):
+            states, rows = dynamic.assign_all(states, ids, config, 0)
+            stacks, _ = dynamic.start_all(stacks, rows, config)
+
+            def loss(stacks):
+                vectors = collection.lookup(stacks, rows, config)
+                return sum(jnp.sum(jnp.sin(each)) for each in vectors.values()), vectors
+
+            return qrhash.value_and_grad(loss, config.large_tables, has_aux=True)(stacks)
+
+        (_, vectors), grads = run(stacks, dynamic.init_states(config), ids)
+        # A key has another row on a mesh, of one shard or another.
+        found.append((vectors, jax.tree.map(lambda each: np.sort(each, axis=0), dense(grads))))
+    jax.tree.map(assert_close, *found)
 
 
 # --- Flax -----------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class Found(PartIds):
             return sums
         shape = (*self.keys.shape, config.features)
         if self.is_pooled_last(config):
-            return pool(sums, self.keys, config.combiner).reshape(shape)
+            sums, bag = everywhere((sums, self.keys.without_ids()), config.layout)
+            return pool(sums, bag, config.combiner).reshape(shape)
         flat = sums.reshape(self.keys.num_bags, config.features)
         return divided(flat, self.keys, config.combiner).reshape(shape)
 
