@@ -32,7 +32,7 @@ from qrhash import (
 from qrhash.checkpoint import Checkpoints
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed, SmallNorm, StepsSinceUse
 from qrhash.parts import Shared
-from support.cases import OPTIMIZED, assert_close
+from support.cases import OPTIMIZED, assert_close, nnx_step
 from support.meshes import dense, layout_2x4, make_layout, whole
 
 STANDARD_PROMOTION = True  # optax's Adam
@@ -514,17 +514,7 @@ def _train_nnx(config, tx, params, batches):
     nnx.update(model, params)
     optimizer = qrhash.nnx.Optimizer(model, tx)
     traces = []
-
-    @nnx.jit(donate_argnums=(0, 1))
-    def step(model, optimizer, ids, weights, number):
-        traces.append(number)
-        found = model.embed.assign(ids, number)
-        optimizer.reset_rows(model, model.embed, found)
-        loss_fn = lambda model: _loss(model(found), weights)  # noqa: E731
-        loss, grads = qrhash.nnx.value_and_grad(loss_fn)(model)
-        optimizer.update(model, grads)
-        return loss
-
+    step = nnx_step(_loss, traces)
     evict = nnx.jit(lambda embed, number: embed.evict(number))
     for number, (ids, weights) in enumerate(batches):
         yield float(step(model, optimizer, ids, weights, number))

@@ -15,6 +15,7 @@ from flax import nnx
 import qrhash
 from qrhash import Bag, EmbedConfig, KeyDigits, Keys, MultiHash, dynamic
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed
+from support.cases import nnx_step
 from support.meshes import layout_2x4
 
 STANDARD_PROMOTION = True  # optax's Adam
@@ -202,17 +203,10 @@ def _train_nnx(config, tx, params, batches):
     optimizer = qrhash.nnx.Optimizer(model, tx)
     traces = []
 
-    @nnx.jit(donate_argnums=(0, 1))
-    def step(model, optimizer, keys, targets, number):
-        traces.append(number)
-        found = model.embed.assign(keys, number)
-        optimizer.reset_rows(model, model.embed, found)
-        loss_fn = lambda model: _loss(model(found), targets)  # noqa: E731
-        loss, grads = qrhash.nnx.value_and_grad(loss_fn)(model)
+    def check(grads):
         assert isinstance(grads.embed.table.get_value(), qrhash.RowGrads)
-        optimizer.update(model, grads)
-        return loss
 
+    step = nnx_step(_loss, traces, check)
     evict = nnx.jit(lambda embed, number: embed.evict(number))
     for number, (keys, targets) in enumerate(batches):
         yield float(step(model, optimizer, keys, targets, number))

@@ -7,6 +7,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import qrhash
 
@@ -108,3 +109,24 @@ def assert_close(got, want, tolerance=1e-5):
 def merging_by(method):
     """Rows named several times are summed by "hash" or by "sort", whatever the platform."""
     return mock.patch.object(qrhash.tuning, "merge_method", return_value=method)
+
+
+def nnx_step(loss_of, traces, check=lambda grads: None):
+    """A step of the training of an NNX model whose embedding is `embed`, jitted.
+
+    (model, optimizer, keys, targets, number) -> loss, by `loss_of(output, targets)`. What is traced
+    is told by `traces`, a list; `check` is given the gradients there.
+    """
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model, optimizer, keys, targets, number):
+        traces.append(number)
+        found = model.embed.assign(keys, number)
+        optimizer.reset_rows(model, model.embed, found)
+        loss_fn = lambda model: loss_of(model(found), targets)  # noqa: E731
+        loss, grads = qrhash.nnx.value_and_grad(loss_fn)(model)
+        check(grads)
+        optimizer.update(model, grads)
+        return loss
+
+    return step
