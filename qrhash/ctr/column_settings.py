@@ -72,7 +72,7 @@ class ColumnOptions(DynamicColumnOptions):
         Operation | None,
         _embeddings(
             "How the rows of an id become its vector. Default: 'path' for quotient-remainder with "
-            "--compression, where it is the best of as many bytes; else 'mult'."
+            "--compression, where it is among the best of as many bytes; else 'mult'."
         ),
     ] = None
     combiner: Annotated[
