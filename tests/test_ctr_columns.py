@@ -139,6 +139,19 @@ def _bytes_of(configs):
     return sum(config.num_params * config.param_dtype.itemsize for config in configs.values())
 
 
+@pytest.mark.parametrize("compression", [None, 4.0])
+def test_the_id_of_all_that_was_never_met_has_zeros_where_nobody_trains_it(compression):
+    def padding_ids(**options):
+        configs = embed_configs(Settings(compression=compression, **options), SIZES)
+        return {config.padding_id for config in configs.values()}
+
+    assert padding_ids() == padding_ids(partition="full") == {0}
+    assert padding_ids(min_count=2) == padding_ids(hash_size=9_000) == {None}
+    assert padding_ids(columns={"C1": {"min_count": 3}}) == {0, None}
+    of_keys = embed_configs(Settings(ids="keys"), dict.fromkeys(SIZES))
+    assert {config.padding_id for config in of_keys.values()} == {None}
+
+
 def test_of_as_many_bytes_path_is_the_default_and_mult_elsewhere():
     def operation(**options):
         return embed_configs(Settings(**options), SIZES)["C1"].operation

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from qrhash.ctr.column_settings import (
     OF_LISTS,
     ColumnSettings,
 )
+from qrhash.ctr.data.vocabulary import UNSEEN_ID
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.pools import in_pool, pools
 from qrhash.ctr.model.room import ColumnConfig, dynamic_configs, dynamic_tables, num_bytes, unsized
@@ -194,7 +195,7 @@ class _Column(NamedTuple):
         """With the tables that so many bytes allow."""
         with self._named():
             single = self.options.partition == "hash-trick"
-            options = unsized(self.options)
+            options = self._unsized
             if self.options.widths is not None:
                 options["widths"] = self.options.widths
             return EmbedConfig.fit(
@@ -217,6 +218,16 @@ class _Column(NamedTuple):
             partitions = [FullTable(self.size), *map(self._of_rows, rows)]
             return min(map(self._config, partitions), key=num_bytes)
 
+    @property
+    def _unsized(self) -> dict[str, Any]:
+        """What of its config does not go by its size.
+
+        Where all categories of the training lines have an id, that of all others is never trained:
+        its vector is zeros, not what others have made of the rows that it would share with them.
+        """
+        is_trained = self.options.min_count > 1 or self.options.hash_size is not None
+        return unsized(self.options) | ({} if is_trained else {"padding_id": UNSEEN_ID})
+
     def _config(self, partition: Partition) -> EmbedConfig:
         # A single table is its own vector: nothing to combine or to project.
         combined = partition.num_tables > 1
@@ -225,7 +236,7 @@ class _Column(NamedTuple):
             self.features,
             self.options.combined_by if combined else "mult",
             widths=self.options.widths if combined else None,
-            **unsized(self.options),
+            **self._unsized,
         )
 
     def _partition(self) -> Partition:
