@@ -140,17 +140,11 @@ def kinds_of(config: dynamic.DynamicConfig) -> dynamic.Parameters:
 
 def run(config: dynamic.DynamicConfig, stream: Stream, arguments: argparse.Namespace) -> float:
     """Log loss of the last half of the days, each batch predicted before it is trained on."""
-    tx = qrhash.touched_rows(
-        optax.partition(
-            {
-                "own": optax.adagrad(arguments.rate, initial_accumulator_value=1e-8),
-                "shared": optax.adagrad(
-                    arguments.rate * arguments.newcomer_rate, initial_accumulator_value=1e-8
-                ),
-            },
-            {"items": kinds_of(config), "users": "own", "bias": "own"},
-        )
-    )
+    adagrad = functools.partial(optax.adagrad, initial_accumulator_value=1e-8)
+    rates = {"own": arguments.rate, "shared": arguments.rate * arguments.newcomer_rate}
+    kinds = {"items": kinds_of(config), "users": "own", "bias": "own"}
+    of_kinds = {kind: adagrad(rate) for kind, rate in rates.items()}
+    tx = qrhash.touched_rows(optax.partition(of_kinds, kinds))
     of_users, of_items = jax.random.split(jax.random.key(0))
     users = jax.random.normal(of_users, (arguments.users, FEATURES)) * 0.3
     params: dict[str, Any]

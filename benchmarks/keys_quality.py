@@ -58,16 +58,19 @@ def main() -> None:
 
 def as_text_keys(data: str, directory: Path) -> Path:
     """The rows as Parquet, with categories as they stand in the text."""
-    text = dict.fromkeys(CATEGORIES, pa.string())
-    rows = pyarrow.csv.read_csv(
+    path = directory / "rows.parquet"
+    pyarrow.parquet.write_table(read_rows(data), path)
+    return path
+
+
+def read_rows(data: str) -> pa.Table:
+    """The rows of a file in the Criteo format, with categories as they stand in the text."""
+    return pyarrow.csv.read_csv(
         data,
         pyarrow.csv.ReadOptions(column_names=COLUMNS),
         pyarrow.csv.ParseOptions(delimiter="\t"),
-        pyarrow.csv.ConvertOptions(column_types=text),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(CATEGORIES, pa.string())),
     )
-    path = directory / "rows.parquet"
-    pyarrow.parquet.write_table(rows, path)
-    return path
 
 
 def comparison(

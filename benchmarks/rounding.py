@@ -18,7 +18,7 @@ by chance: there one seed's difference is as large as what is looked for.
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyarrow as pa
-import pyarrow.csv
 from criteo_quality import fit_quietly
+from keys_quality import read_rows
 from quality import by_frequency
 from rich.console import Console
 from rich.progress import track
@@ -71,12 +70,7 @@ class Clicks(NamedTuple):
 
 def read(data: str, test_rows: int) -> Clicks:
     """The rows of a file in the Criteo format."""
-    table = pyarrow.csv.read_csv(
-        data,
-        pyarrow.csv.ReadOptions(column_names=COLUMNS),
-        pyarrow.csv.ParseOptions(delimiter="\t"),
-        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(CATEGORIES, pa.string())),
-    )
+    table = read_rows(data)
     split = len(table) - test_rows
     clicks, *numbers = (table[name].to_numpy() for name in COLUMNS if name not in CATEGORIES)
     counts = np.nan_to_num(np.stack(numbers, axis=1).astype(np.float32))
@@ -181,7 +175,7 @@ def add_rows(table: Table, rate: float, losses: dict[str, np.ndarray]) -> None:
         table.add_row(f"{rate:g}", name, mean, *against(of_name, losses["float32"]))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Trains all models and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("data", help="Criteo-format text, plain or gzip")
@@ -191,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--dlrm", action="store_true", help="the model of qrhash train")
     parser.add_argument("--config", type=Path, help="with --dlrm: TOML file of qrhash train")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args()
     table = Table(title=f"test log loss, {len(given.seeds)} seeds (standard error)")
     evaluations = ["at the end"] if given.dlrm else [f"epoch {n + 1}" for n in range(given.epochs)]
     for header in ("table lr", "tables", "mean", *evaluations):

@@ -32,7 +32,7 @@ from qrhash import (
 from qrhash.checkpoint import Checkpoints
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed, SmallNorm, StepsSinceUse
 from qrhash.parts import Shared
-from support.cases import OPTIMIZED, assert_close, nnx_step
+from support.cases import OPTIMIZED, assert_close, linen_step, nnx_step
 from support.meshes import dense, layout_2x4, make_layout, whole
 
 STANDARD_PROMOTION = True  # optax's Adam
@@ -487,21 +487,10 @@ class NnxModel(nnx.Module):
 
 def _train_linen(config, tx, params, batches):
     model, states = LinenModel(config), dynamic.init_states(config)
-    found = dynamic.find_all(states, batches[0][0], config)
-    variables = jax.eval_shape(model.init, jax.random.key(0), found)
-    large = qrhash.linen.large_tables(variables["params"])
     tx = qrhash.touched_rows(tx)
     opt_state = tx.init(params)
-
-    def step(params, states, opt_state, ids, weights, number):
-        states, found = dynamic.assign_all(states, ids, config, number)
-        params, new = qrhash.linen.start_rows(params, {"embed": found}, config)
-        opt_state = qrhash.reset_rows(tx, opt_state, params, new)
-        loss_fn = lambda params: _loss(model.apply({"params": params}, found), weights)  # noqa: E731
-        loss, grads = qrhash.value_and_grad(loss_fn, large)(params)
-        params, opt_state = _updated(tx, params, opt_state, grads)
-        return params, states, opt_state, loss
-
+    found = dynamic.find_all(states, batches[0][0], config)
+    step = linen_step(model, dynamic.assign_all, tx, _loss, found)
     step = jax.jit(step, donate_argnums=(0, 1, 2))
     for number, (ids, weights) in enumerate(batches):
         params, states, opt_state, loss = step(params, states, opt_state, ids, weights, number)

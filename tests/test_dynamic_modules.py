@@ -15,7 +15,7 @@ from flax import nnx
 import qrhash
 from qrhash import Bag, EmbedConfig, KeyDigits, Keys, MultiHash, dynamic
 from qrhash.dynamic import DynamicConfig, ExactCount, LeastUsed
-from support.cases import nnx_step
+from support.cases import linen_step, nnx_step
 from support.meshes import layout_2x4
 
 STANDARD_PROMOTION = True  # optax's Adam
@@ -173,20 +173,9 @@ def _train_purely(config, tx, params, batches):
 def _train_linen(config, tx, params, batches):
     model = LinenModel(config)
     state = dynamic.init_state(config)
-    made = jax.eval_shape(model.init, jax.random.key(0), _found(config, [1]))["params"]
-    large = qrhash.linen.large_tables(made)
     tx = qrhash.touched_rows(tx)
     opt_state = tx.init(params)
-
-    def step(params, state, opt_state, keys, targets, number):
-        state, found = dynamic.assign(state, keys, config, number)
-        params, new = qrhash.linen.start_rows(params, {"embed": found}, config)
-        opt_state = qrhash.reset_rows(tx, opt_state, params, new)
-        loss_fn = lambda params: _loss(model.apply({"params": params}, found), targets)  # noqa: E731
-        loss, grads = qrhash.value_and_grad(loss_fn, large)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return qrhash.apply_updates(params, updates), state, opt_state, loss
-
+    step = linen_step(model, dynamic.assign, tx, _loss, _found(config, [1]))
     step = jax.jit(step, donate_argnums=(0, 1, 2))
     evict = jax.jit(dynamic.evict, static_argnums=2)
     for number, (keys, targets) in enumerate(batches):

@@ -261,7 +261,9 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
             if name not in CATEGORIES and is_criteo:
-                raise UserError(f"columns.{name} goes with --data; Criteo's are C1 to C26.")
+                raise UserError(
+                    f"columns.{name} goes with --data; Criteo's are C1 to C{len(CATEGORIES)}."
+                )
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)

@@ -2,8 +2,8 @@
 
 On a mesh a large table is split by rows, the last shard padded; tables of one width stand in one
 stack, which is padded once (`qrhash.layout`, `qrhash.spans`). Small tables and projections are on
-every device. Tables that grow stand in no stack, and have an index of their keys, which is split
-over the devices as well.
+every device. Tables that grow are counted by themselves, as `qrhash train` has them, and have an
+index of their keys, which is split over the devices as well.
 """
 
 import dataclasses

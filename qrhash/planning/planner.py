@@ -104,9 +104,9 @@ class Plan:
 
     @property
     def configs(self) -> dict[str, Any]:
-        """Column name -> `EmbedConfig`, as `qrhash.CollectionConfig` takes them.
+        """Column name -> config, as `qrhash.CollectionConfig` takes them.
 
-        Of a table that grows a `qrhash.dynamic.DynamicConfig`, which stands by itself.
+        An `EmbedConfig`, or of a table that grows a `qrhash.dynamic.DynamicConfig`.
         """
         return {name: column.config for name, column in self.columns}
 

@@ -130,3 +130,24 @@ def nnx_step(loss_of, traces, check=lambda grads: None):
         return loss
 
     return step
+
+
+def linen_step(model, assign, tx, loss_of, found):
+    """The same of a linen model, by the optimizer `tx`; to be jitted.
+
+    (params, state, opt_state, keys, targets, number) -> params, state, opt_state, loss. `assign` is
+    `dynamic.assign` or `assign_all`, `found` what one of them gives.
+    """
+    made = jax.eval_shape(model.init, jax.random.key(0), found)["params"]
+    large = qrhash.linen.large_tables(made)
+
+    def step(params, state, opt_state, keys, targets, number):
+        state, found = assign(state, keys, model.config, number)
+        params, new = qrhash.linen.start_rows(params, {"embed": found}, model.config)
+        opt_state = qrhash.reset_rows(tx, opt_state, params, new)
+        loss_fn = lambda params: loss_of(model.apply({"params": params}, found), targets)  # noqa: E731
+        loss, grads = qrhash.value_and_grad(loss_fn, large)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return qrhash.apply_updates(params, updates), state, opt_state, loss
+
+    return step

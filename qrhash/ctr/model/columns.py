@@ -45,7 +45,7 @@ from qrhash.ctr.column_settings import (
     OF_LISTS,
     ColumnSettings,
 )
-from qrhash.ctr.data.vocabulary import UNSEEN_ID
+from qrhash.ctr.data.vocabulary import UNSEEN_ID, has_no_vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.pools import in_pool, pools
 from qrhash.ctr.model.room import ColumnConfig, dynamic_configs, dynamic_tables, num_bytes, unsized
@@ -225,7 +225,7 @@ class _Column(NamedTuple):
         Where all categories of the training lines have an id, that of all others is never trained:
         its vector is zeros, not what others have made of the rows that it would share with them.
         """
-        is_trained = self.options.min_count > 1 or self.options.hash_size is not None
+        is_trained = self.options.min_count > 1 or has_no_vocabulary(self.options)
         return unsized(self.options) | ({} if is_trained else {"padding_id": UNSEEN_ID})
 
     def _config(self, partition: Partition) -> EmbedConfig:
