@@ -1,5 +1,6 @@
 """The command line: its help, its errors, its exit codes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli
+from qrhash.commands.interrupts import Interrupts
 from qrhash.commands.running import guarded
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.run.report import CHECKPOINTS, IDS, METRICS, PICTURE
@@ -164,11 +166,24 @@ def test_an_interrupt_keeps_what_was_written(small, tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Interrupted." in errors
     assert f"{METRICS} and {PICTURE} are in out" in errors
     assert "Traceback" not in errors
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupt_waits_for_the_batch_and_a_second_one_for_nothing(monkeypatch, capsys):
+    interrupts = Interrupts()
+    interrupts.check()
+    interrupts(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.check()
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    interrupts(signal.SIGINT, None)
+    assert codes == [130]
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 def test_an_early_interrupt_ends_at_once(tmp_path):
@@ -184,6 +199,6 @@ def test_an_early_interrupt_ends_at_once(tmp_path):
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert errors == "Interrupted before training began; nothing was written.\n"
     assert not (tmp_path / "out").exists()

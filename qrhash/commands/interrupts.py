@@ -1,4 +1,4 @@
-"""An interrupt ends the program at once, whoever is running."""
+"""What an interrupt does, before a run has something to keep and after."""
 
 import os
 import sys
@@ -11,6 +11,33 @@ def interrupted_early(*_: Any) -> None:
     """What a SIGINT does until a run has something to keep."""
     print("Interrupted before training began; nothing was written.", file=sys.stderr)
     leave()
+
+
+class Interrupts:
+    """What a SIGINT does from then on: the run ends between two batches; a second one, at once.
+
+    Python would raise KeyboardInterrupt in the middle of whatever a library is doing, which may
+    lose it, as `__del__` does, or fail for another reason, as Orbax does amid a save.
+    """
+
+    def __init__(self) -> None:
+        self._has_come = False
+
+    def __call__(self, *_: Any) -> None:
+        """As a signal handler."""
+        if self._has_come:
+            print("Interrupted.", file=sys.stderr)
+            leave()
+        self._has_come = True
+
+    def check(self) -> None:
+        """Between two batches.
+
+        Raises:
+          KeyboardInterrupt: a SIGINT has come.
+        """
+        if self._has_come:
+            raise KeyboardInterrupt
 
 
 def leave() -> None:

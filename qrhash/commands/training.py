@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from qrhash.commands.interrupts import Interrupts
 from qrhash.commands.parameters import (
     Directory,
     Run,
@@ -53,7 +54,8 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
     from qrhash.ctr.run.train import fit
 
     console = Console(stderr=True)
-    display = Display(console)
+    interrupts = Interrupts()
+    display = Display(console, check=interrupts.check)
     directory: RunDirectory | None = None
 
     def train() -> None:
@@ -64,7 +66,7 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
             settings.output_dir,
             resume=settings.resume,
             is_writer=not settings.process_id,
-            begun=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            begun=lambda: signal.signal(signal.SIGINT, interrupts),
         )
         if settings.resume:
             settings = load(config, given, directory.settings)

@@ -261,9 +261,8 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
             widths(name, getattr(self, name))
         for name, section in self.columns.items():
             if name not in CATEGORIES and is_criteo:
-                raise UserError(
-                    f"columns.{name} goes with --data; Criteo's are C1 to C{len(CATEGORIES)}."
-                )
+                known = f"{CATEGORIES[0]} to {CATEGORIES[-1]}"
+                raise UserError(f"columns.{name} goes with --data; Criteo's are {known}.")
             if not isinstance(section, Mapping):
                 raise UserError(f"columns.{name} must be a section, got {section!r}.")
             column = self.column(name)

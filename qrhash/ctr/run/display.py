@@ -1,7 +1,7 @@
 """Progress bars on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from rich.console import Console
@@ -25,9 +25,11 @@ class Display:
 
     Args:
       console: where to; usually standard error.
+      check: called between two batches; may raise KeyboardInterrupt.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, check: Callable[[], None] = lambda: None) -> None:
+        self.check = check
         self._console = console
         self._live = console.is_terminal
         self._pause = 0.2 if self._live else 10.0  # seconds between two updates

@@ -121,6 +121,7 @@ def shown(items: Iterable[_Item], display: Display, phase: str, total: int) -> I
     for item in items:
         yield item
         rows += len(item.labels)
+        display.check()
         if display.is_due:
             display.update(rows)
     display.done()

@@ -194,6 +194,7 @@ def _train(
             where = _Position(epoch, stream)
             stops = _stops(settings, points, progress.rows, learner.steps)
             for batch in learner.ahead(stream, stops):
+                display.check()
                 progress.add(batch, learner.step(batch))
                 if display.is_due:
                     notes = (progress.note(), learner.note)
