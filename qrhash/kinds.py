@@ -49,6 +49,17 @@ def put_table(array: Array, layout: MeshLayout | None, *, is_large: bool) -> Any
     return ShardedTable.from_array(array, layout)
 
 
+def lengthened(
+    table: TableLike, num_rows: int, layout: MeshLayout | None, *, is_large: bool
+) -> Any:
+    """A table with more rows, of zeros, behind those that it has; see `put_table`."""
+    if isinstance(table, ShardedTable):
+        return table.lengthened(num_rows)
+    array = whole_table(table)
+    more = jnp.pad(array, ((0, num_rows - array.shape[0]), (0, 0)))
+    return put_table(more, layout, is_large=is_large)
+
+
 def named_rows(table: TableLike, indices: jax.Array, values: jax.Array) -> list[RowGrads]:
     """Values for some rows of a table, where its arrays have them: one for each of its arrays.
 

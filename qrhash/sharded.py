@@ -84,6 +84,16 @@ class MeshStorage(Storage):
         # Batches that were split in different ways, or not at all.
         return MeshStorage(dataclasses.replace(self.layout, batch_axes=()))
 
+    def to_order(self, array: jax.Array, num_rows: int) -> jax.Array:
+        """See `Storage`."""
+        if self.layout.is_explicit:
+            array = jax.sharding.reshard(array, NamedSharding(self.layout.mesh, PartitionSpec()))
+        return join_rows(array, num_rows)
+
+    def from_order(self, rows: jax.Array) -> jax.Array:
+        """See `Storage`."""
+        return self.constrain(split_rows(rows, self.layout.num_shards))
+
     def constrain(self, array: jax.Array) -> jax.Array:
         """See `Storage`."""
         lay_out = jax.sharding.reshard if self.layout.is_explicit else with_sharding_constraint
@@ -245,10 +255,7 @@ class ShardedTable(Table):
 
     def to_array(self) -> jax.Array:
         """All rows, [num_rows, width], in their order: for tables that fit one device."""
-        array = self.array
-        if self.layout.is_explicit:
-            array = jax.sharding.reshard(array, NamedSharding(self.layout.mesh, PartitionSpec()))
-        return join_rows(array, self.num_rows)
+        return MeshStorage(self.layout).to_order(self.array, self.num_rows)
 
     @classmethod
     def from_array(cls, table: Array, layout: MeshLayout) -> "ShardedTable":
@@ -260,6 +267,15 @@ class ShardedTable(Table):
         layout.array_shape(num_rows, width)  # raises if the width cannot be split
         array = split_rows(table, layout.num_shards)
         return cls(jax.device_put(array, layout.table_sharding()), num_rows, layout)
+
+    def lengthened(self, num_rows: int) -> "ShardedTable":
+        """With more rows, of zeros, behind those that it has: all of these stay where they are."""
+        more = self.layout.rows_per_shard(num_rows) - self.array.shape[1]
+        longer = jax.jit(
+            lambda array: jnp.pad(array, ((0, 0), (0, more), (0, 0))),
+            out_shardings=self.layout.table_sharding(),
+        )
+        return ShardedTable(longer(self.array), num_rows, self.layout)
 
     def to_file(self) -> jax.Array:
         """All rows in their order and split in blocks, [n, width], n >= num_rows.

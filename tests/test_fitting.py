@@ -379,8 +379,10 @@ def test_on_a_mesh_as_on_one_device(rng):
         np.testing.assert_array_equal(a, b)
     tx = qrhash.touched_rows(qrhash.adagrad(0.1, initial_accumulator_value=0.5))
     state = jax.tree.map(lambda each: 2 * each, tx.init(got))
-    more = jax.tree.leaves(qrhash.grow_rows(tx, state, got, grown))
-    (large,) = (np.asarray(each) for each in more if each.shape == (4, 4, 8))  # by shard
+    more = qrhash.grow_rows(tx, state, got, grown)
+    assert jax.tree.structure(more) == jax.tree.structure(tx.init(grown))
+    of_leaves = map(np.asarray, jax.tree.leaves(more))
+    (large,) = (each for each in of_leaves if each.shape == (4, 4, 8))  # by shard
     in_order = large.transpose(1, 0, 2).reshape(16, 8)[:15]
     np.testing.assert_array_equal(in_order[:, 0], np.repeat([1.0, 0.5], [9, 6]))
 

@@ -4,16 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from qrhash import tables
-from qrhash.dynamic import upkeep
+from qrhash.dynamic import sharded, upkeep
 from qrhash.dynamic.collections import check_growing, growing, only_stacks, state_of
 from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
 from qrhash.dynamic.embedding import Parameters, State
-from qrhash.kinds import set_table_rows, whole_table
-from qrhash.stacks import CollectionConfig, as_collection_config, stack, unstack
+from qrhash.kinds import lengthened
+from qrhash.stacks import CollectionConfig, as_collection_config, as_stacks, unstack
 
 
 def grow(
@@ -37,7 +35,7 @@ def grow(
       the old one: its number for no row names a row now.
 
     Raises:
-      ValueError: fewer rows than there are, or a table on a mesh.
+      ValueError: fewer rows than there are.
 
     >>> from qrhash.dynamic.embedding import assign, find, init, init_state
     >>> config = DynamicConfig(2, 8)
@@ -49,18 +47,10 @@ def grow(
     ((4, 8), [0, 1, 2])
     """
     check_dynamic_config(config)
-    if config.layout is not None:
-        raise ValueError(
-            "grow needs a config without a layout: on a mesh the capacity is fixed, got "
-            f"{config.layout}."
-        )
-    index = upkeep.grow(state.index, capacity)
-    config = dataclasses.replace(config, capacity=index.capacity)
-    # The key draws nothing: rows are zeros until they are given to a key.
-    (table,) = tables.init(jax.random.key(0), config.own)
-    old = whole_table(parameters.table)
-    table = set_table_rows(table, jnp.arange(old.shape[0]), jnp.asarray(old))
-    return parameters._replace(table=table), dataclasses.replace(state, index=index), config
+    state, config = _longer(state, config, capacity)
+    (is_large,) = config.own.large_tables
+    table = lengthened(parameters.table, config.capacity, config.layout, is_large=is_large)
+    return parameters._replace(table=table), state, config
 
 
 def grow_all(
@@ -71,7 +61,8 @@ def grow_all(
 ) -> tuple[dict[str, Any], dict[str, State], CollectionConfig, dict[str, Any]]:
     """The same tables, some of them with more rows; see `qrhash.dynamic.grow`.
 
-    Other rows of the stacks move, and with them the optimizer's state:
+    Other rows of the stacks move, and with them the optimizer's state; on a mesh all rows come by
+    every device on the way, and have to fit one:
 
         more, states, config, rows = dynamic.grow_all(stacks, states, config, {"item": 200_000})
         opt_state, stacks = qrhash.grow_rows(tx, opt_state, stacks, more, rows), more
@@ -87,19 +78,15 @@ def grow_all(
       int32 [rows], or None}. What `assign_all` and `find_all` gave before is of the old config.
 
     Raises:
-      ValueError: fewer rows than there are, a feature that has no dynamic table of its own, tables
-        on a mesh, or one that becomes large.
+      ValueError: fewer rows than there are, a feature that has no dynamic table of its own, or a
+        table that becomes large.
     """
     config, grown = as_collection_config(config), dict(states)
     owned, made = growing(config), dict(config.embeddings)
     mine = only_stacks(stacks, config)
-    if any(each.layout is not None for each in config.stacks):
-        raise ValueError("grow_all needs a config without a layout: a mesh's capacity is fixed.")
     for name, capacity in capacities.items():
         check_growing(name, owned)
-        index = upkeep.grow(state_of(states, name).index, capacity)
-        grown[name] = dataclasses.replace(states[name], index=index)
-        made[name] = dataclasses.replace(owned[name], capacity=index.capacity)
+        grown[name], made[name] = _longer(state_of(states, name), owned[name], capacity)
     more = CollectionConfig(made)
     for of_table, (name, _) in config.spans.items():
         if more.spans[of_table][0] != name:
@@ -111,8 +98,7 @@ def grow_all(
     of_features = unstack(mine, config)
     for name in capacities:
         (old,) = of_features[name]
-        zeros = jnp.zeros((made[name].capacity, *old.shape[1:]), old.dtype)
-        of_features[name] = (zeros.at[: old.shape[0]].set(old),)
+        of_features[name] = (jnp.pad(old, ((0, made[name].capacity - len(old)), (0, 0))),)
     rows = dict.fromkeys(stacks)
     for before, after in zip(config.stacks, more.stacks, strict=True):
         if before.shape != after.shape:
@@ -121,4 +107,16 @@ def grow_all(
                 for old, new in zip(before.spans, after.spans, strict=True)
             ]
             rows[before.name] = jnp.concatenate(moved)
-    return {**stacks, **stack(of_features, more)}, grown, more, rows
+    return {**stacks, **as_stacks(of_features, more)}, grown, more, rows
+
+
+def _longer(state: State, config: DynamicConfig, capacity: int) -> tuple[State, DynamicConfig]:
+    """A state of more rows, and the config of that capacity."""
+    capacity = upkeep.check_more(capacity, config.capacity)
+    longer = dataclasses.replace(config, capacity=capacity)
+    if config.layout is None:
+        return dataclasses.replace(state, index=upkeep.grow(state.index, capacity)), longer
+    index, home = sharded.grow(
+        config.layout, state.index, state.home, capacity=config.capacity, wanted=capacity
+    )
+    return dataclasses.replace(state, index=index, home=home), longer

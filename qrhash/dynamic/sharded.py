@@ -25,7 +25,7 @@ from qrhash.dynamic import index as key_index
 from qrhash.dynamic import upkeep
 from qrhash.dynamic.index import KeyIndex, Rows
 from qrhash.dynamic.newcomers import Admission
-from qrhash.dynamic.slots import read
+from qrhash.dynamic.slots import places_where, read
 from qrhash.keys import Keys, scramble
 from qrhash.layout import MeshLayout, index_of, owner_and_place
 from qrhash.types import PyTree, Scalar
@@ -123,6 +123,42 @@ def evict(layout: MeshLayout, index: KeyIndex, gone: jax.Array) -> KeyIndex:
     spec = _of_shards(layout)
     evicted: KeyIndex = layout.run(on_device, (spec, spec), spec)(index, gone)
     return evicted
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "capacity", "wanted"))
+def grow(
+    layout: MeshLayout, index: KeyIndex, home: jax.Array, *, capacity: int, wanted: int
+) -> tuple[KeyIndex, jax.Array]:
+    """As `qrhash.dynamic.upkeep.grow`, from `capacity` rows in all to `wanted`; and `home`."""
+    places = ceil_div(wanted, layout.num_shards)
+
+    def on_device(index: KeyIndex, home: jax.Array) -> Any:
+        every = home
+        if layout.row_axes:
+            every = jax.lax.all_gather(home, layout.row_axes, tiled=True)
+        # 1. The new rows go to the places without one, those of all shards in turn.
+        more = places - home.shape[1]
+        by_turn = jnp.pad(every, ((0, 0), (0, more)), constant_values=-1).T
+        lacks_row = by_turn < 0
+        rank = jnp.cumsum(lacks_row, dtype=jnp.int32).reshape(by_turn.shape) - 1
+        new = jnp.where(capacity + rank < wanted, capacity + rank, -1)
+        number = layout.shard().number
+        rows = jnp.where(lacks_row, new, by_turn)[:, number]
+        # 2. These places are given last: they are below the others in the stack.
+        old, is_new = _alone(index), lacks_row[:, number] & (rows >= 0)
+        below = jnp.arange(places, dtype=jnp.int32)[::-1]
+        stack = jnp.concatenate([below, old.free])
+        is_free = jnp.concatenate([is_new[below], jnp.arange(old.capacity) < old.num_free])
+        free = read(stack, jnp.minimum(places_where(is_free, places), stack.size - 1))
+        num_free = jnp.sum(is_free, dtype=jnp.int32)
+        longer = upkeep.grow(old, places).replace(free=free, num_free=num_free)
+        return _stacked((longer, rows))
+
+    spec = _of_shards(layout)
+    grown: tuple[KeyIndex, jax.Array] = layout.run(on_device, (spec, spec), (spec, spec))(
+        index, home
+    )
+    return grown
 
 
 @functools.partial(jax.jit, static_argnames="layout")

@@ -76,11 +76,7 @@ def grow(index: KeyIndex, capacity: int) -> KeyIndex:
     Raises:
       ValueError: fewer rows than there are.
     """
-    capacity = as_size("capacity", capacity)
-    if capacity < index.capacity:
-        raise ValueError(
-            f"capacity must be at least the {index.capacity} rows that there are, got {capacity}."
-        )
+    capacity = check_more(capacity, index.capacity)
     new, more = create(capacity), capacity - index.capacity
     # The new rows are below the others in the stack: they are given last.
     free = jnp.concatenate([new.free[:more], index.free])
@@ -97,6 +93,16 @@ def grow(index: KeyIndex, capacity: int) -> KeyIndex:
         num_free=index.num_free + more,
     )
     return _dealt(grown, max(new.num_slots, index.num_slots))
+
+
+def check_more(capacity: int, before: int) -> int:
+    """The capacity as an integer; raises a ValueError unless it is at least that of before."""
+    capacity = as_size("capacity", capacity)
+    if capacity < before:
+        raise ValueError(
+            f"capacity must be at least the {before} rows that there are, got {capacity}."
+        )
+    return capacity
 
 
 def _dealt(index: KeyIndex, num_slots: int) -> KeyIndex:

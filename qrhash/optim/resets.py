@@ -3,7 +3,8 @@
 A row that was one key's and becomes another's must not keep the moments of the first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def grow_rows(
     """
     check_transformation(tx)
 
-    def all_rows(old: PyTree, new: PyTree) -> jax.Array | None:
+    def one_row(old: PyTree, new: PyTree) -> jax.Array | None:
         if old is None or old.shape == new.shape:
             return None
         if len(old.shape) != 2 or old.shape[1:] != new.shape[1:] or old.shape[0] > new.shape[0]:
@@ -104,26 +105,57 @@ def grow_rows(
                 f"grown must have the tables of params with more rows, got an array {new.shape} in "
                 f"the place of one {old.shape}."
             )
-        return jnp.arange(old.shape[0])
+        return jnp.arange(1)
 
     try:
-        first = jax.tree.map(all_rows, params, grown, is_leaf=_is_node)
+        longer = jax.tree.map(one_row, params, grown, is_leaf=_is_node)
     except ValueError as error:
         raise ValueError(f"grown must be a tree as params are: {error}") from error
-    before, after = _named(params, first), _named(grown, first if rows is None else rows)
-    if before.keys() != after.keys():
-        raise ValueError("rows must be given for the tables that have more of them, and no others.")
+    before, after = _named(params, longer), _named(grown, longer)
+    moved: dict[int, jax.Array] = {}
+    if rows is not None:
+        for node, numbers, first in _nodes(grown, rows):
+            moved |= dict.fromkeys(range(first, first + len(jax.tree.leaves(node))), numbers)
+        if moved.keys() != before.keys():
+            raise ValueError(
+                "rows must be given for the tables that have more of them, and no others."
+            )
     leaves, tree = jax.tree.flatten(params)
     owners = owners_of(tx, tree, leaves, {n: each.storage.row_axis for n, each in before.items()})
-    arrays, state_tree = jax.tree.flatten(state)
-    fresh = jax.tree.leaves(tx.init(grown))
+    arrays = jax.tree.leaves(state)
+    # In the structure of the new state: a table of a mesh has its number of rows there.
+    fresh, state_tree = jax.tree.flatten(tx.init(grown))
     for place, owner in enumerate(owners):
         if owner is not None:
-            old, new = before[owner], after[owner]
-            (values,), _ = old.storage.read([arrays[place]], old.indices)
             start = fresh[place].astype(arrays[place].dtype)
-            arrays[place] = new.storage.set(start, new.indices, values)
+            arrays[place] = _lengthened(
+                arrays[place], start, before[owner], after[owner], moved.get(owner)
+            )
     return jax.tree.unflatten(state_tree, arrays)
+
+
+def _lengthened(
+    array: jax.Array, start: jax.Array, old: RowGrads, new: RowGrads, numbers: jax.Array | None
+) -> jax.Array:
+    """State of a longer table.
+
+    Args:
+      array: the state of the table before.
+      start: that of the longer one at the start.
+      old: any gradient of the table before.
+      new: any gradient of the longer one.
+      numbers: where the rows of before are now [rows]; None: they are the first ones.
+    """
+    if numbers is None and old.storage == new.storage:
+        # They stay on their devices, and in their places there.
+        kept = new.storage.from_order(jnp.arange(new.num_rows)) < old.num_rows
+        kept = kept.reshape(*kept.shape, *[1] * (start.ndim - kept.ndim))
+        more = [(0, after - before) for before, after in zip(array.shape, start.shape, strict=True)]
+        return new.storage.constrain(jnp.where(kept, jnp.pad(array, more), start))
+    numbers = jnp.arange(old.num_rows) if numbers is None else numbers
+    in_order = new.storage.to_order(start, new.num_rows)
+    in_order = in_order.at[numbers].set(old.storage.to_order(array, old.num_rows))
+    return new.storage.from_order(in_order)
 
 
 def _is_node(each: PyTree) -> bool:
@@ -132,6 +164,15 @@ def _is_node(each: PyTree) -> bool:
 
 def _named(params: PyTree, rows: PyTree) -> Mapping[int, RowGrads]:
     """Number of a leaf of the parameters -> the rows named of it, with values of zero."""
+    found: dict[int, RowGrads] = {}
+    for node, numbers, first in _nodes(params, rows):
+        zeros = jnp.zeros((*numbers.shape, node.shape[1]), node.dtype)
+        found |= dict(enumerate(named_rows(node, numbers, zeros), start=first))
+    return found
+
+
+def _nodes(params: PyTree, rows: PyTree) -> Iterator[tuple[Any, jax.Array, int]]:
+    """Each table of which rows are named, their numbers, and the number of its first leaf."""
     nodes, tree = jax.tree.flatten(params, is_leaf=_is_node)
     places = jax.tree.unflatten(tree, range(len(nodes)))
     try:
@@ -140,18 +181,15 @@ def _named(params: PyTree, rows: PyTree) -> Mapping[int, RowGrads]:
         raise ValueError(
             f"rows must be a prefix of the parameters' tree, of row numbers and None: {error}"
         ) from error
-    numbers = jax.tree.leaves(of_nodes, is_leaf=lambda each: each is None)
-    found: dict[int, RowGrads] = {}
     count = 0
-    for node, of_node in zip(nodes, numbers, strict=True):
-        if of_node is not None:
-            if len(node.shape) != 2 or of_node.ndim != 1:
+    for node, numbers in zip(
+        nodes, jax.tree.leaves(of_nodes, is_leaf=lambda each: each is None), strict=True
+    ):
+        if numbers is not None:
+            if len(node.shape) != 2 or numbers.ndim != 1:
                 raise ValueError(
                     "rows must be numbers [m] in the place of a table [num_rows, width], got "
-                    f"{of_node.shape} in that of an array {node.shape}."
+                    f"{numbers.shape} in that of an array {node.shape}."
                 )
-            zeros = jnp.zeros((*of_node.shape, node.shape[1]), node.dtype)
-            named = named_rows(node, of_node, zeros)
-            found |= dict(enumerate(named, start=count))
+            yield node, numbers, count
         count += len(jax.tree.leaves(node))
-    return found

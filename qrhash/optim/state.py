@@ -53,19 +53,19 @@ def follows(
       ValueError: the transformation decides by shapes, or by values.
     """
 
-    def state_shapes(more_rows: int, more_width: int) -> list[tuple[int, ...]]:
+    def state_shapes(more_rows: int, times_width: int) -> list[tuple[int, ...]]:
         types = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         for number, axis in row_axes.items():
             shape = list(types[number].shape)
             shape[axis] += more_rows * (number + 1)
             if len(shape) > axis + 1:
-                shape[-1] += more_width
+                shape[-1] *= times_width  # by devices over which it is split, it still divides
             types[number] = jax.ShapeDtypeStruct(tuple(shape), types[number].dtype)
         with deciding_by_values_refused():
             state = jax.eval_shape(tx.init, jax.tree.unflatten(tree, types))
         return [leaf.shape for leaf in jax.tree.leaves(state)]
 
-    shapes, longer, wider = state_shapes(0, 0), state_shapes(1, 0), state_shapes(0, 1)
+    shapes, longer, wider = state_shapes(0, 1), state_shapes(1, 1), state_shapes(0, 2)
     if len({len(shapes), len(longer), len(wider)}) > 1:
         raise decides_by_shapes()
 

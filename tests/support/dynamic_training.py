@@ -141,7 +141,8 @@ def known(state):
         shards = [(state.index, np.arange(state.index.capacity))]
     else:
         each = range(len(state.home))
-        indexes = [jax.tree.map(lambda x, number=number: x[number], state.index) for number in each]
+        of_host = jax.tree.map(np.asarray, state.index)
+        indexes = [jax.tree.map(lambda x, n=n: jnp.asarray(x[n]), of_host) for n in each]
         shards = list(zip(indexes, np.asarray(state.home), strict=True))
     of_key, free = {}, []
     for index, rows in shards:
