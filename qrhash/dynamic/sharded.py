@@ -151,8 +151,8 @@ def grow(
         is_free = jnp.concatenate([is_new[below], jnp.arange(old.capacity) < old.num_free])
         free = read(stack, jnp.minimum(places_where(is_free, places), stack.size - 1))
         num_free = jnp.sum(is_free, dtype=jnp.int32)
-        longer = upkeep.grow(old, places).replace(free=free, num_free=num_free)
-        return _stacked((longer, rows))
+        longer = upkeep.grow(old, places) if more else old
+        return _stacked((longer.replace(free=free, num_free=num_free), rows))
 
     spec = _of_shards(layout)
     grown: tuple[KeyIndex, jax.Array] = layout.run(on_device, (spec, spec), (spec, spec))(
