@@ -37,6 +37,7 @@ def grow(
     Raises:
       ValueError: fewer rows than there are.
 
+    >>> import jax
     >>> from qrhash.dynamic.embedding import assign, find, init, init_state
     >>> config = DynamicConfig(2, 8)
     >>> params, state = init(jax.random.key(0), config), init_state(config)
