@@ -1,27 +1,30 @@
 """Plans against uniform compression at the same bytes, and what was expected to be lost.
 
-Two kinds of data, as `benchmarks/quality.py` has them: clicks, of a Criteo-format file, and made
-ratings of users and items. With the same seeds these are trained:
+Two kinds of data, as `benchmarks/quality.py` has them: clicks, of Criteo-format files, and ratings
+of users and items, of files or made. With the same seeds these are trained:
 
   uniform  the same compression for all columns, by each operation, and the hash trick
-  plan     `qrhash.planning.plan`, whose tables have at most as many bytes as those of "mult"
+  plan     `qrhash.planning.plan` for as many bytes, as `qrhash train --compression` has it
   growing  the same of clicks, where any column may have a table that grows, its index counted
 
 and the mean test log losses printed, against full tables, beside the expected losses: the share of
 what full tables would know, over all columns. The factors in `qrhash/planning/candidates.py` are
 those by which the expected losses are in proportion to the measured ones of the uniform models.
 
-    python benchmarks/planning.py --criteo criteo_40k.tsv.gz --test-rows 8000
+    python benchmarks/planning.py --criteo criteo_40k.tsv.gz --test-rows 8000 --ratings ratings.tsv
+
+Without files the ratings are made ones.
 """
 
 import argparse
 import functools
 import statistics
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from quality import FEATURES, Score, clicks, model_ratings, ratings
+from quality import FEATURES, GOOD, Score, clicks, model_ratings, ratings, read_ratings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,11 +32,12 @@ from rich.table import Table
 from qrhash import EmbedConfig, FullTable, HashTrick
 from qrhash.budget import partition_of
 from qrhash.ctr.config_file import load
-from qrhash.ctr.data.vocabulary import KeyCounts
+from qrhash.ctr.data.counts import KeyCounts
 from qrhash.ctr.model.columns import embed_configs
 from qrhash.ctr.model.planned import planned
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.plan import survey
+from qrhash.ctr.settings import Settings
 from qrhash.planning import Column, Facts, Memory, plan
 from qrhash.planning.candidates import ALONE, FACTORS
 from qrhash.planning.traffic import PRIOR_COUNT, of_counts
@@ -41,6 +45,7 @@ from qrhash.planning.traffic import PRIOR_COUNT, of_counts
 UNIFORM = {
     "mult": ("quotient-remainder", "mult", 2),
     "project": ("quotient-remainder", "project", 2),
+    "path": ("quotient-remainder", "path", 2),
     "concat": ("quotient-remainder", "concat", 2),
     "add": ("quotient-remainder", "add", 2),
     "mult of 3": ("mixed-radix", "mult", 3),
@@ -62,6 +67,8 @@ def main() -> None:
     """Trains all models on all data and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--criteo", nargs="*", default=[], help="Criteo-format files")
+    parser.add_argument("--ratings", nargs="*", default=[], help="files of ratings")
+    parser.add_argument("--good-from", type=float, default=GOOD, help="ratings that are good")
     parser.add_argument("--test-rows", type=int, default=8000, help="last lines, to test on")
     parser.add_argument("--compression", type=float, nargs="+", default=[4, 15])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -71,9 +78,12 @@ def main() -> None:
         cases = functools.partial(of_clicks, file, arguments.test_rows)
         score = functools.partial(clicks, file, arguments.test_rows)
         compare(file, score, [c for x in arguments.compression for c in cases(x)], arguments)
-    data = model_ratings()
-    found = [c for x in arguments.compression for c in of_ratings(*data, x)]
-    compare("ratings of a model", functools.partial(ratings, *data), found, arguments)
+    rated = {file: read_ratings(Path(file), arguments.good_from) for file in arguments.ratings}
+    if not (arguments.criteo or arguments.ratings):
+        rated["ratings of a model"] = model_ratings()
+    for name, data in rated.items():
+        found = [c for x in arguments.compression for c in of_ratings(*data, x)]
+        compare(name, functools.partial(ratings, *data), found, arguments)
 
 
 def compare(data: str, score: Score, cases: list[Case], arguments: argparse.Namespace) -> None:
@@ -104,19 +114,17 @@ def of_clicks(file: str, test_rows: int, compression: float) -> Iterator[Case]:
     with Display(Console(quiet=True)) as display:
         columns, _ = survey(load(None, given), display)
     sizes = {name: column.num_embeddings for name, column in columns.items()}
-    budget = 0
     for name, (partition, operation, num_tables) in UNIFORM.items():
         options = {"partition": partition, "operation": operation, "compression": compression}
         options |= {"num_tables": num_tables} if num_tables > 2 else {}
         configs: Mapping[str, Any] = embed_configs(load(None, {**given, **options}), sizes)
-        budget = budget or _num_bytes(configs)
         yield _case(name, options, compression, columns, configs)
-    # Without state. Projections count three times: the tables take no more than the others'.
+    budget = int(sum(sizes.values()) * Settings.features * 4 / compression)
     for name, dynamic in ((PLAN, "no"), (GROWING, "may")):
         may = {column: each._replace(dynamic=dynamic) for column, each in columns.items()}
-        found, sections = planned(load(None, given), may, budget, optimizer="sgd")
-        # "compression" of 1 is that of columns which have no section: there are none.
-        options = {"columns": sections, "compression": 1}
+        found, sections = planned(load(None, given), may, budget, optimizer="none")
+        options = {"compression": compression}
+        options |= {"columns": sections} if name == GROWING else {}
         taken = found.table_bytes + found.index_bytes
         yield Case(f"{name} at {compression:g}x", options, taken, found.loss)
 
@@ -131,15 +139,16 @@ def of_ratings(ids: np.ndarray, good: np.ndarray, compression: float) -> Iterato
             each.add(rows, np.zeros(len(rows), bool))
         counts = met.counts(1)
         columns[name] = Column(len(counts), counts, 1.0, 1 / met.variance_between(liked))
-    budget = 0
+    sizes = [column.num_embeddings for column in columns.values()]
     for name, way in UNIFORM.items():
-        sizes = [column.num_embeddings for column in columns.values()]
-        configs = dict(
-            zip(columns, (_uniform(size, way, compression) for size in sizes), strict=True)
-        )
-        budget = budget or _num_bytes(configs)
+        try:
+            uniform = [_uniform(size, way, compression) for size in sizes]
+        except ValueError:  # the smallest there are take more
+            continue
+        configs = dict(zip(columns, uniform, strict=True))
         yield _case(name, _by_size(configs), compression, columns, configs)
-    found = plan(columns, budget, features=FEATURES, optimizer="sgd")
+    budget = int(sum(sizes) * FEATURES * 4 / compression)
+    found = plan(columns, budget, features=FEATURES, optimizer="none")
     yield Case(
         f"{PLAN} at {compression:g}x", _by_size(found.configs), found.table_bytes, found.loss
     )
@@ -170,7 +179,7 @@ def _case(
 ) -> Case:
     """A uniform model, with what its configs are expected to lose of what full ones would know."""
     lost = known = 0.0
-    memory = Memory(optimizer="sgd", devices=1, large_table_rows=1, itemsize=4)
+    memory = Memory(optimizer="none", devices=1, large_table_rows=1, itemsize=4)
     for column, config in configs.items():
         prior_count = columns[column].prior_count or PRIOR_COUNT
         facts = Facts(

@@ -173,7 +173,7 @@ def test_an_interrupt_keeps_what_was_written(small, tmp_path):
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_interrupt_waits_for_the_batch_and_a_second_one_for_nothing(monkeypatch, capsys):
+def test_an_interrupt_waits_for_the_batch_and_a_second_one_for_nothing(monkeypatch, capfd):
     interrupts = Interrupts()
     interrupts.check()
     interrupts(signal.SIGINT, None)
@@ -183,7 +183,9 @@ def test_an_interrupt_waits_for_the_batch_and_a_second_one_for_nothing(monkeypat
     monkeypatch.setattr(os, "_exit", codes.append)
     interrupts(signal.SIGINT, None)
     assert codes == [130]
-    assert capsys.readouterr().err == "Interrupted.\n"
+    said = capfd.readouterr().err.split("\n")
+    assert "once more" in said[1]
+    assert "Interrupted." in said[2:]
 
 
 def test_an_early_interrupt_ends_at_once(tmp_path):

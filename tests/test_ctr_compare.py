@@ -4,6 +4,7 @@ import io
 import json
 import math
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,7 @@ def here(monkeypatch):
     def outcomes(self, trials, full_bytes):
         for trial in trials:
             begun.append(trial.name)
-            values = self._values_of(trial, full_bytes)
-            yield comparing._train(values, trial, full_bytes, self._directory)
+            yield comparing._train(asdict(self._settings), trial, full_bytes, self._directory)
 
     monkeypatch.setattr(comparing._Jobs, "_outcomes", outcomes)
     return begun

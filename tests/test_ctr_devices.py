@@ -321,8 +321,8 @@ def _run_alone(*run, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_goes_on_with_what_two_began(options, tmp_path, logs):
-    """With malformed rows among the others, which move all that follow, and a vocabulary."""
-    run = [options[0], f"--data={_spoilt_text(tmp_path)}"]
+    """With malformed rows among the others, which move all that follow, and a plan by all rows."""
+    run = [options[0], f"--data={_spoilt_text(tmp_path)}", "--compression=2"]
     alone, run = _run_alone(*run, tmp_path=tmp_path)
     output = tmp_path / "run"
     decoded = _together(*run, output=output, logs=logs)

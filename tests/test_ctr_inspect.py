@@ -15,9 +15,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from qrhash import cli, inspection
+from qrhash.ctr.data.counts import KeyCounts
 from qrhash.ctr.data.names import names_of
 from qrhash.ctr.data.population import population
-from qrhash.ctr.data.vocabulary import HashedIds, KeyCounts, RawKeys
+from qrhash.ctr.data.vocabulary import HashedIds, RawKeys
 from qrhash.ctr.model.models import column_vectors
 from qrhash.ctr.run import again
 from qrhash.ctr.run import inspect as inspecting

@@ -13,13 +13,14 @@ import pytest
 from qrhash.ctr.data import cells
 from qrhash.ctr.data import lists as lists_of
 from qrhash.ctr.data.block import Block, Lists
+from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.inference import as_they_are_here, infer
 from qrhash.ctr.data.pipeline import encode
 from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import HashedIds, RawKeys, build_ids
+from qrhash.ctr.data.vocabulary import HashedIds, RawKeys
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 from support import ctr_files
@@ -490,15 +491,15 @@ def _block():
 
 def test_a_vocabulary_of_elements():
     settings = Settings(data="f", columns={"x": {"min_count": 2}, "y": {"hash_size": 10}})
-    ids = build_ids(settings, ("c",), [_block(), _block()], ("x", "y"))
+    ids = build_ids(Counts(settings, ("c",), ("x", "y")), [_block(), _block()])
     assert list(ids) == ["c", "x", "y"]
     none = np.zeros(4, bool)
     assert ids["x"](np.array([5, 0, 9, 8], np.uint64), none).tolist() == [1, 2, 3, 0]
     assert ids["x"].num_embeddings == 4
     assert ids["y"] == HashedIds(10)
-    more = build_ids(Settings(), ("c",), [_block()], ("x", "y"))["y"]
+    more = build_ids(Counts(Settings(), ("c",), ("x", "y")), [_block()])["y"]
     assert more(np.array([2**63, 7, 5, 0], np.uint64), none).tolist() == [2, 1, 0, 0]
-    rare = build_ids(Settings(min_count=3), ("c",), [_block(), _block()], ("x", "y"))["x"]
+    rare = build_ids(Counts(Settings(min_count=3), ("c",), ("x", "y")), [_block(), _block()])["x"]
     assert rare(np.array([5, 0, 9, 8], np.uint64), none).tolist() == [1, 0, 0, 0]
 
 

@@ -9,14 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from qrhash import cli
-from qrhash.ctr.data.vocabulary import (
-    HashedIds,
-    KeyCounts,
-    RawKeys,
-    Vocabulary,
-    load_ids,
-    save_ids,
-)
+from qrhash.ctr.data.counts import KeyCounts
+from qrhash.ctr.data.vocabulary import HashedIds, RawKeys, Vocabulary, load_ids, save_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.run import goals
 from qrhash.ctr.run import predict as predicting

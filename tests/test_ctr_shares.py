@@ -9,13 +9,14 @@ import pytest
 
 from qrhash.ctr.data import parquet, processes, sources, text
 from qrhash.ctr.data.catalogue import Catalogue, Positives
+from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
 from qrhash.ctr.data.processes import gather, own_lines, together
 from qrhash.ctr.data.shares import Share, Survey
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.data.vocabulary import HashedIds, build_ids
+from qrhash.ctr.data.vocabulary import HashedIds
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.settings import Settings
 from support import ctr_files
@@ -159,7 +160,7 @@ def _run(settings, *, first=0, positives=False):
         survey = Survey(source, bad_lines)
     catalogue = Catalogue([0, 1])
     blocks = catalogue.watching(survey.blocks(0, train))
-    ids = build_ids(settings, categories, blocks, source.schema.lists)
+    ids = build_ids(Counts(settings, categories, source.schema.lists), blocks)
     catalogue.gather()
     if count > 1:
         for _ in survey.blocks(train, stop):

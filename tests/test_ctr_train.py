@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits
+from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import batches
 from qrhash.ctr.data.schema import CRITEO, Column
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import build_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Scores, constant_logit, log_loss
 from qrhash.ctr.run.display import Display
@@ -91,7 +91,7 @@ def test_keys_of_64_bits_train_alike_whatever_holds_them(tmp_path):
     for path in files:
         settings = Settings(**options, data=str(path))
         source = open_source(settings, BadLines(0, print))
-        ids = build_ids(settings, CATEGORIES, source.blocks(0, 300))
+        ids = build_ids(Counts(settings, CATEGORIES), source.blocks(0, 300))
         with batches(source, 0, 300, ids, 300) as stream:
             (batch,) = stream
         found.append(batch.ids)

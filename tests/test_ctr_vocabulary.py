@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 
 from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.counts import Counts, KeyCounts, build_ids
 from qrhash.ctr.data.criteo import CATEGORIES
-from qrhash.ctr.data.vocabulary import (
-    MISSING_KEY,
-    UNSEEN_ID,
-    HashedIds,
-    KeyCounts,
-    RawKeys,
-    build_ids,
-)
+from qrhash.ctr.data.vocabulary import MISSING_KEY, UNSEEN_ID, HashedIds, RawKeys
 from qrhash.ctr.settings import Settings
 
 
@@ -94,7 +88,7 @@ def test_every_column_has_ids_of_its_own():
     keys = np.arange(4, dtype=np.uint64)[:, None] * np.arange(1, 27, dtype=np.uint64)
     block = Block(np.zeros(4, np.float32), np.zeros((4, 13), np.float32), keys, keys > 100)
     settings = Settings(columns={"C2": {"hash_size": 5}, "C3": {"min_count": 2}})
-    ids = build_ids(settings, CATEGORIES, iter([block, block]))
+    ids = build_ids(Counts(settings, CATEGORIES), iter([block, block]))
     assert list(ids) == list(CATEGORIES)
     assert ids["C1"](*_arrays([0, 3, 4])).tolist() == [1, 4, 0]
     assert ids["C4"](*_arrays([0, 12, 3])).tolist() == [1, 4, 0]
@@ -107,8 +101,8 @@ def test_hashing_all_columns_reads_no_rows():
         raise AssertionError("read")
         yield
 
-    assert set(build_ids(Settings(hash_size=9), CATEGORIES, blocks()).values()) == {HashedIds(9)}
-    assert set(build_ids(Settings(ids="keys"), CATEGORIES, blocks()).values()) == {RawKeys()}
+    for settings, ids in ((Settings(hash_size=9), HashedIds(9)), (Settings(ids="keys"), RawKeys())):
+        assert set(build_ids(Counts(settings, CATEGORIES), blocks()).values()) == {ids}
 
 
 def test_a_column_may_have_keys_among_others_with_ids():
@@ -116,7 +110,7 @@ def test_a_column_may_have_keys_among_others_with_ids():
     block = Block(np.zeros(4, np.float32), np.zeros((4, 0), np.float32), keys, keys > 100)
     columns = {"a": {"ids": "keys"}, "b": {"ids": "vocabulary"}, "c": {"hash_size": 3}}
     settings = Settings(data="events", ids="keys", columns=columns)
-    ids = build_ids(settings, ("a", "b", "c"), [block])
+    ids = build_ids(Counts(settings, ("a", "b", "c")), [block])
     assert (ids["a"], ids["c"]) == (RawKeys(), HashedIds(3))
     assert ids["b"].num_embeddings == 5
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import encode
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import build_ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.predict import predict
@@ -36,7 +36,7 @@ def test_weights_go_with_their_rows(tmp_path):
     (block,) = source.blocks(0, 500)
     assert block.importance.tolist() == events["counts"]
     assert block.rows(3, 7).importance.tolist() == events["counts"][3:7]
-    ids = build_ids(Settings(), source.schema.categories, [block], source.schema.lists)
+    ids = build_ids(Counts(Settings(), source.schema.categories, source.schema.lists), [block])
     batch = encode(block, source.schema, ids)
     assert batch.importance.tolist() == events["counts"]
     assert batch.weights.tolist() == [1] * 500

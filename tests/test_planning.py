@@ -461,7 +461,7 @@ def test_short_columns_stay_full():
         ({"a": 5}, {"features": 0}, "features must be a positive integer, got 0"),
         ({"a": 5}, {"threshold": -1}, "threshold must be an integer of at least 0, got -1"),
         ({"a": 5}, {"devices": 0}, "devices must be a positive integer, got 0"),
-        ({"a": 5}, {"optimizer": "lion"}, "optimizer must be one of sgd, .*, got 'lion'"),
+        ({"a": 5}, {"optimizer": "lion"}, "optimizer must be one of none, sgd, .*, got 'lion'"),
         ({"a": 5}, {"num_examples": 0}, "num_examples must be a positive number, got 0"),
         ({"a": planning.Column(2, dynamic="yes")}, {}, "must be one of no, may, must, got 'yes'"),
         ({"a": planning.Column(2, admit_after=0)}, {}, "admit_after must be a positive integer"),

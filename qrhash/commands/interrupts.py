@@ -1,8 +1,11 @@
 """What an interrupt does, before a run has something to keep and after."""
 
+import contextlib
 import os
 import sys
 from typing import Any
+
+_SAID = "Ctrl-C: the training ends with this batch; once more, and it ends at once."
 
 INTERRUPTED = 130  # exit code of a program that a SIGINT ended
 
@@ -29,6 +32,9 @@ class Interrupts:
             print("Interrupted.", file=sys.stderr)
             leave()
         self._has_come = True
+        # Not by `print`, whose buffer the handler may have interrupted.
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\n{_SAID}\n".encode())  # behind a progress bar
 
     def check(self) -> None:
         """Between two batches.

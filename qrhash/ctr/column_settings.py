@@ -9,7 +9,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, check_values
 
 PartitionName = Literal[
-    "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
+    "auto", "quotient-remainder", "mixed-radix", "chinese-remainder", "hash-trick", "full", "drop"
 ]
 Operation = Literal["mult", "concat", "add", "project", "path"]
 Combiner = Literal["mean", "sum", "sqrtn", "max"]
@@ -39,9 +39,11 @@ class ColumnOptions(DynamicColumnOptions):
     partition: Annotated[
         PartitionName,
         _embeddings(
-            "Family for columns longer than --threshold; 'drop' leaves them out of the model."
+            "Family for columns longer than --threshold; 'drop' leaves them out of the model. "
+            "'auto': quotient-remainder; but with --compression, and no --operation, what a plan "
+            "says of each column, by how often its ids are met."
         ),
-    ] = "quotient-remainder"
+    ] = "auto"
     compression: Annotated[
         float | None,
         _embeddings(
@@ -71,8 +73,8 @@ class ColumnOptions(DynamicColumnOptions):
     operation: Annotated[
         Operation | None,
         _embeddings(
-            "How the rows of an id become its vector. Default: 'path' for quotient-remainder with "
-            "--compression, where it is among the best of as many bytes; else 'mult'."
+            "How the rows of an id become its vector. Default: as planned (see --partition); else "
+            "'path' with --compression, 'mult' without."
         ),
     ] = None
     combiner: Annotated[
@@ -115,6 +117,11 @@ class ColumnOptions(DynamicColumnOptions):
     ] = None
 
     @property
+    def is_planned(self) -> bool:
+        """Whether only `compression` says what the embeddings are: how is left to a plan."""
+        return self.compression is not None and self.partition == "auto" and self.operation is None
+
+    @property
     def takes_keys(self) -> bool:
         """Whether there is no vocabulary, and are no ids."""
         return (self.ids == "keys" or self.is_dynamic) and self.hash_size is None
@@ -149,11 +156,16 @@ class ColumnSettings(ColumnOptions):
         return self.compression is not None and not is_fixed and not self.takes_keys
 
     @property
+    def family(self) -> str:
+        """The partition, given or not."""
+        return "quotient-remainder" if self.partition == "auto" else self.partition
+
+    @property
     def combined_by(self) -> Operation:
         """The operation, given or not."""
         if self.operation is not None:
             return self.operation
-        is_for_path = self.is_sized_by_bytes and self.partition == "quotient-remainder"
+        is_for_path = self.is_sized_by_bytes and self.family == "quotient-remainder"
         return "path" if is_for_path and self.widths is None else "mult"
 
 

@@ -10,7 +10,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import Option, check_values, split_names
 from qrhash.ctr.settings import Settings
 
-FULL, PLAN = "full", "plan"
+FULL = "full"
 
 _output, _embeddings, _training = (
     partial(Option, panel) for panel in ("Output", "Embeddings", "Training")
@@ -31,7 +31,7 @@ METHODS: Mapping[str, Callable[[float, int], Mapping[str, Any]]] = {
         "num_tables": 3,
         "compression": times,
     },
-    PLAN: lambda times, _: {},  # What a plan says of each column, from the data.
+    "plan": lambda times, _: {"compression": times},
     "dynamic": lambda times, full_bytes: {"dynamic": f"{max(1, int(full_bytes / times))}B"},
 }
 

@@ -46,8 +46,11 @@ class PlanOptions:
         _plan("Devices that large tables are split over. Default: by --mesh, or 1.", least=1),
     ] = None
     optimizer: Annotated[
-        Literal["sgd", "rowwise_adagrad", "adagrad", "adam"],
-        _plan("Whose state is counted; qrhash train learns tables by adagrad."),
+        Literal["none", "sgd", "rowwise_adagrad", "adagrad", "adam"],
+        _plan(
+            "Whose state is counted; qrhash train learns tables by adagrad. none: the parameters "
+            "alone, as of a model that is served."
+        ),
     ] = "adagrad"
     num_examples: Annotated[
         int | None,

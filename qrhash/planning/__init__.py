@@ -3,6 +3,16 @@
 from qrhash.planning.candidates import Candidates, Facts
 from qrhash.planning.columns import Column
 from qrhash.planning.memory import OPTIMIZERS, Memory
-from qrhash.planning.planner import ColumnPlan, Plan, plan
+from qrhash.planning.planner import BudgetError, ColumnPlan, Plan, plan
 
-__all__ = ["OPTIMIZERS", "Candidates", "Column", "ColumnPlan", "Facts", "Memory", "Plan", "plan"]
+__all__ = [
+    "OPTIMIZERS",
+    "BudgetError",
+    "Candidates",
+    "Column",
+    "ColumnPlan",
+    "Facts",
+    "Memory",
+    "Plan",
+    "plan",
+]

@@ -51,6 +51,7 @@ FACTORS = {
     ("quotient-remainder", "project", 2): Factors(0.35, narrow=0.04),
     ("quotient-remainder", "concat", 2): Factors(0.55, narrow=0.11),
     ("quotient-remainder", "add", 2): Factors(0.75),
+    ("quotient-remainder", "path", 2): Factors(0.35, narrow=0.04),
     ("mixed-radix", "mult", 3): Factors(0.36),
 }
 
@@ -206,7 +207,7 @@ class _Shape:
         """Of the largest table."""
         features, k = self.facts.features, self.num_tables
         per_id = np.ceil(budgets / self.facts.num_embeddings)
-        if self.operation == "project":
+        if self.operation in ("project", "path"):
             return np.minimum(per_id, features)
         if self.operation == "concat":
             return np.maximum(features // k, np.minimum(per_id, features - (k - 1)))
@@ -216,6 +217,8 @@ class _Shape:
         """Of the others, on average."""
         if self.operation == "concat":
             return (self.facts.features - self.width(budgets)) / (self.num_tables - 1)
+        if self.operation == "path":  # maps
+            return (self.width(budgets) + 1) * self.facts.features
         return self.width(budgets)
 
     def small_rows(self, rows: np.ndarray) -> np.ndarray:

@@ -17,11 +17,15 @@ from qrhash.config import EmbedConfig
 from qrhash.fields import require_choice
 from qrhash.spans import stacks_of
 
-# Optimizer -> its numbers for each entry of a table, and for each row.
-OPTIMIZERS = {"sgd": (0, 0), "adagrad": (1, 0), "rowwise_adagrad": (0, 1), "adam": (2, 0)}
-
-# Projections are dense parameters, for which two numbers each are counted, as Adam has them.
-_OF_DENSE = 2
+# Optimizer -> its numbers for each entry of a table, and for each row. Projections are dense
+# parameters, which Adam trains beside any of them.
+OPTIMIZERS = {
+    "none": (0, 0),
+    "sgd": (0, 0),
+    "adagrad": (1, 0),
+    "rowwise_adagrad": (0, 1),
+    "adam": (2, 0),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,8 @@ class Memory:
 
     def state_of_dense(self, num_params: Any) -> Any:
         """The same of the optimizer's state alone."""
-        return num_params * self.itemsize * _OF_DENSE
+        by_entry, _ = OPTIMIZERS["none" if self.optimizer == "none" else "adam"]
+        return num_params * self.itemsize * by_entry
 
     def of_table(self, rows: int, width: int) -> int:
         """Of a table that stands alone, with its state, on each device, padding included."""

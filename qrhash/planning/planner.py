@@ -36,6 +36,19 @@ LEAST_GROWING = 1000
 _SIZES, _LEAST_SIZES = 256, 8
 
 
+class BudgetError(ValueError):
+    """A budget below what the smallest embeddings take.
+
+    Args:
+      sentence: what is wrong.
+      least: the bytes that they take, on each device.
+    """
+
+    def __init__(self, sentence: str, least: int) -> None:
+        super().__init__(sentence)
+        self.least = least
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ColumnPlan:
     """What was planned for a column.
@@ -160,7 +173,8 @@ def plan(
       devices: how many devices the rows of large tables are split over; small tables and
         projections are on each.
       optimizer: "sgd" (no state), "rowwise_adagrad" (a number for each row), "adagrad" (one for
-        each entry) or "adam" (two).
+        each entry) or "adam" (two); projections have Adam's with each. "none": the parameters
+        alone are counted, as of a model that is not trained.
       num_examples: how many examples there are to learn from. Default: as many as the counts say;
         without counts, as many as meet the rarest id of the longest column once.
       threshold: columns of at most this many ids keep full tables, but where `dynamic` is "must".
@@ -170,7 +184,8 @@ def plan(
       A `Plan`. Its loss is within 0.1 % of the least that the candidates allow.
 
     Raises:
-      ValueError: an argument breaks its rule; or the budget is too small, with the least possible.
+      ValueError: an argument breaks its rule; `BudgetError`, one of these: the budget is too small,
+        with the least possible.
 
     >>> sizes = {"user": 1_000_000, "item": 200_000, "day": 7}
     >>> planned = plan(sizes, 16_000_000, features=16)
@@ -306,11 +321,12 @@ def _picked(
     while True:
         choice = choose(costs, losses, allowed)
         if choice is None:
-            least = sum(cost.min() for cost in costs) + budget - allowed
-            raise ValueError(
-                f"num_bytes must be at least {int(np.ceil(least)):,}, what the smallest embeddings "
+            least = int(np.ceil(sum(cost.min() for cost in costs) + budget - allowed))
+            raise BudgetError(
+                f"num_bytes must be at least {least:,}, what the smallest embeddings "
                 f"of columns of more than threshold ids, and full tables of the others, take on "
-                f"each of {memory.devices} devices with {memory.optimizer!r}, got {budget:,}."
+                f"each of {memory.devices} devices with {memory.optimizer!r}, got {budget:,}.",
+                least,
             )
         bound = choice.bound if bound is None else bound
         picks = dict(zip(classes, choice.picks, strict=True))

@@ -11,13 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qrhash.ctr.data.vocabulary import (
-    UNSEEN_ID,
-    HashedIds,
-    Ids,
-    KeyCounts,
-    Vocabulary,
-)
+from qrhash.ctr.data.counts import KeyCounts
+from qrhash.ctr.data.vocabulary import UNSEEN_ID, HashedIds, Ids, Vocabulary
 from qrhash.inspection import BANDS, frequency_bands
 from qrhash.keys import Keys
 

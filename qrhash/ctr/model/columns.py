@@ -194,7 +194,7 @@ class _Column(NamedTuple):
     def of_bytes(self, budget: float) -> EmbedConfig:
         """With the tables that so many bytes allow."""
         with self._named():
-            single = self.options.partition == "hash-trick"
+            single = self.options.family == "hash-trick"
             options = self._unsized
             if self.options.widths is not None:
                 options["widths"] = self.options.widths
@@ -241,14 +241,14 @@ class _Column(NamedTuple):
 
     def _partition(self) -> Partition:
         options = self.options
-        if options.partition == "full":
+        if options.family == "full":
             return FullTable(self.size)
         if options.radices is not None:
             return MixedRadix(self.size, options.radices)
         if options.moduli is not None:
             return ChineseRemainder(self.size, options.moduli)
         collisions = DEFAULT_COLLISIONS if options.collisions is None else options.collisions
-        if collisions == 0 and options.partition == "hash-trick":
+        if collisions == 0 and options.family == "hash-trick":
             raise ValueError("the hash trick needs collisions of at least 1, got 0.")
         rows = ceil_div(self.size, max(1, collisions))
         # More ids to a row than this, and the other tables would be the longer ones.
@@ -257,17 +257,17 @@ class _Column(NamedTuple):
     @property
     def _fewest_rows(self) -> int:
         """Rows of the largest table, when there are fewest in all."""
-        if self.options.partition == "hash-trick":
+        if self.options.family == "hash-trick":
             return 1
         return ceil_root(self.size, self._num_tables)
 
     @property
     def _num_tables(self) -> int:
-        return 2 if self.options.partition == "quotient-remainder" else self.options.num_tables
+        return 2 if self.options.family == "quotient-remainder" else self.options.num_tables
 
     def _of_rows(self, rows: int) -> Partition:
         """The family's partition with so many rows in the largest table."""
-        return partition_of(self.options.partition, self.size, rows, self._num_tables)
+        return partition_of(self.options.family, self.size, rows, self._num_tables)
 
     @contextmanager
     def _named(self) -> Iterator[None]:

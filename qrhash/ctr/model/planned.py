@@ -1,23 +1,32 @@
-"""A plan for the columns of a run, as settings that build exactly its embeddings."""
+"""A plan for the columns of a run, as settings that build exactly its embeddings.
 
-from collections.abc import Mapping
+For a budget of memory on each device (`qrhash plan`); or for the bytes that the `compression` of a
+run leaves to its tables, where nothing else says what these are.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits, MixedRadix
 from qrhash.ctr.column_settings import OF_IDS, WAYS, ColumnOptions
+from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs
 from qrhash.ctr.model.room import ColumnConfig, num_bytes
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import DynamicConfig, ExactCount
-from qrhash.planning import Column, Plan, plan
+from qrhash.planning import BudgetError, Column, Plan, plan
 
 # What a plan says for every column, in place of the run's own words.
 SAID = ("partition", "operation", "compression", "collisions", "num_tables")
 
 # What a column's section says of other things than sizes: also that it has no rows that grow.
 _KEPT = SHARED | {"dynamic"}
+
+# Of a column whose ids differ by no more than chance; it weighs a hundredth of others then.
+_MOST_PRIOR = 1000.0
 
 # Of that, what a column has no use for whose rows grow.
 _OF_IDS = {*OF_IDS, *WAYS} - {"dynamic"}
@@ -40,7 +49,8 @@ def planned(
       `init_stddev`, and of tables that grow other seeds.
 
     Raises:
-      UserError: there is no column to plan for, or the budget is too small.
+      BudgetError: the budget is too small.
+      UserError: there is no column to plan for, or one cannot have what the settings say.
     """
     if not columns:
         raise UserError("There is no column with a vocabulary to plan for.")
@@ -51,11 +61,14 @@ def planned(
             features=settings.features,
             threshold=settings.threshold,
             dtype="float32",
+            param_dtype=settings.param_dtype,
             large_table_rows=settings.large_table_rows,
             init_stddev=settings.init_stddev,
             combiner=settings.combiner,
             **arguments,
         )
+    except BudgetError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from error
     sections = {name: dict(section) for name, section in settings.columns.items()}
@@ -71,6 +84,87 @@ def planned(
         name: _sizes(config) for name, config in found.configs.items()
     }
     return found, sections
+
+
+def known_of(
+    settings: Settings, counts: Counts, notify: Callable[[str], None]
+) -> dict[str, Column]:
+    """What the training rows say of the columns that have ids.
+
+    Args:
+      settings: what their columns are used as.
+      counts: how often the keys were met, in rows and in those that are clicks.
+      notify: is told of columns that are no part of a plan.
+
+    Returns:
+      Column name -> `Column`, without others that are dropped or take keys as they are, with how
+      much the click rates of their ids differ.
+    """
+    columns = {}
+    for name, options in counts.columns.items():
+        if options.partition == "drop":
+            continue
+        if name in counts.of:
+            met = counts.of[name]
+            numbers = met.counts(options.min_count)
+            length = max(1, numbers.sum()) / max(1, counts.rows)
+            variance = met.variance_between(counts.clicked[name])
+            columns[name] = Column(len(numbers), numbers, length, _prior_count(variance))
+        elif options.hash_size is not None:
+            columns[name] = Column(options.hash_size)
+        else:
+            notify(f"column {name} takes keys as they are, and is no part of the plan")
+    return columns
+
+
+def _prior_count(variance: float) -> float | None:
+    """After how many meetings half of an id's effect is known; None, where labels say nothing."""
+    return None if math.isnan(variance) else 1 / min(1.0, max(1 / _MOST_PRIOR, variance))
+
+
+def compressed(
+    settings: Settings, counts: Counts, notify: Callable[[str], None]
+) -> tuple[Plan | None, dict[str, dict[str, Any]]]:
+    """The plan for the bytes that `compression` leaves to columns without sections of their own.
+
+    Args:
+      settings: the run's, which leave to a plan what the embeddings are (`is_planned`).
+      counts: see `known_of`.
+      notify: see `known_of`.
+
+    Returns:
+      The plan, None if all columns have sections of their own; and `Settings.columns`, which say of
+      every column with ids what its embedding is.
+
+    Raises:
+      UserError: the bytes are too few.
+    """
+    assert settings.compression is not None
+    columns = known_of(settings, counts, notify)
+    sections = {name: dict(section) for name, section in settings.columns.items()}
+    own = [name for name in columns if not SHARED.issuperset(sections.get(name, {}))]
+    for name in own:
+        if settings.column(name).is_sized_by_bytes:
+            sections[name].setdefault("compression", settings.compression)
+    alone = replace(settings, compression=None, columns=sections)
+    of_own: Mapping[str, Any] = embed_configs(
+        alone, {name: columns[name].num_embeddings for name in own}
+    )
+    taken = sum(map(num_bytes, of_own.values()))
+    full = sum(each.num_embeddings for each in columns.values())
+    budget = full * settings.features * FULL_DTYPE.itemsize / settings.compression
+    free = {name: each for name, each in columns.items() if name not in own}
+    if not free:
+        return None, sections
+    arguments = {"devices": 1, "optimizer": "none", "num_examples": max(1, counts.rows)}
+    try:
+        return planned(alone, free, max(1, math.floor(budget - taken)), **arguments)
+    except BudgetError as error:
+        raise UserError(
+            f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but "
+            f"the smallest ones take {error.least + taken:,}: ask for less, or let shorter columns "
+            f"be compressed too, by a threshold below {settings.threshold}."
+        ) from error
 
 
 def _sizes(config: ColumnConfig) -> Any:
@@ -91,7 +185,7 @@ def section_of(config: ColumnConfig) -> dict[str, Any]:
     taken = num_bytes(config)
     full = config.num_embeddings * config.features * FULL_DTYPE.itemsize
     # A little more than its bytes, less than one parameter: the quotient is no whole number.
-    section: dict[str, Any] = {"compression": full / (taken + FULL_DTYPE.itemsize / 2)}
+    section: dict[str, Any] = {"compression": full / (taken + config.param_dtype.itemsize / 2)}
     if isinstance(partition, HashTrick):
         return {"partition": "hash-trick"} | section
     if isinstance(partition, MixedRadix):

@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 from qrhash.ctr.data.block import Source
+from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.population import Population, population
-from qrhash.ctr.data.vocabulary import Counts, Vocabulary
+from qrhash.ctr.data.vocabulary import Vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.rows import shown, splits

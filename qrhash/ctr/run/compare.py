@@ -22,14 +22,12 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from qrhash.ctr.compare_settings import FULL, METHODS, PLAN, CompareOptions, check_base
+from qrhash.ctr.compare_settings import FULL, METHODS, CompareOptions, check_base
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.planned import planned
 from qrhash.ctr.options import build
 from qrhash.ctr.run.display import Display
-from qrhash.ctr.run.plan import survey
 from qrhash.ctr.run.report import METRICS, RunDirectory
 from qrhash.ctr.run.train import fit
 from qrhash.ctr.settings import Settings
@@ -190,7 +188,6 @@ class _Jobs:
         self._directory, self._settings, self._jobs = directory, settings, jobs
         self._display, self._total = display, total
         self._peak, self._done = 0.0, 0
-        self._surveyed: Any = None
         self._begin()
 
     def _begin(self) -> None:
@@ -226,13 +223,8 @@ class _Jobs:
             while left or running:
                 while left and self._has_room_beside(len(running)):
                     trial = left.pop(0)
-                    try:
-                        values = self._values_of(trial, full_bytes)
-                    except UserError as error:
-                        yield Outcome(trial, {}, str(error)), 0
-                        continue
                     here, there = context.Pipe(duplex=False)
-                    arguments = (there, values, trial, full_bytes, self._directory)
+                    arguments = (there, asdict(self._settings), trial, full_bytes, self._directory)
                     process = context.Process(target=_send, args=arguments, daemon=True)
                     process.start()
                     there.close()  # That its end is the end of what is sent.
@@ -257,20 +249,6 @@ class _Jobs:
             for process, _ in running.values():
                 process.terminate()
                 process.join()
-
-    def _values_of(self, trial: Trial, full_bytes: int) -> dict[str, Any]:
-        """The settings of a trial, but for what goes by its method alone."""
-        settings = self._settings
-        if trial.method == PLAN:
-            if self._surveyed is None:
-                self._surveyed = survey(settings, self._display)
-                self._begin()
-            columns, rows = self._surveyed
-            # Bytes of tables: the optimizer's state is no part of what the methods have alike.
-            alike = {"devices": 1, "optimizer": "sgd", "num_examples": rows}
-            budget = max(1, int(full_bytes / trial.times))
-            settings = replace(settings, columns=planned(settings, columns, budget, **alike)[1])
-        return asdict(settings)
 
     def _has_room_beside(self, running: int) -> bool:
         """Whether one more training may begin beside so many."""

@@ -11,9 +11,10 @@ import numpy as np
 
 from qrhash import MeshLayout
 from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.data.schema import Schema
-from qrhash.ctr.data.vocabulary import Ids, build_ids
+from qrhash.ctr.data.vocabulary import Ids
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import Judged, constant_logit, scores
 from qrhash.ctr.model.models import build_model
@@ -45,8 +46,8 @@ class Goal(Protocol):
         """Those rows of a source that it is about."""
         ...
 
-    def ids(self, blocks: Iterable[Block]) -> dict[str, Ids]:
-        """The ids of every column, by a pass over the training rows."""
+    def ids(self, counts: Counts, blocks: Iterable[Block]) -> dict[str, Ids]:
+        """The ids of every column, by a pass over the training rows; see `build_ids`."""
         ...
 
     @property
@@ -111,9 +112,9 @@ class Clicks:
         """All rows."""
         return source
 
-    def ids(self, blocks: Iterable[Block]) -> dict[str, Ids]:
+    def ids(self, counts: Counts, blocks: Iterable[Block]) -> dict[str, Ids]:
         """See `build_ids`."""
-        return build_ids(self._settings, self._schema.categories, blocks, self._schema.lists)
+        return build_ids(counts, blocks)
 
     def num_rows(self, lines: int) -> int:
         """All of them."""

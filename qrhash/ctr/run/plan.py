@@ -1,7 +1,6 @@
 """`qrhash plan`: from the data to the plan, and the file by which the trainer builds it."""
 
 import json
-import math
 import re
 import textwrap
 from collections.abc import Collection, Mapping
@@ -12,12 +11,13 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sizes import read_sizes
 from qrhash.ctr.data.sources import open_source
-from qrhash.ctr.data.vocabulary import Counts, has_no_vocabulary
+from qrhash.ctr.data.vocabulary import has_no_vocabulary
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.planned import SAID, planned
+from qrhash.ctr.model.planned import SAID, known_of, planned
 from qrhash.ctr.options import split_names
 from qrhash.ctr.plan_settings import PlanOptions
 from qrhash.ctr.run.devices import mesh_sizes
@@ -26,10 +26,7 @@ from qrhash.ctr.run.goals import make_goal
 from qrhash.ctr.run.plan_report import draw_plan, plan_table, summary
 from qrhash.ctr.run.rows import shown, splits
 from qrhash.ctr.settings import Settings
-from qrhash.planning import Column, Plan
-
-# Of a column whose ids differ by no more than chance; it weighs a hundredth of others then.
-_MOST_PRIOR = 1000.0
+from qrhash.planning import BudgetError, Column, Plan
 
 # Settings that a plan leaves to whoever trains by it.
 _NOT_PLANNED = {"output_dir", "resume", "coordinator", "num_processes", "process_id"}
@@ -67,14 +64,17 @@ def run(
     else:
         with display:
             columns, examples = survey(settings, display, split_names(options.dynamic_columns))
-    plan, sections = planned(
-        settings,
-        with_growth(columns, options),
-        budget,
-        devices=devices,
-        optimizer=options.optimizer,
-        num_examples=examples,
-    )
+    try:
+        plan, sections = planned(
+            settings,
+            with_growth(columns, options),
+            budget,
+            devices=devices,
+            optimizer=options.optimizer,
+            num_examples=examples,
+        )
+    except BudgetError as error:
+        raise UserError(str(error)) from error
     if output:
         write_config(output, settings, sections, plan)
         display.line(f"{output} is for qrhash train --config {output}")
@@ -106,39 +106,18 @@ def survey(
     source = open_source(settings, bad_lines, display.line)
     train, _ = splits(settings, source)
     schema = source.schema
-    rows = 0
     counted = [
         name
         for name in schema.embedded
         if name in growing or not has_no_vocabulary(settings.column(name))
     ]
-    kinds = (schema.categories, schema.lists)
-    met, clicked = (Counts(settings, *kinds, counted) for _ in range(2))
+    counts = Counts(settings, schema.categories, schema.lists, counted, with_clicks=True)
     blocks = make_goal(settings, schema).source(source).blocks(0, train)
     for block in shown(blocks, display, "vocabulary", train):
-        rows += len(block.labels)
-        met.add(block)
-        clicked.add(block.take(block.labels > 0))
-    columns = {}
-    for name in schema.embedded:
-        options = settings.column(name)
-        if options.partition == "drop":
-            continue
-        if name in met.of:
-            counts = met.of[name].counts(options.min_count)
-            columns[name] = Column(
-                len(counts),
-                counts,
-                max(1, counts.sum()) / max(1, rows),
-                _prior_count(met.of[name].variance_between(clicked.of[name])),
-            )
-        elif options.hash_size is not None:
-            columns[name] = Column(options.hash_size)
-        else:
-            display.line(f"column {name} takes keys as they are, and is no part of the plan")
-    if met.of and not rows:
+        counts.add(block)
+    if counts.of and not counts.rows:
         raise UserError(f"{source.name}: none of the {train} training lines can be read.")
-    return columns, rows
+    return known_of(settings, counts, display.line), counts.rows
 
 
 def with_growth(columns: Mapping[str, Column], options: PlanOptions) -> dict[str, Column]:
@@ -161,11 +140,6 @@ def with_growth(columns: Mapping[str, Column], options: PlanOptions) -> dict[str
         )
         for name, each in columns.items()
     }
-
-
-def _prior_count(variance: float) -> float | None:
-    """After how many meetings half of an id's effect is known; None, where labels say nothing."""
-    return None if math.isnan(variance) else 1 / min(1.0, max(1 / _MOST_PRIOR, variance))
 
 
 def write_config(path: Path, settings: Settings, sections: Sections, plan: Plan) -> None:

@@ -20,9 +20,10 @@ def summary(plan: Plan) -> str:
     devices = "one device" if plan.devices == 1 else f"each of {plan.devices} devices"
     share = (plan.table_bytes + plan.index_bytes) / plan.full_bytes
     of_keys = f" and indexes of keys of {megabytes(plan.index_bytes)}" if plan.index_bytes else ""
+    state = "without state" if plan.optimizer == "none" else f"with {plan.optimizer} state"
     return (
-        f"{megabytes(plan.bytes_per_device)} of {megabytes(plan.num_bytes)} on {devices} with "
-        f"{plan.optimizer} state; tables of {megabytes(plan.table_bytes)}{of_keys} in all, "
+        f"{megabytes(plan.bytes_per_device)} of {megabytes(plan.num_bytes)} on {devices} {state}; "
+        f"tables of {megabytes(plan.table_bytes)}{of_keys} in all, "
         f"{share:.2%} of full ones; {plan.loss:.2%} of what full tables would know is expected to "
         "be lost"
     )

@@ -93,6 +93,11 @@ class Keeper:
         return None
 
     @property
+    def planned(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """`Settings.columns` as planned, if the run is one that is resumed."""
+        return None
+
+    @property
     def best(self) -> Path | None:
         """The directory of the best model's checkpoint, as `checkpoints`."""
         return None

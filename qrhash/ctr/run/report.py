@@ -79,7 +79,7 @@ class RunDirectory(Keeper):
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the run began with."""
-        others = ("kind", "source", "schema")
+        others = ("kind", "source", "schema", "planned")
         return {name: value for name, value in self._records[0].items() if name not in others}
 
     @property
@@ -91,6 +91,11 @@ class RunDirectory(Keeper):
     def schema(self) -> dict[str, Any] | None:
         """What was recorded of the columns of the data."""
         return self._records[0].get("schema") if self._records else None
+
+    @property
+    def planned(self) -> dict[str, Any] | None:
+        """What was planned for the columns; None, if the settings say all of it."""
+        return self._records[0].get("planned") if self._records else None
 
     @property
     def best(self) -> Path | None:

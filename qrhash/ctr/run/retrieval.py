@@ -16,10 +16,11 @@ from qrhash import MeshLayout
 from qrhash.arithmetic import ceil_div
 from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.catalogue import Catalogue, Positives
+from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.inference import listed
 from qrhash.ctr.data.pipeline import Batch, numbered
 from qrhash.ctr.data.schema import Schema
-from qrhash.ctr.data.vocabulary import Ids, Vocabulary, build_ids
+from qrhash.ctr.data.vocabulary import Ids, Vocabulary
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.losses import InBatchSoftmax
 from qrhash.ctr.model.metrics import Judged
@@ -62,10 +63,10 @@ class Retrieval:
         """The positive rows."""
         return Positives(source)
 
-    def ids(self, blocks: Iterable[Block]) -> dict[str, Ids]:
+    def ids(self, counts: Counts, blocks: Iterable[Block]) -> dict[str, Ids]:
         """See `build_ids`; in the same pass the items are gathered."""
         blocks = self._catalogue.watching(blocks)
-        found = build_ids(self._settings, self._schema.categories, blocks, self._schema.lists)
+        found = build_ids(counts, blocks)
         for _ in blocks:  # Where no vocabulary needs the pass, the items do.
             pass
         self._catalogue.gather()

@@ -9,6 +9,7 @@ import jax
 from qrhash import MeshLayout
 from qrhash.batches import process_rows
 from qrhash.ctr.data.block import Block, Source
+from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import Batch, batches
 from qrhash.ctr.data.shares import Share, Survey
@@ -49,6 +50,7 @@ def splits(settings: Settings, source: Source) -> tuple[int, int]:
 def first_pass(
     goal: Goal,
     source: Source,
+    counts: Counts,
     train: int,
     bad_lines: BadLines,
     batch_size: int,
@@ -60,6 +62,7 @@ def first_pass(
     Args:
       goal: what the run is for.
       source: the rows.
+      counts: of its columns; is told what is met.
       train: the lines before it are trained on.
       bad_lines: those of the source.
       batch_size: rows of a batch.
@@ -68,10 +71,11 @@ def first_pass(
     """
     processes = jax.process_count()
     if layout is None or processes == 1:
-        return goal.ids(shown(source.blocks(0, train), display, "vocabulary", train)), None
+        blocks = shown(source.blocks(0, train), display, "vocabulary", train)
+        return goal.ids(counts, blocks), None
     survey = Survey(source, bad_lines)
     blocks = shown(survey.blocks(0, train), display, "vocabulary", train // processes)
-    ids = goal.ids(blocks)
+    ids = goal.ids(counts, blocks)
     for _ in blocks:  # Where no vocabulary needs the pass, the batches do.
         pass
     for _ in survey.blocks(train, source.num_lines):

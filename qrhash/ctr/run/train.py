@@ -9,6 +9,7 @@ processes each reads its share of the rows (`data/shares`).
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from qrhash.arithmetic import ceil_div
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.ctr.data.block import Source
+from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.data.schema import Schema
@@ -25,6 +27,7 @@ from qrhash.ctr.data.synthetic import SyntheticSource
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, tables_of
 from qrhash.ctr.model.metrics import Judged, described, scores
+from qrhash.ctr.model.planned import compressed
 from qrhash.ctr.model.room import ColumnConfig, dynamic_tables, index_bytes, num_bytes, num_rows
 from qrhash.ctr.run.best import Best
 from qrhash.ctr.run.devices import make_layout
@@ -32,6 +35,7 @@ from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.goals import make_goal
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.overview import HEADER, overview
+from qrhash.ctr.run.plan_report import summary
 from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.rows import Rows, first_pass, shown, splits
@@ -59,8 +63,13 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     schema = source.schema
     goal = make_goal(settings, schema)
     source = goal.source(source)
-    ids, share = first_pass(goal, source, train, bad_lines, settings.batch_size, layout, display)
+    counts = Counts(settings, schema.categories, schema.lists, with_clicks=settings.is_planned)
+    ids, share = first_pass(
+        goal, source, counts, train, bad_lines, settings.batch_size, layout, display
+    )
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
+    begun_with = settings
+    settings = _as_planned(settings, counts, keeper, display)
     configs = embed_configs(settings, sizes, layout)
     form = ", in the Criteo format" if schema.preset == "criteo" else ""
     display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
@@ -77,7 +86,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     if not settings.resume:
         of_data = {"lines": source.num_lines, "checksum": source.checksum}
         columns = {"source": of_data, "schema": schema.as_dict()}
-        keeper.record({"kind": "settings", **settings.as_dict(), **columns})
+        planned = {} if settings is begun_with else {"planned": settings.columns}
+        keeper.record({"kind": "settings", **begun_with.as_dict(), **columns, **planned})
     keeper.keep_ids(ids)
     best = Best(keeper.best if train < split else None, configs, settings.patience)
     with closing(best):
@@ -108,6 +118,18 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     )
     keeper.record(summary.as_record())
     return summary
+
+
+def _as_planned(settings: Settings, counts: Counts, keeper: Keeper, display: Display) -> Settings:
+    """The settings with what is planned for each column, or was when the run began."""
+    if settings.resume and keeper.planned is not None:
+        return replace(settings, columns=keeper.planned)
+    if settings.resume or not settings.is_planned:
+        return settings
+    plan, sections = compressed(settings, counts, display.line)
+    if plan is not None:
+        display.line(f"planned by how often ids are met: {summary(plan)}")
+    return replace(settings, columns=sections)
 
 
 def _full(sizes: Mapping[str, int | None], features: int) -> dict[str, int | None]:

@@ -32,7 +32,7 @@ class Kept:
 
     Attributes:
       run: its directory.
-      settings: of the training, without a mesh.
+      settings: of the training, as planned, without a mesh.
       schema: the columns of its data.
       source: what was recorded of the data; None, by an earlier version.
       checkpoints: where its best model is, or the last one.
@@ -70,6 +70,8 @@ def kept_of(run: Path) -> Kept:
     """
     directory = RunDirectory(str(run), resume=True)
     settings = build(Settings, directory.settings, f"the run in {run}")
+    if directory.planned is not None:
+        settings = replace(settings, columns=directory.planned)
     schema = CRITEO if directory.schema is None else Schema.from_dict(directory.schema)
     best, last = directory.best, directory.checkpoints
     assert last is not None
