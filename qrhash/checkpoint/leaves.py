@@ -48,7 +48,10 @@ def leaves_of(state: Any) -> dict[str, Any]:
 
 
 def _value(leaf: Any) -> Any:
-    return as_table(leaf) if isinstance(leaf, nnx.Variable) else leaf
+    """What a leaf holds; None: nothing, as a variable that is masked in an optimizer's state."""
+    if not isinstance(leaf, nnx.Variable):
+        return leaf
+    return as_table(leaf) if jax.tree.leaves(leaf) else None
 
 
 def with_arrays(state: Any, leaves: Mapping[str, Any]) -> Any:
@@ -58,7 +61,7 @@ def with_arrays(state: Any, leaves: Mapping[str, Any]) -> Any:
         table: Any = leaves.get(jax.tree_util.keystr(path, simple=True, separator="."))
         if not isinstance(leaf, nnx.Variable):
             return table
-        return leaf.replace(array_of(table))
+        return leaf if table is None else leaf.replace(array_of(table))
 
     return jax.tree_util.tree_map_with_path(of, state, is_leaf=_is_table)
 

@@ -60,7 +60,6 @@ The rooms, in reading order (a module imports the ones above it only):
   run/rows         which rows are trained, validated and tested on
   run/records      what is kept of a run
   run/overview     the table of columns shown before training
-  run/plan_report  a plan as a table and as a picture
   run/report       JSON lines, the picture, the final table
   run/train        the run from the first line to the last
   run/trained      the trained model of a run, and its data
@@ -69,6 +68,7 @@ The rooms, in reading order (a module imports the ones above it only):
   run/export_formats  the exported function in the formats of other systems
   run/export_readme  the page that an exported model comes with
   run/exported     a trained model as files that run without qrhash
+  run/plan_report  a plan as a table and as a picture
   run/plan         from data to a plan, and to the file that a run begins with
   run/compare      the same training with other embeddings, sizes and seeds
   run/compare_report  a comparison as a table, a picture and figures

@@ -117,6 +117,11 @@ class ColumnOptions(DynamicColumnOptions):
     ] = None
 
     @property
+    def family(self) -> str:
+        """The partition, given or not."""
+        return "quotient-remainder" if self.partition == "auto" else self.partition
+
+    @property
     def is_planned(self) -> bool:
         """Whether only `compression` says what the embeddings are: how is left to a plan."""
         return self.compression is not None and self.partition == "auto" and self.operation is None
@@ -154,11 +159,6 @@ class ColumnSettings(ColumnOptions):
         """Whether `compression` says how many rows the tables have."""
         is_fixed = self.partition in ("full", "drop") or self.radices or self.moduli
         return self.compression is not None and not is_fixed and not self.takes_keys
-
-    @property
-    def family(self) -> str:
-        """The partition, given or not."""
-        return "quotient-remainder" if self.partition == "auto" else self.partition
 
     @property
     def combined_by(self) -> Operation:

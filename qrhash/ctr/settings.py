@@ -301,11 +301,11 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         ):
             raise UserError(
                 f"num_tables goes with partition {' or '.join(MULTI_TABLE)}, or with ids 'keys', "
-                f"not {self.partition!r}."
+                f"not {self.family!r}."
             )
         if self.ids == "keys" and self.hash_size is not None:
             raise UserError("ids 'keys' and hash_size are two ways: give one of them.")
-        is_plain = self.partition in (Settings.partition, "drop")
+        is_plain = self.family == "quotient-remainder" or self.partition == "drop"
         if not is_plain and all(options.takes_keys for options in of_columns):
             raise UserError(
                 f"partition {self.partition!r} goes with ids from a vocabulary, not with 'keys'."

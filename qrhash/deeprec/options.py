@@ -153,7 +153,7 @@ class StorageType(enum.Enum):
 _RESIDENT = (None, StorageType.DRAM, StorageType.HBM)
 
 _OF_STORAGE: NoMeaning = {
-    "storage_path": (None, "no rows are kept in files"),
+    "storage_path": (None, "no rows are kept in files but by qrhash.dynamic.FileStore"),
     "storage_size": (None, "give get_embedding_variable the capacity, in rows"),
     "cache_strategy": (None, "all rows are in the memory of the device, and none are cached"),
     "layout": (None, "rows and counts are arrays of their own"),
@@ -182,8 +182,9 @@ class StorageOption:
     def __post_init__(self) -> None:
         if self.storage_type not in _RESIDENT:
             raise ValueError(
-                "storage_type must be None, StorageType.DRAM or StorageType.HBM: rows are in the "
-                f"memory of the device, and no tiers are below it; got {self.storage_type!r}."
+                "storage_type must be None, StorageType.DRAM or StorageType.HBM: a variable's rows "
+                "are in the memory of the device; qrhash.dynamic.Tiered keeps those of a table in "
+                f"the host's or in a file. Got {self.storage_type!r}."
             )
         given = {name: getattr(self, name) for name in _OF_STORAGE}
         refuse(_OF_STORAGE, **given)

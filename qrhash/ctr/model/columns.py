@@ -98,7 +98,7 @@ def embed_configs(
                 is_shared = OF_KEYS.isdisjoint(section)
                 of_keys[name] = in_pool(own, name, int(name in items)) if is_shared else own
             continue
-        is_named = not SHARED.issuperset(section)
+        is_named = has_own(section)
         if not is_named and size <= settings.threshold:
             options = replace(options, partition="full")
         if options.partition == "drop":
@@ -124,6 +124,12 @@ def embed_configs(
         for name in sizes
         if name in placed
     }
+
+
+def has_own(section: Mapping[str, Any]) -> bool:
+    """Whether a section of the settings says what its column's embedding is."""
+    said = {name for name, value in section.items() if (name, value) != ("partition", "auto")}
+    return not SHARED.issuperset(said)
 
 
 def _of_keys(name: str, features: int, options: ColumnSettings) -> EmbedConfig:
@@ -198,14 +204,21 @@ class _Column(NamedTuple):
             options = self._unsized
             if self.options.widths is not None:
                 options["widths"] = self.options.widths
-            return EmbedConfig.fit(
-                self.size,
-                self.features,
-                "mult" if single else self.options.combined_by,
-                num_bytes=max(1, math.floor(budget)),
-                family=lambda _, rows: self._of_rows(rows),
-                **options,
-            )
+            try:
+                return EmbedConfig.fit(
+                    self.size,
+                    self.features,
+                    "mult" if single else self.options.combined_by,
+                    num_bytes=max(1, math.floor(budget)),
+                    family=lambda _, rows: self._of_rows(rows),
+                    **options,
+                )
+            except ValueError:
+                # Of "path", whose tables of the fewest rows are not the smallest.
+                smallest = self.smallest()
+                if num_bytes(smallest) > budget:
+                    raise
+                return smallest
 
     def smallest(self) -> EmbedConfig:
         """With about as few bytes as the family can have; a full table, if that takes no more.

@@ -13,7 +13,7 @@ from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits, MixedRadix
 from qrhash.ctr.column_settings import OF_IDS, WAYS, ColumnOptions
 from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs
+from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs, has_own
 from qrhash.ctr.model.room import ColumnConfig, num_bytes
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import DynamicConfig, ExactCount
@@ -123,42 +123,40 @@ def _prior_count(variance: float) -> float | None:
 
 
 def compressed(
-    settings: Settings, counts: Counts, notify: Callable[[str], None]
-) -> tuple[Plan | None, dict[str, dict[str, Any]]]:
+    settings: Settings, counts: Counts, num_rows: int
+) -> tuple[Plan | None, Mapping[str, Mapping[str, Any]]]:
     """The plan for the bytes that `compression` leaves to columns without sections of their own.
+
+    Those whose section says how, but not how much, they are compressed have as much as if all
+    columns were compressed alike.
 
     Args:
       settings: the run's, which leave to a plan what the embeddings are (`is_planned`).
       counts: see `known_of`.
-      notify: see `known_of`.
+      num_rows: how many rows there are to train on.
 
     Returns:
       The plan, None if all columns have sections of their own; and `Settings.columns`, which say of
-      every column with ids what its embedding is.
+      all others what their embedding is.
 
     Raises:
       UserError: the bytes are too few.
     """
     assert settings.compression is not None
-    columns = known_of(settings, counts, notify)
-    sections = {name: dict(section) for name, section in settings.columns.items()}
-    own = [name for name in columns if not SHARED.issuperset(sections.get(name, {}))]
-    for name in own:
-        if settings.column(name).is_sized_by_bytes:
-            sections[name].setdefault("compression", settings.compression)
-    alone = replace(settings, compression=None, columns=sections)
-    of_own: Mapping[str, Any] = embed_configs(
-        alone, {name: columns[name].num_embeddings for name in own}
-    )
-    taken = sum(map(num_bytes, of_own.values()))
+    columns = known_of(settings, counts, lambda _: None)
+    free = {n: each for n, each in columns.items() if not has_own(settings.columns.get(n, {}))}
+    if not free:
+        return None, settings.columns
+    taken = 0
+    if len(free) < len(columns):
+        sizes = {name: column.num_embeddings for name, column in columns.items()}
+        alike = embed_configs(replace(settings, partition="quotient-remainder"), sizes)
+        taken = sum(num_bytes(config) for name, config in alike.items() if name not in free)
     full = sum(each.num_embeddings for each in columns.values())
     budget = full * settings.features * FULL_DTYPE.itemsize / settings.compression
-    free = {name: each for name, each in columns.items() if name not in own}
-    if not free:
-        return None, sections
-    arguments = {"devices": 1, "optimizer": "none", "num_examples": max(1, counts.rows)}
+    arguments = {"devices": 1, "optimizer": "none", "num_examples": num_rows}
     try:
-        return planned(alone, free, max(1, math.floor(budget - taken)), **arguments)
+        return planned(settings, free, max(1, math.floor(budget - taken)), **arguments)
     except BudgetError as error:
         raise UserError(
             f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but "

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from qrhash.ctr.compare_settings import FULL, METHODS, CompareOptions, check_base
+from qrhash.ctr.compare_settings import FULL, METHODS, NOT_COMPARED, CompareOptions, check_base
 from qrhash.ctr.data.files import BadLines
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.errors import UserError
@@ -137,7 +137,8 @@ def _begin(
             begun = json.loads(basis.read_text())
         except ValueError as error:
             raise UserError(f"{basis} is no record of a comparison: {error}.") from error
-        other = [name for name in wanted if wanted[name] != begun.get(name)]
+        shared = [name for name in wanted if name not in NOT_COMPARED]
+        other = [name for name in shared if wanted[name] != begun.get(name)]
         if not other:
             display.line(f"going on with the comparison in {directory}")
             return

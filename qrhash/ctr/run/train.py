@@ -35,7 +35,6 @@ from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.goals import make_goal
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.overview import HEADER, overview
-from qrhash.ctr.run.plan_report import summary
 from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.rows import Rows, first_pass, shown, splits
@@ -69,7 +68,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     )
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
     begun_with = settings
-    settings = _as_planned(settings, counts, keeper, display)
+    settings = _as_planned(settings, counts, goal.num_rows(train), keeper, display)
     configs = embed_configs(settings, sizes, layout)
     form = ", in the Criteo format" if schema.preset == "criteo" else ""
     display.table(f"columns of {source.name}{form}", HEADER, overview(schema, sizes, configs))
@@ -120,15 +119,17 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     return summary
 
 
-def _as_planned(settings: Settings, counts: Counts, keeper: Keeper, display: Display) -> Settings:
+def _as_planned(
+    settings: Settings, counts: Counts, num_rows: int, keeper: Keeper, display: Display
+) -> Settings:
     """The settings with what is planned for each column, or was when the run began."""
     if settings.resume and keeper.planned is not None:
         return replace(settings, columns=keeper.planned)
     if settings.resume or not settings.is_planned:
         return settings
-    plan, sections = compressed(settings, counts, display.line)
+    plan, sections = compressed(settings, counts, num_rows)
     if plan is not None:
-        display.line(f"planned by how often ids are met: {summary(plan)}")
+        display.line(f"planned to lose {plan.loss:.2%} of what full tables would know")
     return replace(settings, columns=sections)
 
 
