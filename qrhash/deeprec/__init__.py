@@ -30,6 +30,7 @@ from qrhash.deeprec.options import (
     StorageOption,
     StorageType,
 )
+from qrhash.deeprec.tiered import TieredEmbeddingVariable
 from qrhash.deeprec.variable import (
     DynamicDimensionEmbeddingVariable,
     EmbeddingVariable,
@@ -54,6 +55,7 @@ __all__ = [
     "MultiHashVariable",
     "StorageOption",
     "StorageType",
+    "TieredEmbeddingVariable",
     "embedding_lookup",
     "get_dynamic_dimension_embedding_variable",
     "get_embedding_variable",

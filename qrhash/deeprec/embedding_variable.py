@@ -13,9 +13,10 @@ from flax import nnx
 
 from qrhash.arithmetic import as_size
 from qrhash.config import EmbedConfig
-from qrhash.deeprec.options import EmbeddingVariableOption, NoMeaning, refuse
+from qrhash.deeprec.options import EmbeddingVariableOption, NoMeaning, StorageOption, refuse
+from qrhash.deeprec.tiered import TieredEmbeddingVariable
 from qrhash.deeprec.variable import DynamicDimensionEmbeddingVariable, EmbeddingVariable
-from qrhash.dynamic import AdmitAll, DynamicConfig
+from qrhash.dynamic import AdmitAll, DynamicConfig, SmallNorm
 from qrhash.layout import MeshLayout
 from qrhash.types import Initializer
 
@@ -82,7 +83,7 @@ def get_embedding_variable(
       rngs: random number generators. Default: seeded with the name.
 
     Returns:
-      An `EmbeddingVariable`.
+      An `EmbeddingVariable`; with a storage of several tiers a `TieredEmbeddingVariable`.
 
     Raises:
       ValueError: an argument that breaks its rule or has no meaning here.
@@ -133,7 +134,11 @@ def get_embedding_variable(
         layout=partitioner,
     )
     rngs = nnx.Rngs(seed) if rngs is None else rngs
-    return EmbeddingVariable(name, config, trainable=trainable, rngs=rngs)
+    storage = ev_option.storage_option
+    if not storage.is_tiered:
+        return EmbeddingVariable(name, config, trainable=trainable, rngs=rngs)
+    _check_in_tiers(storage, config, trainable)
+    return TieredEmbeddingVariable(name, config, storage, rngs=rngs)
 
 
 def get_dynamic_dimension_embedding_variable(
@@ -155,7 +160,8 @@ def get_dynamic_dimension_embedding_variable(
       A `DynamicDimensionEmbeddingVariable`.
 
     Raises:
-      ValueError: as `get_embedding_variable`; or not one capacity for each block.
+      ValueError: as `get_embedding_variable`; not one capacity for each block; or a storage of
+        several tiers.
 
     Source: DeepRec, "Dynamic-dimension Embedding Variable".
 
@@ -172,6 +178,13 @@ def get_dynamic_dimension_embedding_variable(
         raise ValueError(
             f"capacity must be a number, or one for each of {num_blocks} blocks, got {capacity!r}."
         )
+    option = arguments.get("ev_option")
+    if isinstance(option, EmbeddingVariableOption) and option.storage_option.is_tiered:
+        raise ValueError(
+            "storage_type must be None, StorageType.DRAM or StorageType.HBM for a variable of "
+            f"dynamic dimension, got {option.storage_option.storage_type}: rows of its blocks are "
+            "not brought to the device batch by batch."
+        )
     blocks = [
         get_embedding_variable(
             f"{name}/block_{number}", embedding_block_dimension, capacity=rows, **arguments
@@ -179,6 +192,25 @@ def get_dynamic_dimension_embedding_variable(
         for number, rows in enumerate(of_blocks)
     ]
     return DynamicDimensionEmbeddingVariable(name, blocks)
+
+
+def _check_in_tiers(storage: StorageOption, config: DynamicConfig, trainable: bool) -> None:
+    """Raises a ValueError for what a variable whose rows are in a store cannot have."""
+    kind = storage.storage_type
+    if not trainable:
+        raise ValueError(
+            f"trainable must be True with {kind}: rows are brought to the device together with the "
+            "optimizer's state of them."
+        )
+    if config.layout is not None:
+        raise ValueError(
+            f"partitioner must be None with {kind}: a table in tiers is on one device."
+        )
+    if isinstance(config.eviction, SmallNorm):
+        raise ValueError(
+            f"evict_option must be a GlobalStepEvict or None with {kind}: an L2WeightEvict goes by "
+            "the values of the rows, most of which are in the store."
+        )
 
 
 def _check_key_dtype(key_dtype: Any) -> None:

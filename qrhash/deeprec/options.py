@@ -5,7 +5,8 @@ Named, ordered and defaulted as DeepRec's. What means nothing here is refused wh
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from qrhash.arithmetic import as_size
 from qrhash.dynamic import (
     Admission,
     AdmitAll,
+    DynamicConfig,
     Eviction,
     ExactCount,
+    FileStore,
+    MemoryStore,
     SketchCount,
     SmallNorm,
     StepsSinceUse,
+    Store,
 )
 from qrhash.types import Initializer
 
@@ -134,7 +139,12 @@ class L2WeightEvict:
 
 
 class StorageType(enum.Enum):
-    """Where DeepRec keeps rows. Here they are in the memory of the device: DRAM, or HBM."""
+    """Where DeepRec keeps rows.
+
+    Here `DRAM` and `HBM` say the same: all rows are in the memory of the device. With the others
+    those in use are there, and the rest in a store: of `HBM_DRAM` in the host's memory, of all
+    that name PMEM, SSDHASH or LEVELDB in a file.
+    """
 
     DRAM = "DRAM"
     HBM = "HBM"
@@ -151,12 +161,16 @@ class StorageType(enum.Enum):
 
 
 _RESIDENT = (None, StorageType.DRAM, StorageType.HBM)
+_MOST_TIERS = 4
+_TIER_BYTES = 2**30
 
 _OF_STORAGE: NoMeaning = {
-    "storage_path": (None, "no rows are kept in files but by qrhash.dynamic.FileStore"),
-    "storage_size": (None, "give get_embedding_variable the capacity, in rows"),
-    "cache_strategy": (None, "all rows are in the memory of the device, and none are cached"),
+    "cache_strategy": (None, "where some rows are cached, those used longest ago make room"),
     "layout": (None, "rows and counts are arrays of their own"),
+}
+_NO_FILE: NoMeaning = {"storage_path": (None, "no rows are kept in files")}
+_ONE_TIER: NoMeaning = {
+    "storage_size": (None, "give get_embedding_variable the capacity, in rows"),
 }
 
 
@@ -165,29 +179,93 @@ class StorageOption:
     """Where the rows are.
 
     Attributes:
-      storage_type: None, `StorageType.DRAM` or `StorageType.HBM`, which say the same: in the memory
-        of the device. Others are refused.
-      storage_path: no meaning here; refused.
-      storage_size: no meaning here; refused.
+      storage_type: a `StorageType`; None, `StorageType.DRAM` and `StorageType.HBM` say the same:
+        all in the memory of the device.
+      storage_path: of rows in a file, the folder that it is made in; else refused. The file goes
+        when the process ends: what is to be kept, `TieredEmbeddingVariable.save` writes.
+      storage_size: of rows in a store, bytes for each tier, a list of 1 to 4 sizes; None: 1 GiB
+        each. The first is what the rows on the device may take, without the optimizer's state. The
+        others limit nothing: the store has room for the capacity. Else refused.
       cache_strategy: no meaning here; refused.
       layout: no meaning here; refused.
+
+    Raises:
+      ValueError: an argument that breaks its rule or has no meaning here.
+
+    >>> StorageOption(StorageType.HBM_DRAM, storage_size=[6400]).cache_rows(DynamicConfig(1000, 16))
+    100
     """
 
     storage_type: StorageType | None = None
     storage_path: Any = None
-    storage_size: Any = None
+    storage_size: Sequence[int] | None = None
     cache_strategy: Any = None
     layout: Any = None
 
     def __post_init__(self) -> None:
-        if self.storage_type not in _RESIDENT:
+        if self.storage_type is not None and not isinstance(self.storage_type, StorageType):
             raise ValueError(
-                "storage_type must be None, StorageType.DRAM or StorageType.HBM: a variable's rows "
-                "are in the memory of the device; qrhash.dynamic.Tiered keeps those of a table in "
-                f"the host's or in a file. Got {self.storage_type!r}."
+                f"storage_type must be a StorageType or None, got {self.storage_type!r}."
             )
-        given = {name: getattr(self, name) for name in _OF_STORAGE}
-        refuse(_OF_STORAGE, **given)
+        refuse(_OF_STORAGE, cache_strategy=self.cache_strategy, layout=self.layout)
+        if not self._is_in_file:
+            refuse(_NO_FILE, storage_path=self.storage_path)
+        elif not isinstance(self.storage_path, (str, os.PathLike)):
+            raise ValueError(
+                f"storage_path must be given for {self.storage_type}: the folder that the file of "
+                f"the rows is made in, got {self.storage_path!r}."
+            )
+        if not self.is_tiered:
+            refuse(_ONE_TIER, storage_size=self.storage_size)
+        elif self.storage_size is not None:
+            object.__setattr__(self, "storage_size", _sizes(self.storage_size))
+
+    @property
+    def is_tiered(self) -> bool:
+        """Whether the rows are in a store, and only those in use on the device."""
+        return self.storage_type not in _RESIDENT
+
+    @property
+    def _is_in_file(self) -> bool:
+        return self.is_tiered and self.storage_type is not StorageType.HBM_DRAM
+
+    def cache_rows(self, config: DynamicConfig) -> int:
+        """How many rows of a table are on the device: at least 1, and no more than it has."""
+        first = _TIER_BYTES if self.storage_size is None else self.storage_size[0]
+        row_bytes = config.features * np.dtype(config.param_dtype).itemsize
+        return max(1, min(first // row_bytes, config.capacity))
+
+    def store(self, num_rows: int, record_width: int) -> Store:
+        """Makes the store.
+
+        Args:
+          num_rows: how many rows.
+          record_width: bytes of a record.
+
+        Raises:
+          ValueError: no file can be made in `storage_path`.
+        """
+        if not self._is_in_file:
+            return MemoryStore(num_rows, record_width)
+        try:
+            os.makedirs(self.storage_path, exist_ok=True)
+            return FileStore.unnamed(self.storage_path, num_rows, record_width)
+        except OSError as error:
+            raise ValueError(
+                "storage_path must be a folder in which a file of the rows can be made, got "
+                f"{self.storage_path!r}: {error.strerror or error}."
+            ) from error
+
+
+def _sizes(storage_size: Any) -> tuple[int, ...]:
+    """Bytes of each tier."""
+    is_list = isinstance(storage_size, Sequence) and not isinstance(storage_size, str)
+    if not is_list or not 1 <= len(storage_size) <= _MOST_TIERS:
+        raise ValueError(
+            f"storage_size must be a list of 1 to {_MOST_TIERS} sizes in bytes, one for each tier, "
+            f"got {storage_size!r}."
+        )
+    return tuple(as_size(f"storage_size[{n}]", size) for n, size in enumerate(storage_size))
 
 
 @dataclasses.dataclass(frozen=True)

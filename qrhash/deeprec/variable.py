@@ -98,9 +98,15 @@ class EmbeddingVariable(DynamicEmbed):
     """
 
     def __init__(
-        self, name: str, config: DynamicConfig, *, trainable: bool = True, rngs: nnx.Rngs
+        self,
+        name: str,
+        config: DynamicConfig,
+        *,
+        trainable: bool = True,
+        has_state: bool = True,
+        rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(config, rngs=rngs)
+        super().__init__(config, has_state=has_state, rngs=rngs)
         self.name = name
         if not trainable:
             for attribute, variable in list(vars(self).items()):
@@ -173,7 +179,8 @@ def embedding_lookup(
     Args:
       params: a multi-hash variable, or an embedding variable.
       ids: integers [*shape]. For an embedding variable, in the training what its `assign` gives;
-        keys themselves are looked up and not counted, as in DeepRec's inference.
+        keys themselves are looked up and not counted, as in DeepRec's inference. For one in tiers,
+        what its `ahead` or `look` gives, and no others.
       max_norm: vectors with a larger Euclidean norm are scaled down to it; None or infinite: none.
       blocknums: of a variable of dynamic dimension, with keys: how many blocks each of them has.
 
@@ -182,7 +189,8 @@ def embedding_lookup(
 
     Raises:
       ValueError: `params` is neither variable, `max_norm` is no positive number, JAX ids
-        have too few bits for the vocabulary, or an id breaks the variable's policy.
+        have too few bits for the vocabulary, an id breaks the variable's policy, or keys are given
+        for a variable in tiers.
     """
     if not isinstance(params, _VARIABLES):
         raise ValueError(

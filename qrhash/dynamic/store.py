@@ -5,7 +5,8 @@ of its own.
 """
 
 import os
-from typing import Protocol
+import tempfile
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -111,6 +112,27 @@ class FileStore:
         elif self._head["is_changed"]:
             self._forget_what_was_not_flushed()
         self._head["num_rows"] = self.num_rows
+
+    @classmethod
+    def unnamed(cls, folder: str | os.PathLike[str], num_rows: int, record_width: int) -> Self:
+        """A store in a file of a folder that no other process has, and that goes with this one.
+
+        Args:
+          folder: a folder that is there.
+          num_rows: how many rows.
+          record_width: bytes of a record.
+
+        Raises:
+          OSError: no such file can be made there.
+        """
+        handle, path = tempfile.mkstemp(suffix=".rows", prefix="qrhash-", dir=folder)
+        os.close(handle)
+        try:
+            return cls(path, num_rows, record_width)
+        finally:
+            # Its pages stay for as long as they are mapped: however this process ends, nothing is
+            # left behind.
+            os.unlink(path)
 
     def _check_file(self) -> None:
         with open(self.path, "rb") as file:

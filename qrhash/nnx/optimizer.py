@@ -11,6 +11,7 @@ from qrhash.nnx.modules import EmbedCollection
 from qrhash.nnx.variables import as_table, is_large, is_variable
 from qrhash.optim import reset_rows, touched_rows
 from qrhash.protocol import is_table
+from qrhash.types import PyTree
 
 
 class Optimizer(nnx.Optimizer):
@@ -57,16 +58,32 @@ class Optimizer(nnx.Optimizer):
         Raises:
           ValueError: `embed` is not in the model; or as `qrhash.reset_rows`.
         """
-        here = [path for path, node in nnx.iter_graph(model) if node is embed]
-        if not here:
+        here = path_in(model, embed)
+        if here is None:
             raise ValueError(
                 "embed must be a DynamicEmbed of the model, or an EmbedCollection, got one that is "
                 "not in it."
             )
-        named = {(*here[0], name): numbers for name, numbers in embed.new_rows(found).items()}
+        named = {(*here, name): numbers for name, numbers in embed.new_rows(found).items()}
         state = nnx.state(model, self.wrt, graph=self.graph)
-        params = jax.tree.map(as_table, state, is_leaf=is_variable)
         rows = {path: named.get(path) for path, _ in nnx.to_flat_state(state)}
-        of_optimizer = nnx.as_pure(self.opt_state)
-        new = reset_rows(self.tx, of_optimizer, params, nnx.from_flat_state(rows))
-        nnx.update(self.opt_state, nnx.state(new, graph=self.graph))
+        params, opt_state = self.as_arrays(model)
+        self.take_over(reset_rows(self.tx, opt_state, params, nnx.from_flat_state(rows)))
+
+    def as_arrays(self, model: Any) -> tuple[PyTree, PyTree]:
+        """The parameters optimized and the optimizer's state, as trees without variables.
+
+        Args:
+          model: the module that is optimized.
+        """
+        state = nnx.state(model, self.wrt, graph=self.graph)
+        return jax.tree.map(as_table, state, is_leaf=is_variable), nnx.as_pure(self.opt_state)
+
+    def take_over(self, opt_state: PyTree) -> None:
+        """Holds the arrays of a state as `as_arrays` gives it."""
+        nnx.update(self.opt_state, nnx.state(opt_state, graph=self.graph))
+
+
+def path_in(model: Any, module: Any) -> tuple[Any, ...] | None:
+    """Where in a model a module is: () if it is the model itself, None if it is not in it."""
+    return next((path for path, node in nnx.iter_graph(model) if node is module), None)

@@ -3,8 +3,6 @@
 The host knows which key has which row, and looks some batches ahead; see `qrhash.dynamic.Tiered`.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -170,14 +168,7 @@ def _store(directory: str | None) -> Callable[[int, int], Store]:
 
     def make(num_rows: int, record_width: int) -> Store:
         try:
-            handle, path = tempfile.mkstemp(suffix=".rows", prefix="qrhash-", dir=directory)
-            os.close(handle)
-            try:
-                return FileStore(path, num_rows, record_width)
-            finally:
-                # Its pages stay for as long as they are mapped: however this process ends, nothing
-                # is left behind.
-                os.unlink(path)
+            return FileStore.unnamed(directory, num_rows, record_width)
         except OSError as error:
             raise UserError(
                 f"store {directory}: no file of rows can be made there: {error.strerror or error}."
