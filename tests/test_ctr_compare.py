@@ -139,6 +139,18 @@ def test_another_comparison_is_not_mixed_in(data, here, tmp_path):
         _compare(data, tmp_path / "d", methods="full")
 
 
+def test_a_comparison_goes_on_that_an_earlier_version_began(data, here, tmp_path):
+    """Whose defaults were others, of options that a comparison says itself."""
+    _compare(data, tmp_path / "c", methods="full", seeds=1)
+    basis = tmp_path / "c" / comparing.BASIS
+    begun = json.loads(basis.read_text())
+    assert begun["partition"] == "auto"
+    basis.write_text(json.dumps(begun | {"partition": "quotient-remainder"}))
+    found, _ = _compare(data, tmp_path / "c", methods="plan", compressions="2", seeds=1)
+    assert here == ["full-seed0", "plan-2x-seed0"]
+    assert not found[1].reason
+
+
 def test_what_was_begun_and_never_trained_is_begun_anew(data, here, tmp_path, monkeypatch):
     def stopped(*arguments):
         raise KeyboardInterrupt
