@@ -17,14 +17,14 @@ from qrhash.config import EmbedConfig
 from qrhash.fields import require_choice
 from qrhash.spans import stacks_of
 
-# Optimizer -> its numbers for each entry of a table, and for each row. Projections are dense
-# parameters, which Adam trains beside any of them.
+# Optimizer -> the numbers kept for each entry of a table, for each row, and for each entry of a
+# projection, a dense parameter, which Adam trains beside any optimizer of tables.
 OPTIMIZERS = {
-    "none": (0, 0),
-    "sgd": (0, 0),
-    "adagrad": (1, 0),
-    "rowwise_adagrad": (0, 1),
-    "adam": (2, 0),
+    "none": (0, 0, 0),
+    "sgd": (0, 0, 2),
+    "adagrad": (1, 0, 2),
+    "rowwise_adagrad": (0, 1, 2),
+    "adam": (2, 0, 2),
 }
 
 
@@ -54,7 +54,7 @@ class Memory:
 
     def state_of_tables(self, rows: Any, width: Any) -> Any:
         """The same of the optimizer's state alone."""
-        by_entry, by_row = OPTIMIZERS[self.optimizer]
+        by_entry, by_row, _ = OPTIMIZERS[self.optimizer]
         return rows * (width * self.itemsize * by_entry + 4 * by_row)
 
     def on_a_device(self, rows: Any, width: Any) -> Any:
@@ -68,8 +68,8 @@ class Memory:
 
     def state_of_dense(self, num_params: Any) -> Any:
         """The same of the optimizer's state alone."""
-        by_entry, _ = OPTIMIZERS["none" if self.optimizer == "none" else "adam"]
-        return num_params * self.itemsize * by_entry
+        *_, by_dense = OPTIMIZERS[self.optimizer]
+        return num_params * self.itemsize * by_dense
 
     def of_table(self, rows: int, width: int) -> int:
         """Of a table that stands alone, with its state, on each device, padding included."""

@@ -214,7 +214,7 @@ class _Column(NamedTuple):
                     **options,
                 )
             except ValueError:
-                # Of "path", whose tables of the fewest rows are not the smallest.
+                # Of few ids the maps of "path" are more than the budget, as wide as `fit` has them.
                 smallest = self.smallest()
                 if num_bytes(smallest) > budget:
                     raise
@@ -303,11 +303,7 @@ def _of_bytes_in_all(
     projections = {name: column.projection_bytes for name, column in others.items()}
     least = budget - left + sum(map(num_bytes, smallest.values()))
     if least > budget:
-        raise UserError(
-            f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but "
-            f"the smallest ones take {least:,.0f}: ask for less, or for another operation, or let "
-            f"shorter columns be compressed too, by a threshold below {settings.threshold}."
-        )
+        raise too_few_bytes(settings, budget, least)
     while others:
         tables = left - sum(projections[name] for name in others)
         share = tables / sum(column.full_bytes for column in others.values())
@@ -321,3 +317,13 @@ def _of_bytes_in_all(
         left -= sum(num_bytes(smallest[name]) for name in fixed)
         others = {name: column for name, column in others.items() if name not in fixed}
     return smallest
+
+
+def too_few_bytes(settings: Settings, budget: float, least: float) -> UserError:
+    """What to raise where `compression` allows fewer bytes than the embeddings can have."""
+    other = "" if settings.is_planned else "or for another operation, "
+    return UserError(
+        f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but the "
+        f"smallest ones take {least:,.0f}: ask for less, {other}or let shorter columns be "
+        f"compressed too, by a threshold below {settings.threshold}."
+    )

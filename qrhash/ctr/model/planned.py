@@ -5,7 +5,7 @@ run leaves to its tables, where nothing else says what these are.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits, MixedRadix
 from qrhash.ctr.column_settings import OF_IDS, WAYS, ColumnOptions
 from qrhash.ctr.data.counts import Counts
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs, has_own
+from qrhash.ctr.model.columns import FULL_DTYPE, SHARED, embed_configs, has_own, too_few_bytes
 from qrhash.ctr.model.room import ColumnConfig, num_bytes
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import DynamicConfig, ExactCount
@@ -25,11 +25,11 @@ SAID = ("partition", "operation", "compression", "collisions", "num_tables")
 # What a column's section says of other things than sizes: also that it has no rows that grow.
 _KEPT = SHARED | {"dynamic"}
 
-# Of a column whose ids differ by no more than chance; it weighs a hundredth of others then.
-_MOST_PRIOR = 1000.0
-
 # Of that, what a column has no use for whose rows grow.
 _OF_IDS = {*OF_IDS, *WAYS} - {"dynamic"}
+
+# Of a column whose ids differ by no more than chance; it weighs a hundredth of others then.
+_MOST_PRIOR = 1000.0
 
 
 def planned(
@@ -86,15 +86,11 @@ def planned(
     return found, sections
 
 
-def known_of(
-    settings: Settings, counts: Counts, notify: Callable[[str], None]
-) -> dict[str, Column]:
+def known_of(counts: Counts) -> dict[str, Column]:
     """What the training rows say of the columns that have ids.
 
     Args:
-      settings: what their columns are used as.
       counts: how often the keys were met, in rows and in those that are clicks.
-      notify: is told of columns that are no part of a plan.
 
     Returns:
       Column name -> `Column`, without others that are dropped or take keys as they are, with how
@@ -112,8 +108,6 @@ def known_of(
             columns[name] = Column(len(numbers), numbers, length, _prior_count(variance))
         elif options.hash_size is not None:
             columns[name] = Column(options.hash_size)
-        else:
-            notify(f"column {name} takes keys as they are, and is no part of the plan")
     return columns
 
 
@@ -143,7 +137,7 @@ def compressed(
       UserError: the bytes are too few.
     """
     assert settings.compression is not None
-    columns = known_of(settings, counts, lambda _: None)
+    columns = known_of(counts)
     free = {n: each for n, each in columns.items() if not has_own(settings.columns.get(n, {}))}
     if not free:
         return None, settings.columns
@@ -158,11 +152,7 @@ def compressed(
     try:
         return planned(settings, free, max(1, math.floor(budget - taken)), **arguments)
     except BudgetError as error:
-        raise UserError(
-            f"compression={settings.compression} allows the embeddings {budget:,.0f} bytes, but "
-            f"the smallest ones take {error.least + taken:,}: ask for less, or let shorter columns "
-            f"be compressed too, by a threshold below {settings.threshold}."
-        ) from error
+        raise too_few_bytes(settings, budget, error.least + taken) from error
 
 
 def _sizes(config: ColumnConfig) -> Any:

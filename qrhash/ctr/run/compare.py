@@ -189,11 +189,7 @@ class _Jobs:
         self._directory, self._settings, self._jobs = directory, settings, jobs
         self._display, self._total = display, total
         self._peak, self._done = 0.0, 0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._display.phase("trainings", self._total)
-        self._display.move(self._done)
+        display.phase("trainings", total)
 
     def skip(self, trials: int) -> None:
         """So many were trained before."""

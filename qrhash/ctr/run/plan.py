@@ -117,7 +117,11 @@ def survey(
         counts.add(block)
     if counts.of and not counts.rows:
         raise UserError(f"{source.name}: none of the {train} training lines can be read.")
-    return known_of(settings, counts, display.line), counts.rows
+    columns = known_of(counts)
+    for name, each in counts.columns.items():
+        if name not in columns and each.partition != "drop":
+            display.line(f"column {name} takes keys as they are, and is no part of the plan")
+    return columns, counts.rows
 
 
 def with_growth(columns: Mapping[str, Column], options: PlanOptions) -> dict[str, Column]:

@@ -62,7 +62,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     schema = source.schema
     goal = make_goal(settings, schema)
     source = goal.source(source)
-    counts = Counts(settings, schema.categories, schema.lists, with_clicks=settings.is_planned)
+    to_plan = settings.is_planned and not settings.resume
+    counts = Counts(settings, schema.categories, schema.lists, with_clicks=to_plan)
     ids, share = first_pass(
         goal, source, counts, train, bad_lines, settings.batch_size, layout, display
     )
