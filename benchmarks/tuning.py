@@ -8,6 +8,7 @@ for the platform, the median of rounds that take turns. Above 1 the choice is ri
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -160,13 +161,30 @@ def places_at_once(rounds: int) -> Iterator[tuple[str, float]]:
         yield f"{places} places in place of {tuning.PLACES_AT_ONCE}", _ratio(step, other, rounds)
 
 
-def _bag_step(places: int) -> Callable[[], Any]:
-    config = qrhash.EmbedConfig(qrhash.QuotientRemainder(16_000_000, 4), FEATURES, combiner="sum")
+def gathers_apart(rounds: int) -> Iterator[tuple[str, float]]:
+    """A look-up of bags: the rows of two tables gathered one after another, or as multiplied."""
+    for width in (8, FEATURES, 32, 48, 64, 128):
+        chosen = tuning.gathers_apart(tuning.traced_for(), width)
+        config, bags = _bags(524_288, width)
+        tables = qrhash.init(jax.random.key(0), config)
+        look_up = functools.partial(qrhash.lookup, config=config)
+        pair = _against("gathers_apart", lambda *_, c=chosen: not c, look_up, tables, bags)
+        what = "apart" if chosen else "as multiplied"
+        yield f"524288 ids in bags of {PER_BAG}, features {width}, {what}", _ratio(*pair, rounds)
+
+
+def _bags(places: int, width: int) -> tuple[qrhash.EmbedConfig, qrhash.Bag]:
+    config = qrhash.EmbedConfig(qrhash.QuotientRemainder(16_000_000, 4), width, combiner="sum")
     bags = qrhash.Bag(
         _ids(config.num_embeddings, places),
         jnp.arange(places, dtype=jnp.int32) // PER_BAG,
         shape=(places // PER_BAG,),
     )
+    return config, bags
+
+
+def _bag_step(places: int) -> Callable[[], Any]:
+    config, bags = _bags(places, FEATURES)
     return _step(config, bags, large=config.large_tables)
 
 
@@ -207,6 +225,7 @@ CHOICES = {
     "blocks": updates_in_blocks,
     "bags": sums_at_once,
     "places": places_at_once,
+    "apart": gathers_apart,
 }
 
 

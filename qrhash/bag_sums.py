@@ -57,9 +57,6 @@ def summed_at_once(
     # What has no row: under "zero" it is left out of the sum, under "nan" the sum is NaN.
     if config.id_policy == "zero":
         segments = jnp.where(found, segments, bag.num_bags)
-    elif config.id_policy == "nan":
-        ones = jnp.ones(bag.capacity, config.vector_dtype) if scale is None else scale
-        scale = jnp.where(found, ones, jnp.nan)
 
     def sums(*numbers: int) -> jax.Array:
         return pooled_sums(
@@ -69,6 +66,7 @@ def summed_at_once(
             scale,
             num_bags=bag.num_bags,
             dtype=config.vector_dtype,
+            misses_are_nan=config.id_policy == "nan",
         )
 
     every = range(config.num_tables)

@@ -24,7 +24,7 @@ from qrhash import tuning
 from qrhash.merge import compact_rows
 from qrhash.operations import combine
 from qrhash.protocol import LookUps, Table
-from qrhash.rows import add_rows, read_rows, rows_or_end, zeros_beside
+from qrhash.rows import add_rows, apart, read_rows, rows_or_end, zeros_after, zeros_beside
 from qrhash.take import Site, take
 from qrhash.types import wide_dtype
 
@@ -39,11 +39,13 @@ class Sums(NamedTuple):
       trees: structures of the tables, of one array each.
       num_bags: how many sums.
       dtype: that rows are multiplied in.
+      misses_are_nan: whether a place in a bag that names no row makes the sum NaN.
     """
 
     trees: tuple[Any, ...]
     num_bags: int
     dtype: Any
+    misses_are_nan: bool
 
     @property
     def num_tables(self) -> int:
@@ -59,18 +61,32 @@ class Sums(NamedTuple):
     def run(self, *operands: jax.Array) -> jax.Array:
         """The sums, [num_bags, width], of `wide_dtype`."""
         tables, indices, segments, scale = self.split(operands)
-        wide = wide_dtype(self.dtype)
+        width, wide = tables[0].shape[1], wide_dtype(self.dtype)
+        is_apart = len(tables) > 1 and tuning.gathers_apart(tuning.traced_for(), width)
+
+        def read(indices: Any, segments: jax.Array) -> list[jax.Array]:
+            rows = lambda: list(map(_rows, tables, indices))  # noqa: E731
+            is_any = jnp.any((segments >= 0) & (segments < self.num_bags))
+            return apart(rows, is_any) if is_apart else rows()
 
         def add(sums: jax.Array, part: Any) -> jax.Array:
             indices, segments, scale = part
-            vectors = _scaled(self._product(tables, indices).astype(wide), scale)
+            scale = self._or_nan(scale, tables[0], indices[0])
+            vectors = _scaled(self._product(read(indices, segments)).astype(wide), scale)
             return add_rows(sums, segments, vectors, is_merged=False)
 
-        zeros = zeros_beside(segments, (self.num_bags, tables[0].shape[1]), wide)
+        zeros = zeros_beside(segments, (self.num_bags, width), wide)
         return _in_parts(add, zeros, (indices, segments, scale))
 
-    def of_table(self, number: int, cotangent: jax.Array, operands: Sequence[Any]) -> jax.Array:
-        """The derivative [rows, width] with respect to a table."""
+    def of_table(
+        self,
+        number: int,
+        cotangent: jax.Array,
+        operands: Sequence[Any],
+        *,
+        after: Sequence[jax.Array] = (),
+    ) -> jax.Array:
+        """The derivative [rows, width] with respect to a table; see `zeros_after`."""
         tables, indices, segments, scale = self.split(operands)
         others = [n for n in range(self.num_tables) if n != number]
         kind = tables[number].aval
@@ -80,11 +96,11 @@ class Sums(NamedTuple):
             indices, segments, scale = part
             values = _scaled(_rows(cotangent, segments), scale)
             if others:
-                factors = [tables[n] for n in others], [indices[n] for n in others]
-                values = values * self._product(*factors).astype(values.dtype)
+                rows = [_rows(tables[n], indices[n]) for n in others]
+                values = values * self._product(rows).astype(values.dtype)
             return add_rows(gradient, indices[number], values.astype(wide), is_merged=False)
 
-        zeros = zeros_beside(segments, kind.shape, wide)
+        zeros = zeros_after(after, zeros_beside(segments, kind.shape, wide))
         return _in_parts(add, zeros, (indices, segments, scale)).astype(kind.dtype)
 
     def of_scale(self, cotangent: jax.Array, operands: Sequence[Any]) -> jax.Array:
@@ -93,10 +109,12 @@ class Sums(NamedTuple):
 
         def put(gradient: jax.Array, part: Any) -> jax.Array:
             indices, segments, places = part
-            vectors = self._product(tables, indices).astype(cotangent.dtype)
+            vectors = self._product(list(map(_rows, tables, indices))).astype(cotangent.dtype)
             products = (vectors * _rows(cotangent, segments)).sum(axis=1)
-            in_bag = (segments >= 0) & (segments < self.num_bags)
-            return gradient.at[places].set(jnp.where(in_bag, products, 0))
+            counts = (segments >= 0) & (segments < self.num_bags)
+            if self.misses_are_nan:
+                counts &= _names_row(tables[0], indices[0])
+            return gradient.at[places].set(jnp.where(counts, products, 0))
 
         zeros = zeros_beside(segments, segments.shape, cotangent.dtype)
         places = jnp.arange(segments.shape[0], dtype=jnp.int32)
@@ -123,16 +141,53 @@ class Sums(NamedTuple):
             (offset,) = next(offsets)
             tables[number] = rows + offset
             found.append([named])
-        return pooled_p.bind(*tables, *indices, *rest, sums=self), found
+        return self._by_rows(by_rows)(*tables, *indices, *rest), found
 
-    def _product(self, tables: Sequence[jax.Array], indices: Sequence[jax.Array]) -> jax.Array:
-        """Vectors [m, width] of some places."""
-        pairs = zip(tables, indices, strict=True)
-        return combine([_rows(*pair).astype(self.dtype) for pair in pairs], "mult")
+    def _by_rows(self, by_rows: Sequence[int]) -> Callable[..., jax.Array]:
+        """Operands -> the sums, differentiated with respect to some of the tables after all others.
+
+        The derivative of the others is computed from the rows of these. Once it is there, the
+        gradients of these rows, arrays as large, can have the same memory.
+        """
+
+        @jax.custom_vjp
+        def sums(*operands: Any) -> jax.Array:
+            return pooled_p.bind(*operands, sums=self)
+
+        def forward(*operands: Any) -> tuple[jax.Array, Any]:
+            return sums(*operands), operands
+
+        def backward(operands: Any, cotangent: jax.Array) -> tuple[Any, ...]:
+            others = [number for number in range(self.num_tables) if number not in by_rows]
+            gradients = {j: self.of_table(j, cotangent, operands) for j in others}
+            after = list(gradients.values())
+            gradients |= {j: self.of_table(j, cotangent, operands, after=after) for j in by_rows}
+            *_, scale = self.split(operands)
+            rest = [None, *([] if scale is None else [self.of_scale(cotangent, operands)])]
+            return (*(gradients[j] for j in sorted(gradients)), *(None for _ in gradients), *rest)
+
+        sums.defvjp(forward, backward)
+        return sums
+
+    def _or_nan(
+        self, scale: jax.Array | None, table: jax.Array, index: jax.Array
+    ) -> jax.Array | None:
+        """The scale of some places, or None for 1, with NaN where that is asked for."""
+        if not self.misses_are_nan:
+            return scale
+        return jnp.where(_names_row(table, index), 1.0 if scale is None else scale, jnp.nan)
+
+    def _product(self, rows: Sequence[jax.Array]) -> jax.Array:
+        """Vectors [m, width] of the rows of some places."""
+        return combine([each.astype(self.dtype) for each in rows], "mult")
+
+
+def _names_row(table: jax.Array, index: jax.Array) -> jax.Array:
+    return (index >= 0) & (index < table.shape[0])
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    # A place that names no row is dropped, or scaled by NaN: any row will do.
+    # A place that names no row is dropped, or its sum is NaN: any row will do.
     return table.at[index].get(mode="clip", wrap_negative_indices=False)
 
 
@@ -166,6 +221,7 @@ def pooled_sums(
     *,
     num_bags: int,
     dtype: Any,
+    misses_are_nan: bool,
 ) -> jax.Array:
     """Sums over bags of the products of k rows.
 
@@ -176,6 +232,8 @@ def pooled_sums(
       scale: a factor for each place, [n], differentiable; None: all 1.
       num_bags: how many bags.
       dtype: that rows are multiplied in.
+      misses_are_nan: whether a place in a bag that names no row makes the sum NaN; else any row is
+        read for it.
 
     Returns:
       [num_bags, width], of `wide_dtype(dtype)`.
@@ -185,7 +243,7 @@ def pooled_sums(
         (array,), tree = jax.tree.flatten(table)
         arrays.append(array)
         trees.append(tree)
-    sums = Sums(tuple(trees), num_bags, jnp.dtype(dtype))
+    sums = Sums(tuple(trees), num_bags, jnp.dtype(dtype), misses_are_nan)
     rest = [segments] if scale is None else [segments, scale]
     return pooled_p.bind(*arrays, *indices, *rest, sums=sums)
 
@@ -237,6 +295,7 @@ def _batch(operands: Any, dims: Any, *, sums: Sums) -> tuple[Any, int]:
             table = jax.tree.unflatten(tree, [array])
             rows += take(table, [index], LookUps.of([index], array.shape[0]))
         vectors = combine([each.astype(sums.dtype) for each in rows], "mult")
+        scale = sums._or_nan(scale, tables[0], indices[0])
         vectors = _scaled(vectors.astype(wide_dtype(sums.dtype)), scale)
         zeros = jnp.zeros((sums.num_bags, vectors.shape[1]), vectors.dtype)
         return add_rows(zeros, segments, vectors, is_merged=False)

@@ -65,14 +65,13 @@ def _step(look_up, large, tx):
     return step
 
 
-def _compiled(look_up, large, init, tx, shape, width):
+def _compiled(look_up, large, init, tx, ids, vectors):
     tables = jax.eval_shape(init)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     if tx is None:
         return jax.jit(look_up).lower(tables, ids).compile(OPTIMIZED)
     tx = qrhash.touched_rows(tx)
     state = jax.eval_shape(tx.init, tables)
-    cotangent = jax.ShapeDtypeStruct((shape[0], width), jnp.float32)
+    cotangent = jax.ShapeDtypeStruct(vectors, jnp.float32)
     step = jax.jit(_step(look_up, large, tx), donate_argnums=(0, 1))
     return step.lower(tables, state, ids, cotangent).compile(OPTIMIZED)
 
@@ -84,7 +83,8 @@ def _one(tx, num_embeddings=10_000_000, num_collisions=4):
         return qrhash.lookup(tables, ids, config)
 
     init = lambda: qrhash.init(jax.random.key(0), config)  # noqa: E731
-    return _compiled(look_up, config.large_tables, init, tx, (16384,), 64)
+    ids = jax.ShapeDtypeStruct((16384,), jnp.int32)
+    return _compiled(look_up, config.large_tables, init, tx, ids, (16384, 64))
 
 
 def _columns(tx, sizes=SIZES):
@@ -101,8 +101,26 @@ def _columns(tx, sizes=SIZES):
         return jnp.concatenate([vectors[name] for name in of_features], axis=1)
 
     init = lambda: collection.init(jax.random.key(0), config)  # noqa: E731
-    width = 16 * len(sizes)
-    return _compiled(look_up, config.large_tables, init, tx, (BATCH, len(sizes)), width)
+    ids = jax.ShapeDtypeStruct((BATCH, len(sizes)), jnp.int32)
+    return _compiled(look_up, config.large_tables, init, tx, ids, (BATCH, 16 * len(sizes)))
+
+
+def _bags(tx, columns=4, places=22 * 1024):
+    config = CollectionConfig(
+        {
+            f"c{n}": EmbedConfig(QuotientRemainder(1_000_000, 4), 16, combiner="sum")
+            for n in range(columns)
+        }
+    )
+
+    def look_up(stacks, bags):
+        vectors = collection.lookup(stacks, bags, config)
+        return jnp.concatenate(list(vectors.values()), axis=1)
+
+    init = lambda: collection.init(jax.random.key(0), config)  # noqa: E731
+    ids = jax.ShapeDtypeStruct((places,), jnp.int32)
+    bags = {name: qrhash.Bag(ids, ids, shape=(BATCH,)) for name in config.configs}
+    return _compiled(look_up, config.large_tables, init, tx, bags, (BATCH, 16 * columns))
 
 
 ADAGRAD, ROW_WISE = optax.adagrad(0.05), qrhash.rowwise_adagrad(0.05)
@@ -118,6 +136,8 @@ SCENARIOS = {
         lambda: _columns(ADAGRAD, sorted(4 * SIZES, reverse=True)),
         Counts(435, 72_102_256),
     ),
+    # The rows and their gradients, which are of 64 bytes for each of the ids, have the same memory.
+    "bags": (lambda: _bags(ADAGRAD), Counts(74, 11_405_304)),
 }
 
 

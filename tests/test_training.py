@@ -624,7 +624,7 @@ def test_a_look_up_of_bags_writes_no_vectors_of_all_ids():
     cfg = EmbedConfig(LARGE, FEATURES)
     params = _shapes_of(cfg)
     text = jax.jit(_sum(cfg)).lower(params, BAGS).compile(OPTIMIZED).as_text()
-    assert f"f32[{PLACES}]" in text
+    assert f"s32[{PLACES}]" in text
     assert not re.search(rf"f32\[{PLACES},\d+", text)
 
 

@@ -6,7 +6,7 @@ the cache, and positions behind the last row named cost nothing. What looks at a
 clipping by a global norm does, cannot go so: the traced program says which it is.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.extend.core.primitives import jit_p
 from qrhash import tuning
 from qrhash.optim.checks import Arguments, Transformation
 from qrhash.rowgrads import RowGrads
-from qrhash.rows import read_rows, set_rows, varying_beside, zeros_beside
+from qrhash.rows import apart, read_rows, set_rows, varying_beside
 
 _ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "abs", "sign", "square", "max", "min", "rem"}
 _ELEMENTWISE |= {"sqrt", "rsqrt", "integer_pow", "pow", "exp", "log", "log1p", "expm1", "tanh"}
@@ -166,7 +166,7 @@ def update_in_blocks(
             values = jax.lax.dynamic_slice_in_dim(of_updates, first, size)
             return transformed(values, rows)
 
-        updates, rows = _apart(cut_and_transformed, jnp.any(index < grads.num_rows))
+        updates, rows = apart(cut_and_transformed, jnp.any(index < grads.num_rows))
         return Updated(
             jax.lax.dynamic_update_slice_in_dim(updated.updates, updates, first, axis=0),
             [set_rows(array, index, new) for array, new in zip(updated.state, rows, strict=True)],
@@ -198,18 +198,3 @@ def update_in_blocks(
     return jax.lax.fori_loop(
         0, is_in_rest, lambda _, updated: block(full * size, rest, updated), updated
     )
-
-
-def _apart(fun: Callable[[], Any], is_any: jax.Array) -> Any:
-    """What a function of some rows of an array gives that its results are then written to.
-
-    As a branch of a conditional, which is compiled as one piece. Else every use of the rows would
-    read them anew from where updates are to be written, XLA would copy the whole array in each
-    turn, and would compute the updates where it writes them, on one thread.
-    """
-    shapes = jax.eval_shape(fun)
-
-    def nothing() -> Any:
-        return jax.tree.map(lambda each: zeros_beside(each, each.shape, each.dtype), shapes)
-
-    return jax.lax.cond(is_any, fun, nothing)
