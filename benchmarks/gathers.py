@@ -1,7 +1,8 @@
 """What a gather of rows costs on its own, and in one kernel with arithmetic on them.
 
 For rows of several widths, from a table of 128 MB: nanoseconds a row to gather 65,536 random ones,
-and to gather them and add one to every entry, as one compiled program each.
+to gather them and add one to every entry, and to look them up by `qrhash.lookup`, as one compiled
+program each.
 
     pip install -e . && python benchmarks/gathers.py
 """
@@ -13,6 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import qrhash
 
 ROWS = 65_536
 ENTRIES = 32_000_000  # of the table
@@ -26,6 +29,12 @@ def gathered(table: jax.Array, index: jax.Array) -> jax.Array:
 def gathered_and_added(table: jax.Array, index: jax.Array) -> jax.Array:
     """The rows plus one."""
     return gathered(table, index) + 1
+
+
+def looked_up(table: jax.Array, index: jax.Array) -> jax.Array:
+    """The vectors of a full table's ids."""
+    config = qrhash.EmbedConfig(qrhash.FullTable(len(table)), table.shape[1])
+    return qrhash.lookup((table,), index, config)
 
 
 def nanoseconds(
@@ -49,13 +58,13 @@ def main() -> None:
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, nanoseconds a row")
-    print(f"{'width':>5}{'gathered':>12}{'and added':>12}")
+    print(f"{'width':>5}{'gathered':>12}{'and added':>12}{'looked up':>12}")
     for width in args.widths:
         table = jnp.zeros((ENTRIES // width, width)) + 1
-        alone, added = (
-            nanoseconds(fun, table, args.rounds, rng) for fun in (gathered, gathered_and_added)
-        )
-        print(f"{width:5}{alone:12.1f}{added:12.1f}", flush=True)
+        print(f"{width:5}", end="", flush=True)
+        for fun in (gathered, gathered_and_added, looked_up):
+            print(f"{nanoseconds(fun, table, args.rounds, rng):12.1f}", end="", flush=True)
+        print()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qrhash import tuning
 from qrhash.arithmetic import INT32_MAX, as_ids
 from qrhash.types import Array
 
@@ -148,8 +149,8 @@ def gather_rows(table: Array, index: jax.Array) -> jax.Array:
         wrap_negative_indices=False,
         out_sharding=out_sharding(table, index),
     )
-    # Of 64 entries in a row, XLA gathers in half the time on the CPU what it then multiplies; of
-    # others in the same time.
+    if not tuning.multiplies_gathered(tuning.traced_for(), table.shape[-1]):
+        return rows
     in_table = (index >= 0) & (index < table.shape[0])
     return rows * across(in_table.astype(table.dtype), rows)
 

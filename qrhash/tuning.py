@@ -88,6 +88,16 @@ def sums_at_once(platform: str, places: int) -> bool:
     return platform == CPU and places >= 2 * PLACES_AT_ONCE
 
 
+def multiplies_gathered(platform: str, width: int) -> bool:
+    """Whether a look-up multiplies its rows by 1, or by 0 for an id without a row.
+
+    On the CPU rows of 57 to 72 entries are gathered in a quarter of the time so: it seems that LLVM
+    unrolls the loop over a row else, and does not vectorize it. Shorter ones take up to 1.5 times
+    as long, longer ones as long (`benchmarks/gathers.py`).
+    """
+    return platform == CPU and 56 < width < 80
+
+
 def gathers_apart(platform: str, width: int) -> bool:
     """Whether rows of two tables that bags multiply are gathered one table after another.
 

@@ -372,6 +372,18 @@ def test_gather_fills_what_lies_outside_the_table(asarray):
     np.testing.assert_array_equal(second[..., 0], [[3, np.nan, 0], [1, np.nan, 0]])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_multiplied", [False, True])
+def test_gathered_rows_are_the_same_multiplied(is_multiplied, dtype, monkeypatch):
+    monkeypatch.setattr(qrhash.tuning, "multiplies_gathered", lambda *_: is_multiplied)
+    table = jnp.asarray([[1, 2, 3, 4], [jnp.nan, jnp.inf, -jnp.inf, 0]], dtype)
+    gather = jax.jit(lambda table, index: qrhash.gather((table,), (index,), fill_value=0))
+    (got,) = gather(table, jnp.asarray([1, 2, -1, 0]))
+    zeros = jnp.zeros(4, dtype)
+    want = jnp.stack([table[1], zeros, zeros, table[0]])
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+
+
 def test_gather_takes_host_row_numbers_of_64_bits_without_truncation():
     rows = qrhash.gather((jnp.ones((3, 1)),), (np.array([1, 2**32, 2**32 + 1, -(2**32)]),))[0]
     np.testing.assert_array_equal(rows[:, 0], [1, np.nan, np.nan, np.nan])
