@@ -164,8 +164,8 @@ def place(
     num_slots, m = slots.shape[0], wanted.shape[0]
     codes = jnp.uint32(_CLAIMED) + jnp.arange(m, dtype=jnp.uint32)
 
-    def a_round(state: Any) -> Any:
-        slots, places, fresh, left, probe = state
+    def a_round(state: Any, codes: jax.Array) -> Any:
+        (slots, fresh), places, left, probe = state
         old = read(slots, probe.slot)[:, 2]
         claims = left & (old >= jnp.uint32(TOMBSTONE))
         # Of several keys the first has the slot: its code is the lowest.
@@ -174,10 +174,26 @@ def place(
         places = jnp.where(won, probe.slot, places)
         fresh = fresh + jnp.sum(won & (old == jnp.uint32(EMPTY)), dtype=jnp.int32)
         left = left & ~won
-        return slots, places, fresh, left, probe.onward(left, num_slots)
+        return (slots, fresh), places, left, probe.onward(left, num_slots)
+
+    def are_many(state: Any) -> jax.Array:
+        return jnp.sum(state[2], dtype=jnp.int32) > few(m)
 
     nowhere = jnp.full(m, num_slots, jnp.int32)
-    state = (slots, nowhere, jnp.int32(0), wanted, _probe(keys, num_slots))
-    slots, places, fresh, _, _ = jax.lax.while_loop(lambda s: jnp.any(s[3]), a_round, state)
+    state = ((slots, jnp.int32(0)), nowhere, wanted, _probe(keys, num_slots))
+    slots_and_fresh, places, left, probe = jax.lax.while_loop(
+        are_many, lambda s: a_round(s, codes), state
+    )
+
+    def rest(carry: Any, at: jax.Array, meant: jax.Array) -> Any:
+        slots_and_fresh, places = carry
+        probe_left = _Probe(read(probe.slot, at), read(probe.stride, at))
+        state = (slots_and_fresh, jnp.full(at.shape, num_slots, jnp.int32), meant, probe_left)
+        slots_and_fresh, placed, _, _ = jax.lax.while_loop(
+            lambda s: jnp.any(s[2]), lambda s: a_round(s, read(codes, at)), state
+        )
+        return slots_and_fresh, set_rows(places, jnp.where(meant, at, m), placed)
+
+    ((slots, fresh), places), _ = on_few(left, rest, (slots_and_fresh, places))
     entries = jnp.stack([keys.hi, keys.lo, rows.astype(jnp.uint32), jnp.zeros_like(keys.lo)], 1)
     return set_rows(slots, places, entries), fresh
