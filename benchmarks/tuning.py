@@ -35,6 +35,11 @@ def _ids(vocabulary: int, count: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.minimum(drawn.astype(np.int64), vocabulary) - 1, jnp.int32)
 
 
+def _spread(vocabulary: int, count: int) -> jax.Array:
+    """Uniform ids: their rows are in no cache."""
+    return jnp.asarray(np.random.default_rng(0).integers(0, vocabulary, count), jnp.int32)
+
+
 def _ratio(chosen: Callable[[], Any], other: Callable[[], Any], rounds: int) -> float:
     """How many times as long the other takes."""
     ratios = []
@@ -161,6 +166,18 @@ def places_at_once(rounds: int) -> Iterator[tuple[str, float]]:
         yield f"{places} places in place of {tuning.PLACES_AT_ONCE}", _ratio(step, other, rounds)
 
 
+def multiplies_gathered(rounds: int) -> Iterator[tuple[str, float]]:
+    """A look-up in one table: its rows multiplied by 1, or by nothing."""
+    for width in (32, 48, 64, 72, 80, 128):
+        chosen = tuning.multiplies_gathered(tuning.traced_for(), width)
+        config = qrhash.EmbedConfig(qrhash.FullTable(32_000_000 // width), width)
+        tables, ids = qrhash.init(jax.random.key(0), config), _spread(config.num_embeddings, 65_536)
+        look_up = functools.partial(qrhash.lookup, config=config)
+        pair = _against("multiplies_gathered", lambda *_, c=chosen: not c, look_up, tables, ids)
+        what = "multiplied" if chosen else "as they are"
+        yield f"65536 rows of {width} entries, {what}", _ratio(*pair, rounds)
+
+
 def gathers_apart(rounds: int) -> Iterator[tuple[str, float]]:
     """A look-up of bags: the rows of two tables gathered one after another, or as multiplied."""
     for width in (8, FEATURES, 32, 48, 64, 128):
@@ -226,6 +243,7 @@ CHOICES = {
     "bags": sums_at_once,
     "places": places_at_once,
     "apart": gathers_apart,
+    "multiplied": multiplies_gathered,
 }
 
 

@@ -78,7 +78,8 @@ def summed_at_once(
             parts.append(sums(*every))
         total = combine(parts, "add" if config.operation == "add" else "concat")
     if config.operation == "project":
-        total = _projected(total, projection, segments, scale)
+        counted = jnp.where(found, segments, bag.num_bags)
+        total = _projected(total, projection, counted, scale)
     vectors = divided(total, bag, config.combiner).astype(config.vector_dtype)
     return vectors.reshape(*bag.shape, *config.vector_shape)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -24,7 +25,15 @@ from qrhash import tuning
 from qrhash.merge import compact_rows
 from qrhash.operations import combine
 from qrhash.protocol import LookUps, Table
-from qrhash.rows import add_rows, apart, read_rows, rows_or_end, zeros_after, zeros_beside
+from qrhash.rows import (
+    add_rows,
+    apart,
+    is_within,
+    read_rows,
+    rows_or_end,
+    zeros_after,
+    zeros_beside,
+)
 from qrhash.take import Site, take
 from qrhash.types import wide_dtype
 
@@ -66,7 +75,7 @@ class Sums(NamedTuple):
 
         def read(indices: Any, segments: jax.Array) -> list[jax.Array]:
             rows = lambda: list(map(_rows, tables, indices))  # noqa: E731
-            is_any = jnp.any((segments >= 0) & (segments < self.num_bags))
+            is_any = jnp.any(is_within(segments, self.num_bags))
             return apart(rows, is_any) if is_apart else rows()
 
         def add(sums: jax.Array, part: Any) -> jax.Array:
@@ -111,10 +120,10 @@ class Sums(NamedTuple):
             indices, segments, places = part
             vectors = self._product(list(map(_rows, tables, indices))).astype(cotangent.dtype)
             products = (vectors * _rows(cotangent, segments)).sum(axis=1)
-            counts = (segments >= 0) & (segments < self.num_bags)
+            is_summed = is_within(segments, self.num_bags)
             if self.misses_are_nan:
-                counts &= _names_row(tables[0], indices[0])
-            return gradient.at[places].set(jnp.where(counts, products, 0))
+                is_summed &= is_within(indices[0], tables[0].shape[0])
+            return gradient.at[places].set(jnp.where(is_summed, products, 0))
 
         zeros = zeros_beside(segments, segments.shape, cotangent.dtype)
         places = jnp.arange(segments.shape[0], dtype=jnp.int32)
@@ -141,32 +150,46 @@ class Sums(NamedTuple):
             (offset,) = next(offsets)
             tables[number] = rows + offset
             found.append([named])
-        return self._by_rows(by_rows)(*tables, *indices, *rest), found
+        return self._in_order(by_rows)(*tables, *indices, *rest), found
 
-    def _by_rows(self, by_rows: Sequence[int]) -> Callable[..., jax.Array]:
+    def _in_order(self, by_rows: Sequence[int]) -> Callable[..., jax.Array]:
         """Operands -> the sums, differentiated with respect to some of the tables after all others.
 
         The derivative of the others is computed from the rows of these. Once it is there, the
         gradients of these rows, arrays as large, can have the same memory.
         """
 
-        @jax.custom_vjp
-        def sums(*operands: Any) -> jax.Array:
-            return pooled_p.bind(*operands, sums=self)
+        def bound(*operands: Any) -> jax.Array:
+            sums: jax.Array = pooled_p.bind(*operands, sums=self)
+            return sums
+
+        if len(by_rows) == self.num_tables:
+            return bound
 
         def forward(*operands: Any) -> tuple[jax.Array, Any]:
-            return sums(*operands), operands
+            values = [each.value for each in operands]
+            # Trees without leaves, as what is kept must be arrays.
+            wanted = [() if each.perturbed else None for each in operands]
+            return bound(*values), (values, wanted)
 
-        def backward(operands: Any, cotangent: jax.Array) -> tuple[Any, ...]:
-            others = [number for number in range(self.num_tables) if number not in by_rows]
-            gradients = {j: self.of_table(j, cotangent, operands) for j in others}
-            after = list(gradients.values())
-            gradients |= {j: self.of_table(j, cotangent, operands, after=after) for j in by_rows}
-            *_, scale = self.split(operands)
-            rest = [None, *([] if scale is None else [self.of_scale(cotangent, operands)])]
-            return (*(gradients[j] for j in sorted(gradients)), *(None for _ in gradients), *rest)
+        def backward(kept: Any, cotangent: Any) -> tuple[Any, ...]:
+            operands, wanted = kept
+            gradients: list[Any] = [None] * len(operands)
+            if isinstance(cotangent, SymbolicZero):
+                return tuple(gradients)
+            numbers = [j for j in range(self.num_tables) if wanted[j] is not None]
+            for j in (j for j in numbers if j not in by_rows):
+                gradients[j] = self.of_table(j, cotangent, operands)
+            after = [each for each in gradients if each is not None]
+            for j in (j for j in numbers if j in by_rows):
+                gradients[j] = self.of_table(j, cotangent, operands, after=after)
+            scale = 2 * self.num_tables + 1
+            if scale < len(operands) and wanted[scale] is not None:
+                gradients[scale] = self.of_scale(cotangent, operands)
+            return tuple(gradients)
 
-        sums.defvjp(forward, backward)
+        sums = jax.custom_vjp(bound)
+        sums.defvjp(forward, backward, symbolic_zeros=True)
         return sums
 
     def _or_nan(
@@ -175,15 +198,12 @@ class Sums(NamedTuple):
         """The scale of some places, or None for 1, with NaN where that is asked for."""
         if not self.misses_are_nan:
             return scale
-        return jnp.where(_names_row(table, index), 1.0 if scale is None else scale, jnp.nan)
+        has_row = is_within(index, table.shape[0])
+        return jnp.where(has_row, 1.0 if scale is None else scale, jnp.nan)
 
     def _product(self, rows: Sequence[jax.Array]) -> jax.Array:
         """Vectors [m, width] of the rows of some places."""
         return combine([each.astype(self.dtype) for each in rows], "mult")
-
-
-def _names_row(table: jax.Array, index: jax.Array) -> jax.Array:
-    return (index >= 0) & (index < table.shape[0])
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -232,8 +252,8 @@ def pooled_sums(
       scale: a factor for each place, [n], differentiable; None: all 1.
       num_bags: how many bags.
       dtype: that rows are multiplied in.
-      misses_are_nan: whether a place in a bag that names no row makes the sum NaN; else any row is
-        read for it.
+      misses_are_nan: whether a place in a bag that names no row makes the sum NaN; else what it
+        adds is not defined.
 
     Returns:
       [num_bags, width], of `wide_dtype(dtype)`.
@@ -267,8 +287,14 @@ def _jvp(primals: Any, tangents: Any, *, sums: Sums) -> tuple[Any, Any]:
     for place, tangent in enumerate(tangents):
         if type(tangent) is ad.Zero or jnp.issubdtype(primals[place].dtype, jnp.integer):
             continue
+        linear = sums
+        if sums.misses_are_nan and place > 2 * sums.num_tables:
+            # A sum that is NaN stays so, whatever the scale of what it misses.
+            tables, indices, _, _ = sums.split(primals)
+            tangent = jnp.where(is_within(indices[0], tables[0].shape[0]), tangent, 0)
+            linear = sums._replace(misses_are_nan=False)
         operands = [*primals[:place], tangent, *primals[place + 1 :]]
-        parts.append(pooled_p.bind(*operands, sums=sums))
+        parts.append(pooled_p.bind(*operands, sums=linear))
     if not parts:
         return value, ad.Zero(jax.typeof(value).to_tangent_aval())
     return value, sum(parts[1:], parts[0])

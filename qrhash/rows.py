@@ -73,7 +73,12 @@ def fill_missing(rows: jax.Array, is_missing: jax.Array, fill_value: float) -> j
 def rows_or_end(index: jax.Array, num_rows: int) -> jax.Array:
     """Row numbers, with num_rows for all that are outside the table."""
     index = index if num_rows <= jnp.iinfo(index.dtype).max else index.astype(jnp.int64)
-    return jnp.where((index >= 0) & (index < num_rows), index, num_rows)
+    return jnp.where(is_within(index, num_rows), index, num_rows)
+
+
+def is_within(index: jax.Array, size: int) -> jax.Array:
+    """Where an index is in [0, size)."""
+    return (index >= 0) & (index < size)
 
 
 def across(per_row: jax.Array, rows: jax.Array) -> jax.Array:
@@ -115,7 +120,7 @@ def read_rows(arrays: Sequence[Array], index: Array) -> tuple[tuple[jax.Array, .
 
 
 def apart(fun: Callable[[], Any], is_any: jax.Array) -> Any:
-    """What a function gives that reads rows; zeros where none is wanted.
+    """What a function gives that reads rows; zeros if not `is_any`.
 
     As a branch of a conditional, which is compiled as one piece, and computed once. Else every use
     of rows would read them anew: from where updates are then to be written XLA would copy the whole
@@ -151,8 +156,8 @@ def gather_rows(table: Array, index: jax.Array) -> jax.Array:
     )
     if not tuning.multiplies_gathered(tuning.traced_for(), table.shape[-1]):
         return rows
-    in_table = (index >= 0) & (index < table.shape[0])
-    return rows * across(in_table.astype(table.dtype), rows)
+    in_table = is_within(index, table.shape[0]).astype(table.dtype)
+    return rows * across(in_table, rows)
 
 
 def _type_of(array: Any) -> Any:
@@ -172,9 +177,9 @@ def zeros_beside(like: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def zeros_after(arrays: Sequence[jax.Array], zeros: jax.Array) -> jax.Array:
-    """The zeros, which XLA cannot make before the arrays, of floats, are there.
+    """The zeros, made after the arrays, of floats.
 
-    An array that those are computed from, and nothing else, leaves its memory to the zeros.
+    So they can have the memory of what the arrays, and nothing later, are computed from.
     """
     for each in arrays:
         # Nothing is greater than infinity, which XLA does not conclude.

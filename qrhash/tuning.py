@@ -1,9 +1,10 @@
 """Every choice that depends on the platform, with the measurement behind it.
 
-None of them changes what is computed, only how fast; `benchmarks/tuning.py` measures each against
-its alternative, and the figures here are its own, of two CPU cores. Where two platforms differ,
-`by_platform` leaves the choice to the lowering: a program exported for several has both ways in it,
-and one compiled for a GPU while the process's default is the CPU has the GPU's.
+None of them changes what is computed (but for numbers below 1e-38), only how fast.
+`benchmarks/tuning.py` measures each against its alternative, and the figures here are its own, of
+two CPU cores. Where two platforms differ, `by_platform` leaves the choice to the lowering: a
+program exported for several has both ways in it, and one compiled for a GPU while the process's
+default is the CPU has the GPU's.
 """
 
 import functools
@@ -93,9 +94,9 @@ def multiplies_gathered(platform: str, width: int) -> bool:
 
     On the CPU rows of 57 to 72 entries are gathered in a quarter of the time so: it seems that LLVM
     unrolls the loop over a row else, and does not vectorize it. Shorter ones take up to 1.5 times
-    as long, longer ones as long (`benchmarks/gathers.py`).
+    as long, longer ones as long.
     """
-    return platform == CPU and 56 < width < 80
+    return platform == CPU and 56 < width < 73
 
 
 def gathers_apart(platform: str, width: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -350,6 +351,66 @@ def test_gradients_of_weights_equal_finite_differences(combiner, rng):
         slope = (oracle_value(weights + step) - oracle_value(weights - step)) / 2e-4
         np.testing.assert_allclose(got[i], slope, rtol=1e-3, atol=1e-3)
     assert not got[sum(map(len, LISTS)) :].any()
+
+
+MISSES = [[1, 2, 500], [3], [], [4, 5]]  # 500 has no row
+
+
+@pytest.mark.parametrize("operation", ["mult", "project"])
+def test_the_weight_of_an_id_without_a_row_has_no_derivative(operation, rng):
+    cfg = _config(operation, "sum", id_policy="nan")
+    tables, projection = parameters(cfg, rng)
+    bag = _ragged(MISSES, capacity=9)
+    weights = jnp.asarray(rng.uniform(0.5, 2, bag.capacity), jnp.float32)
+
+    def vectors(weights):
+        return qrhash.lookup(tables, bag.with_weights(weights), cfg, projection)
+
+    assert np.isnan(vectors(weights)).all(axis=1).tolist() == [True, False, False, False]
+    forward, reverse = jax.jacfwd(vectors)(weights), jax.jacrev(vectors)(weights)
+    assert_close(forward[1:], reverse[1:])
+    assert not np.asarray(reverse[..., 2]).any()
+    if operation == "mult":
+        assert not np.asarray(forward[..., 2]).any()
+        assert_close(forward, reverse)
+
+
+@pytest.mark.parametrize("operation", ["mult", "concat", "project"])
+def test_the_derivative_of_a_derivative_of_bags(operation, rng):
+    cfg = _config(operation, "mean")
+    params = parameters(cfg, rng)
+    bag = _ragged(LISTS, _weights(rng))
+    along = jax.tree.map(lambda each: rng.standard_normal(each.shape).astype(np.float32), params)
+
+    def loss(params):
+        return (qrhash.lookup(params[0], bag, cfg, params[1]) ** 3).sum()
+
+    def by_rows(params):
+        return dense(qrhash.value_and_grad(loss, (cfg.large_tables, False))(params)[1])
+
+    _, want = jax.jvp(jax.grad(loss), (params,), (along,))
+    _, got = jax.jvp(by_rows, (params,), (along,))
+    jax.tree.map(assert_close, got, want)
+
+
+@pytest.mark.parametrize("trained", [0, 1])
+def test_a_table_of_bags_that_is_not_trained_has_no_gradient(trained, rng):
+    cfg = dataclasses.replace(_config("mult", "sum"), large_table_rows=1)
+    tables, _ = parameters(cfg, rng)
+    frozen, bag = tables[1 - trained], _ragged(LISTS)
+
+    def loss(table):
+        both = (table, frozen) if trained == 0 else (frozen, table)
+        return (qrhash.lookup(both, bag, cfg) ** 2).sum()
+
+    def grads(table):
+        return qrhash.value_and_grad(loss, True)(table)[1]
+
+    assert_close(dense(grads(tables[trained])), jax.grad(loss)(tables[trained]))
+    program = str(jax.make_jaxpr(grads)(tables[trained]))
+    made = re.findall(r"f32\[(\d+,\d+)\] = scatter-add", program)
+    assert made
+    assert ",".join(map(str, frozen.shape)) not in made
 
 
 def _split(flat):

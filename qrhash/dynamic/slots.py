@@ -21,8 +21,8 @@ _CLAIMED = 2**31
 
 _SEED = 0x510715
 
-# Of a batch so many rounds are of all keys, and later ones of the keys left, if these are at most
-# one in eight.
+# To find keys so many rounds are of the whole batch at least. All others, and those that place new
+# keys, are of the keys left once these are at most one in eight.
 _STRAIGHT_ROUNDS = 2
 _LEFT = 8
 
