@@ -17,6 +17,7 @@ from qrhash.rows import (
     flatten_indices,
     flatten_rows,
     gather_rows,
+    is_within,
     out_sharding,
     read_rows,
     varying_axes,
@@ -87,7 +88,7 @@ class LocalTable(Table):
         for index in indices:
             along = [-1 if axis == look_ups.batch_axis else 1 for axis in range(index.ndim)]
             first = (jnp.arange(number, dtype=index.dtype) * num_rows).reshape(along)
-            found = (index >= 0) & (index < num_rows)
+            found = is_within(index, num_rows)
             stacked.append(jnp.where(found, index + first, number * num_rows))
         one = self.with_array(self.array.reshape(number * num_rows, *width))
         return take(one, stacked, look_ups.within(stacked, number * num_rows))
@@ -186,7 +187,7 @@ def _add_by_products(
     """
     index, values = index.reshape(-1), values.reshape(-1, *shape[1:])
     # What comes back for an id without a row may be NaN, and NaN times zero is NaN.
-    found = (index >= 0) & (index < shape[0])
+    found = is_within(index, shape[0])
     values = jnp.where(found[:, None], values, 0)
     sizes = [segment.lookups for _, segment in kinds]
     pieces = zip(kinds, jax.lax.split(index, sizes), jax.lax.split(values, sizes), strict=True)

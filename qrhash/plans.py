@@ -17,7 +17,7 @@ from qrhash.config import EmbedConfig
 from qrhash.kinds import as_table
 from qrhash.policies import fill_kind
 from qrhash.protocol import LookUps, Segment, Table
-from qrhash.rows import device_index
+from qrhash.rows import device_index, is_within
 from qrhash.spans import Span, Stack
 from qrhash.stacks import CollectionConfig
 from qrhash.take import take
@@ -138,7 +138,7 @@ def _in_stack(stack: Stack, block: Block, indices: Mapping[str, Sequence[Array]]
 
     def shifted(index: Array, span: Span) -> jax.Array:
         index = device_index(index, span.num_rows).astype(dtype)
-        has_row = (index >= 0) & (index < span.num_rows)
+        has_row = is_within(index, span.num_rows)
         return jnp.where(has_row, index + span.offset, num_rows)
 
     return jnp.stack([shifted(indices[name][block.table], span) for name, span in block.reads])

@@ -75,8 +75,7 @@ class Sums(NamedTuple):
 
         def read(indices: Any, segments: jax.Array) -> list[jax.Array]:
             rows = lambda: list(map(_rows, tables, indices))  # noqa: E731
-            is_any = jnp.any(is_within(segments, self.num_bags))
-            return apart(rows, is_any) if is_apart else rows()
+            return apart(rows, jnp.any(is_within(segments, self.num_bags))) if is_apart else rows()
 
         def add(sums: jax.Array, part: Any) -> jax.Array:
             indices, segments, scale = part
@@ -183,9 +182,9 @@ class Sums(NamedTuple):
             after = [each for each in gradients if each is not None]
             for j in (j for j in numbers if j in by_rows):
                 gradients[j] = self.of_table(j, cotangent, operands, after=after)
-            scale = 2 * self.num_tables + 1
-            if scale < len(operands) and wanted[scale] is not None:
-                gradients[scale] = self.of_scale(cotangent, operands)
+            *_, wants_scale = self.split(wanted)
+            if wants_scale is not None:
+                gradients[-1] = self.of_scale(cotangent, operands)
             return tuple(gradients)
 
         sums = jax.custom_vjp(bound)

@@ -27,7 +27,7 @@ def device_index(index: Array, num_rows: int) -> jax.Array:
             f"a table of {num_rows} rows needs 64-bit row numbers: set jax_enable_x64, or use more "
             "tables, for instance MixedRadix.balanced(num_embeddings, num_tables)."
         )
-    in_table = (index >= 0) & (index < num_rows)
+    in_table = is_within(index, num_rows)
     dtype = jnp.int32 if num_rows <= INT32_MAX else None
     return jnp.asarray(np.where(in_table, index, num_rows), dtype)
 
@@ -76,7 +76,7 @@ def rows_or_end(index: jax.Array, num_rows: int) -> jax.Array:
     return jnp.where(is_within(index, num_rows), index, num_rows)
 
 
-def is_within(index: jax.Array, size: int) -> jax.Array:
+def is_within(index: Any, size: int) -> Any:
     """Where an index is in [0, size)."""
     return (index >= 0) & (index < size)
 

@@ -103,7 +103,7 @@ def gathers_apart(platform: str, width: int) -> bool:
     """Whether rows of two tables that bags multiply are gathered one table after another.
 
     On the CPU a look-up of 524,288 ids in bags takes 1.3 to 1.4 times as long otherwise, of 8 or 16
-    entries in a row; of 32 or 48 .9 times, of 64 a third.
+    entries in a row; of 32 or 48 .9 to 1.0 times, of 64 a third.
     """
     return platform == CPU and width < 32
 

@@ -25,7 +25,7 @@ from qrhash.policies import PADDING
 from qrhash.policies import fill_value as fill_of_policy
 from qrhash.pooling import pool
 from qrhash.protocol import LookUps, TableLike, is_table
-from qrhash.rows import device_index, fill_missing
+from qrhash.rows import device_index, fill_missing, is_within
 from qrhash.tables import check_parameters
 from qrhash.take import take
 from qrhash.types import Array, Scalar
@@ -235,7 +235,7 @@ def combine_rows(
 
 def _found(first: Array, config: EmbedConfig) -> Array:
     """Where an id has rows, given its index into the first table."""
-    return (first >= 0) & (first < config.partition.num_rows[0])
+    return is_within(first, config.partition.num_rows[0])
 
 
 def _side_by_side(operation: str) -> str:

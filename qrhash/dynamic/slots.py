@@ -42,6 +42,10 @@ class _Probe(NamedTuple):
         further = (self.slot + self.stride) & (num_slots - 1)
         return self._replace(slot=jnp.where(moves, further, self.slot))
 
+    def some(self, places: jax.Array) -> "_Probe":
+        """Those of the keys at places that are inside."""
+        return _Probe(read(self.slot, places), read(self.stride, places))
+
 
 def _probe(keys: Keys, num_slots: int) -> _Probe:
     """The first slot of each key, and its stride: odd, so that it comes by every slot."""
@@ -137,8 +141,7 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
 
     def rest(rows: jax.Array, places: jax.Array, meant: jax.Array) -> jax.Array:
         keys_left = some_keys(keys, places)
-        probe_left = _Probe(read(probe.slot, places), read(probe.stride, places))
-        state = (count, jnp.full(places.shape, none, jnp.int32), meant, probe_left)
+        state = (count, jnp.full(places.shape, none, jnp.int32), meant, probe.some(places))
         _, found, _, _ = jax.lax.while_loop(
             lambda s: jnp.any(s[2]) & (s[0] < num_slots), lambda s: a_round(s, keys_left), state
         )
@@ -187,8 +190,7 @@ def place(
 
     def rest(carry: Any, at: jax.Array, meant: jax.Array) -> Any:
         slots_and_fresh, places = carry
-        probe_left = _Probe(read(probe.slot, at), read(probe.stride, at))
-        state = (slots_and_fresh, jnp.full(at.shape, num_slots, jnp.int32), meant, probe_left)
+        state = (slots_and_fresh, jnp.full(at.shape, num_slots, jnp.int32), meant, probe.some(at))
         slots_and_fresh, placed, _, _ = jax.lax.while_loop(
             lambda s: jnp.any(s[2]), lambda s: a_round(s, read(codes, at)), state
         )
