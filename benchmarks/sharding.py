@@ -12,6 +12,9 @@ collective a ring. "largest" is the largest operand of one over a shard of the t
 a table or its gradient would be moved. The last columns are distinct rows on the busiest device
 over the mean, of 4 batches of Zipf(1.05) rows, split row by row (as here) or in blocks.
 
+"keys" is what travels besides, before the step, where the table is dynamic and the batch is of
+keys: to the shards that own them, and row numbers back, by either exchange.
+
     python benchmarks/sharding.py --devices 2 4 8
 """
 
@@ -111,11 +114,8 @@ class Program:
                 total += self._operand_bytes(line) * RECEIVED[line.opcode](line.group_size)
             elif line.opcode == "conditional":
                 total += max(self._received(b, overflows) for b in self._taken(line, overflows))
-            elif not line.opcode.endswith(("-update", "-done")):
-                inside = sum(self._received(name, overflows) for name in line.called)
-                if inside and line.opcode == "while":
-                    raise ValueError(f"collectives in a loop of unknown turns in {computation}")
-                total += inside
+            elif line.opcode != "while" or self._takes_a_turn(line, overflows):
+                total += sum(self._received(name, overflows) for name in line.called)
         return total
 
     def _taken(self, line: Instruction, overflows: bool) -> list[str]:
@@ -123,6 +123,11 @@ class Program:
         usual = [name for name in line.called if self._has_all_to_all(name)]
         others = [name for name in line.called if name not in usual]
         return others if overflows or not usual else usual
+
+    def _takes_a_turn(self, line: Instruction, overflows: bool) -> bool:
+        """Whether a loop does: those with collectives are of one turn or none, by the exchange."""
+        is_usual = any(map(self._has_all_to_all, line.called))
+        return is_usual != overflows or not self._has_all_to_all(self._entry)
 
     def _has_all_to_all(self, computation: str) -> bool:
         """Whether there is an all-to-all in a computation or in those it calls."""
@@ -180,6 +185,23 @@ def compiled(mesh: Mesh, batch_size: int, exchange: str | None) -> Program:
     return Program(text)
 
 
+def compiled_keys(mesh: Mesh, batch_size: int, exchange: str) -> Program:
+    """What a step with keys does first: `qrhash.dynamic.assign`, for a table of as many rows."""
+    layout = qrhash.MeshLayout(mesh=mesh, exchange=exchange)
+    config = qrhash.dynamic.DynamicConfig(PARTITION.num_rows[0], FEATURES, layout=layout)
+    words = jax.ShapeDtypeStruct((batch_size,), jnp.uint32)
+    state = jax.eval_shape(lambda: qrhash.dynamic.init_state(config))
+    of_shards = NamedSharding(mesh, PartitionSpec(layout.row_axes))
+    jitted = jax.jit(
+        lambda state, keys: qrhash.dynamic.assign(state, keys, config, 0),
+        in_shardings=(of_shards, NamedSharding(mesh, layout.batch_spec(1))),
+        donate_argnums=0,
+    )
+    text = jitted.lower(state, qrhash.Keys(words, words)).compile().as_text()
+    assert text is not None
+    return Program(text)
+
+
 def imbalance(devices: int, count: int) -> tuple[float, float]:
     """Distinct rows on the busiest device over the mean: split row by row, and in blocks."""
     num_rows = PARTITION.num_rows[0]
@@ -203,6 +225,8 @@ def report(devices: int, batch_size: int) -> None:
         largest = max(by_reduce.largest_operand(), sent.largest_operand()) / shard
         print(f"{devices:7} {name:8}", *(f"{size / 1e3:10.1f}" for size in received), end="")
         print(f"{received[0] / received[1]:11.2f}x{largest:9.1%}", end="")
+        keys = (compiled_keys(mesh, batch_size, e) for e in ("reduce", "all_to_all"))
+        print(*(f"{each.received() / 1e3:12.1f}" for each in keys), end="")
         if name == "data":
             dense = compiled(mesh, batch_size, None)
             print(f"{dense.received() / 1e3:11.1f}{dense.largest_operand() / shard:9.1%}", end="")
@@ -223,6 +247,7 @@ def main() -> None:
 
     print(f"jax {jax.__version__}, qrhash {qrhash.__version__}, batch {args.batch}, KB")
     heads = f"{'reduce':>11}{'all_to_all':>11}{'overflow':>11}{'red. / a2a':>12}{'largest':>9}"
+    heads += f"{'keys, reduce':>13}{'all_to_all':>13}"
     print(f"devices mesh    {heads}{'dense':>11}{'largest':>9}{'row by row':>12}{'in blocks':>11}")
     spawn = multiprocessing.get_context("spawn")
     os.environ["JAX_PLATFORMS"] = "cpu"

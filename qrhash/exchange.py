@@ -127,7 +127,7 @@ def _read_flat(
     # 1. Name every row once, and claim a slot for it in the buffer of the shard that owns it.
     mine = my_part(layout, indices, num_rows)
     distinct, chosen = distinct_rows(mine, num_rows)
-    slots, overflows = claim_slots(layout, num_rows, distinct)
+    slots, overflows = claim_slots(layout, owners_of(layout, num_rows, distinct))
 
     def by_all_to_all(shard: jax.Array, _: Any) -> tuple[jax.Array, jax.Array]:
         # 2. input_dist: places travel to their owners, in slots; one past the end of a shard for
@@ -193,22 +193,32 @@ def my_part(layout: MeshLayout, each: jax.Array, fill_value: Any) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(padded, start, size)
 
 
-def claim_slots(
-    layout: MeshLayout, num_rows: int, distinct: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """For each row number [m] its slot in the buffer to be sent, [S * capacity]; its end for none.
+def owners_of(layout: MeshLayout, num_rows: int, distinct: jax.Array) -> jax.Array:
+    """The shards [m] that own rows [m], int32; their number where there is no row."""
+    shards = layout.num_shards
+    owners = jnp.where(distinct < num_rows, owner_and_place(distinct, shards)[0], shards)
+    return owners.astype(jnp.int32)
 
-    Also whether there is too little room, on any device.
+
+def claim_slots(layout: MeshLayout, owners: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Slots in the buffer to be sent, [S * capacity], for what goes to its owner [m].
+
+    Args:
+      layout: the layout, for this batch.
+      owners: numbers of shards [m]; S for none.
+
+    Returns:
+      For each its slot [m], the buffer's end for none; and whether there is too little room, on any
+      device.
     """
-    shards, capacity = layout.num_shards, capacity_of(layout, distinct.size)
-    named = distinct < num_rows
-    owner = jnp.where(named, owner_and_place(distinct, shards)[0], shards).astype(jnp.int32)
-    # The rank of a row among those for the same owner, by a running count for each owner.
+    shards, capacity = layout.num_shards, capacity_of(layout, owners.size)
+    # The rank of each among those for the same owner, by a running count for each owner.
     every = jnp.arange(shards, dtype=jnp.int32)[None]
-    is_for = (owner[:, None] == every).astype(jnp.int32)
+    is_for = (owners[:, None] == every).astype(jnp.int32)
     rank = jnp.sum(jnp.cumsum(is_for, axis=0) * is_for, axis=1) - 1
-    fits = named & (rank < capacity)
-    slots = jnp.where(fits, owner * capacity + rank, shards * capacity)
-    overflows = jnp.any(named & ~fits).astype(jnp.int32)
+    is_meant = owners < shards
+    fits = is_meant & (rank < capacity)
+    slots = jnp.where(fits, owners * capacity + rank, shards * capacity)
+    overflows = jnp.any(is_meant & ~fits).astype(jnp.int32)
     axes = (*layout.row_axes, *layout.batch_axes_alone)
     return slots, jax.lax.pmax(overflows, axes) > 0

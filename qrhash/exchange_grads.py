@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from qrhash.exchange import capacity_of, claim_slots, exchange_for, my_part, places_here
+from qrhash.exchange import (
+    capacity_of,
+    claim_slots,
+    exchange_for,
+    my_part,
+    owners_of,
+    places_here,
+)
 from qrhash.layout import MeshLayout, owner_and_place
 from qrhash.merge import merge_rows
 from qrhash.protocol import Packed
@@ -159,7 +166,7 @@ def pack(
     def on_device(indices: jax.Array, values: jax.Array) -> Any:
         indices, values = my_part(layout, indices, num_rows), my_part(layout, values, 0)
         distinct, sums = merge_rows(indices, values, num_rows)
-        slots, overflows = claim_slots(layout, num_rows, distinct)
+        slots, overflows = claim_slots(layout, owners_of(layout, num_rows, distinct))
         return (distinct, sums, slots), overflows
 
     run = layout.run(on_device, _batch_specs(layout), (_packed_specs(layout), PartitionSpec()))

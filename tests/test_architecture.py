@@ -112,7 +112,7 @@ INSIDE = {
     ],
     "dynamic": [
         *("slots", "newcomers", "index", "upkeep", "admission", "eviction"),
-        *("sharded", "config", "found", "embedding"),
+        *("key_exchange", "sharded", "config", "found", "embedding"),
         *("collections", "growth", "resharding", "deltas"),
         *("cached", "store", "residents", "records", "numbering", "traffic", "tier_files", "tiers"),
     ],

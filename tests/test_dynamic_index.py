@@ -243,6 +243,24 @@ def test_a_full_table_refuses_the_keys_that_come_last_and_keeps_nothing_of_them(
     jax.tree.map(np.testing.assert_array_equal, index, alone)
 
 
+def test_a_key_may_count_several_times_at_a_place():
+    def run(keys, where, times):
+        options = {"admission": NoFifths(), "state": NoFifths().init()}
+        index, given, state = assign(create(30), keys, 3, where=where, times=times, **options)
+        again = assign(index, keys[:4], 4, times=None if times is None else times[:4])
+        return (index, state, given.not_admitted, given.no_room), given.rows, again[0]
+
+    rng = np.random.default_rng(0)
+    keys, times = UNIVERSE[rng.integers(0, 40, 50)], rng.integers(0, 4, 50).astype(np.int32)
+    times[:4] = 1
+    once, rows, again = run(np.repeat(keys, times), None, None)
+    several, of_places, of_places_again = run(keys, times > 0, times)
+    assert_equal = lambda *x: jax.tree.map(np.testing.assert_array_equal, *x)  # noqa: E731
+    assert_equal(several, once)
+    assert_equal(np.repeat(of_places, times), rows)
+    assert_equal(of_places_again, again)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (), (2, 1, 5)])
 def test_shapes(shape):
     keys = UNIVERSE[: math.prod(shape)].reshape(shape)

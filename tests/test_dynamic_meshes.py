@@ -1,5 +1,8 @@
 """Tables that grow, on a mesh: each shard an index of its own, and the numbers of one device."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,7 @@ from qrhash.dynamic import (
     SmallNorm,
     StepsSinceUse,
 )
+from support.cases import OPTIMIZED
 from support.meshes import layout_2x4, make_layout
 
 UNCHECKED_KEYS = True
@@ -26,8 +30,8 @@ CAPACITY, WIDTH, BATCH = 96, 4, 32
 
 LAYOUTS = {
     "2x4": layout_2x4,
-    "explicit": lambda: layout_2x4(AxisType.Explicit),
-    "8 of both": lambda: make_layout((8,), ("data",), row_axes="data"),
+    "explicit": lambda: layout_2x4(AxisType.Explicit, exchange="all_to_all"),
+    "8 of both": lambda: make_layout((8,), ("data",), row_axes="data", exchange="all_to_all"),
 }
 
 
@@ -84,6 +88,57 @@ def data():
     rng = np.random.default_rng(0)
     batches = [rng.integers(-30, 30, BATCH) for _ in range(8)]
     return batches, [rng.normal(size=(BATCH, WIDTH)).astype(np.float32) for _ in batches]
+
+
+# Where the parts of a batch are numbered otherwise than the shards, and stand on several of them.
+ORDERS = {
+    "8 of both": lambda **options: make_layout((8,), ("data",), row_axes="data", **options),
+    "bc, ca": lambda **options: make_layout(
+        (2, 2, 2), ("a", "b", "c"), row_axes=("b", "c"), batch_axes=("c", "a"), **options
+    ),
+    "ca, abc": lambda **options: make_layout(
+        (2, 2, 2), ("a", "b", "c"), row_axes=("c", "a"), batch_axes=("a", "b", "c"), **options
+    ),
+}
+
+
+@functools.cache
+def _rows_of(order=None, exchange="reduce", capacity=None):
+    """All that the index says of some batches, few and then many of whose keys are new."""
+    layout = order and ORDERS[order](exchange=exchange, capacity=capacity)
+    config, rng = _config(layout, AdmitAll(), 8 * CAPACITY), np.random.default_rng(0)
+    assign = jax.jit(lambda *x: dynamic.assign(*x[:2], config, x[2], where=x[3]))
+    state, seen = dynamic.init_state(config), []
+    for number, most in enumerate((20, 20, 20, 30, 30, 500)):
+        keys, where = rng.integers(-most, most, 64), rng.random(64) < 0.8
+        state, found = assign(state, Keys.of(keys), number, where)
+        seen.append([*map(np.asarray, found.rows), int(state.index.num_keys)])
+    return seen, np.sort(state.index.counts, axis=None)
+
+
+@pytest.mark.parametrize(
+    ("order", "capacity"),  # of which 1 is too little room
+    [("8 of both", None), ("bc, ca", None), ("bc, ca", 1), ("ca, abc", None)],
+)
+def test_keys_travel_by_either_exchange(order, capacity):
+    got, wanted = _rows_of(order, "all_to_all", capacity), _rows_of(order)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    # A mesh says of every key what one device does, but for the numbers of the rows.
+    for (rows, *others), (alone, *of_one) in zip(got[0], _rows_of()[0], strict=True):
+        np.testing.assert_array_equal(rows < 8 * CAPACITY, alone < 8 * CAPACITY)
+        jax.tree.map(np.testing.assert_array_equal, others, of_one)
+
+
+def test_keys_by_all_to_all_copy_no_index_and_do_not_go_everywhere():
+    capacity = 2**16
+    config = _config(ORDERS["8 of both"](exchange="all_to_all"), AdmitAll(), capacity)
+    state, keys = dynamic.init_state(config), Keys.of(np.arange(256))
+    step = jax.jit(lambda state, keys: dynamic.assign(state, keys, config, 0), donate_argnums=0)
+    compiled = step.lower(state, keys).compile(OPTIMIZED).as_text()
+    # What goes everywhere does so in a loop that is not taken: XLA is not to hoist it.
+    assert "all-gather(" in compiled
+    assert "all-gather(" not in compiled[compiled.index("ENTRY") :]
+    assert not re.findall(rf"u32\[(?:1,)?{capacity // 8 * 2},4\]\S* copy\(", compiled)
 
 
 ADMISSIONS = {"all": AdmitAll(), "exact": ExactCount(3, 800), "sketch": SketchCount(3, 80_000)}

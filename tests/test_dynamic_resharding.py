@@ -16,7 +16,7 @@ import qrhash
 from qrhash import Keys, dynamic
 from qrhash.checkpoint import Checkpoints, MismatchError
 from qrhash.dynamic import AdmitAll, DynamicConfig, ExactCount, SketchCount, SmallNorm, resharding
-from qrhash.dynamic.sharded import owner_of
+from qrhash.dynamic.key_exchange import owner_of
 from qrhash.kinds import put_table
 from support.cases import OPTIMIZED
 from support.dynamic_training import Training, config_of, known, vectors_of

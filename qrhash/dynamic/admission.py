@@ -72,7 +72,13 @@ class ExactCount(Admission):
 
         # A loop of no or one turn: unlike a conditional, it leaves its arrays in place.
         state = jax.lax.while_loop(lacks_room, with_room, state)
-        state, of_keys, _ = assign(state, newcomers.keys, newcomers.step, where=newcomers.is_wanted)
+        state, of_keys, _ = assign(
+            state,
+            newcomers.keys,
+            newcomers.step,
+            where=newcomers.is_first,
+            times=newcomers.occurrences,
+        )
         # One for which there is no room among the candidates has what this batch brings.
         is_candidate = of_keys.rows < self.num_candidates
         counted = read(state.counts, jnp.minimum(of_keys.rows, self.num_candidates - 1))

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from qrhash.arithmetic import as_size, ceil_div
-from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers
+from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers, first_places
 from qrhash.dynamic.slots import find, new_slots, on_few, place, read, some_keys
-from qrhash.keys import Keys, scramble
-from qrhash.merge import representatives, slots_for
+from qrhash.keys import Keys
 from qrhash.rows import set_rows
 from qrhash.types import Array, PyTree, Scalar
 
@@ -200,7 +199,7 @@ def _lookup_rows(index: KeyIndex, keys: Keys, wanted: jax.Array) -> Rows:
     """See `lookup_rows`, of flat keys [m]."""
     rows = find(index.slots, keys, wanted, index.capacity)
     missing = wanted & (rows == index.capacity)
-    is_first = missing & (_first_places(keys, missing) == jnp.arange(rows.shape[0]))
+    _, is_first, _ = first_places(keys, missing, jnp.ones_like(rows))
     found = _no_rows(rows.shape)._replace(rows=rows)
     return found._replace(not_admitted=jnp.sum(is_first, dtype=jnp.int32))
 
@@ -211,6 +210,7 @@ def assign(
     step: Scalar,
     *,
     where: Array | None = None,
+    times: Array | None = None,
     admission: Admission = _ADMIT_ALL,
     state: PyTree = (),
 ) -> tuple[KeyIndex, Rows, Any]:
@@ -221,6 +221,7 @@ def assign(
       keys: `Keys` [*shape], or what `Keys.of` takes; any of them several times.
       step: the number of the step, from 0 on, int32 [].
       where: which of them are meant, bool [*shape]; default: all.
+      times: how often each of them counts, int32 [*shape]; default: once.
       admission: which new keys get a row.
       state: what the admission keeps from one batch to the next, at first `admission.init()`.
 
@@ -236,7 +237,8 @@ def assign(
     if not wanted.size:
         return index, _no_rows(shape), state
     step = jnp.asarray(step, jnp.int32)
-    index, given, state = _assign(index, keys, wanted, step, admission, state)
+    counted = jnp.ones_like(wanted, jnp.int32) if times is None else jnp.reshape(times, -1)
+    index, given, state = _assign(index, keys, wanted, step, counted, admission, state)
     return index, given.in_shape(shape), state
 
 
@@ -247,18 +249,19 @@ def _assign(
     keys: Keys,
     wanted: jax.Array,
     step: jax.Array,
+    times: jax.Array,
     admission: Admission,
     state: PyTree,
 ) -> tuple[KeyIndex, Rows, PyTree]:
-    """See `assign`, of flat keys [m]."""
+    """See `assign`, of flat keys [m] and times [m]."""
     capacity = index.capacity
     rows = find(index.slots, keys, wanted, capacity)
     found = _no_rows(rows.shape)._replace(rows=rows)
 
     def newcomers(carry: Any, places: jax.Array, meant: jax.Array) -> Any:
         index, given, state = carry
-        of_few = some_keys(keys, places)
-        index, new, state = _insert(index, of_few, meant, step, admission, state)
+        of_few = some_keys(keys, places), meant, step, read(times, places)
+        index, new, state = _insert(index, *of_few, admission, state)
         at = jnp.where(meant, places, wanted.shape[0])
         given = Rows(
             set_rows(given.rows, at, new.rows),
@@ -270,7 +273,7 @@ def _assign(
 
     def everything(carry: Any) -> Any:
         (index, given, state), missing = carry
-        index, new, state = _insert(index, keys, missing, step, admission, state)
+        index, new, state = _insert(index, keys, missing, step, times, admission, state)
         rows = jnp.where(missing, new.rows, given.rows)
         return (index, new._replace(rows=rows), state), jnp.zeros_like(missing)
 
@@ -279,7 +282,7 @@ def _assign(
     carry = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), everything, carry)
     index, given, state = carry[0]
     index = index.replace(
-        counts=index.counts.at[given.rows].add(1, mode="drop"),
+        counts=index.counts.at[given.rows].add(times, mode="drop"),
         last_steps=index.last_steps.at[given.rows].set(step, mode="drop"),
     )
     return index, given, state
@@ -290,15 +293,14 @@ def _insert(
     keys: Keys,
     wanted: jax.Array,
     step: jax.Array,
+    times: jax.Array,
     admission: Admission,
     state: Any,
 ) -> tuple[KeyIndex, Rows, Any]:
     """Rows for keys [n] that have none, where wanted: those admitted, as long as there are any."""
-    n, capacity = wanted.shape[0], index.capacity
-    first = _first_places(keys, wanted)
-    is_first = wanted & (first == jnp.arange(n, dtype=jnp.int32))
-    occurrences = jnp.zeros(n, jnp.int32).at[jnp.where(wanted, first, n)].add(1, mode="drop")
-    newcomers = Newcomers(keys, wanted, is_first, occurrences, step)
+    capacity = index.capacity
+    first, is_first, occurrences = first_places(keys, wanted, times)
+    newcomers = Newcomers(keys, is_first, occurrences, step)
     state, (is_admitted, counts) = admission.judge(state, newcomers)
     rank = jnp.cumsum(is_admitted, dtype=jnp.int32) - 1
     is_new = is_admitted & (rank < index.num_free)
@@ -327,21 +329,6 @@ def _insert(
 def _no_rows(shape: tuple[int, ...]) -> Rows:
     zero = jnp.int32(0)
     return Rows(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), zero, zero)
-
-
-def _first_places(keys: Keys, wanted: jax.Array) -> jax.Array:
-    """For each place [n] that is wanted the first one with the same key; else its own."""
-    num_slots, slot_of = slots_for(wanted.shape[0])
-    mixed = scramble(keys)
-
-    def slots_of(attempt: jax.Array) -> jax.Array:
-        # Keys that meet at one attempt part at another: these are lines through the two words.
-        return slot_of((mixed.hi + attempt * mixed.lo) * jnp.uint32(0x9E3779B9))
-
-    def are_same(places: jax.Array) -> jax.Array:
-        return some_keys(keys, places) == keys
-
-    return representatives(wanted, num_slots, slots_of, are_same, lowest=True)
 
 
 def flat_keys(keys: Any, where: Array | None) -> tuple[Keys, jax.Array, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from qrhash.dynamic import sharded
 from qrhash.dynamic.config import DynamicConfig, check_dynamic_config
 from qrhash.dynamic.embedding import State
 from qrhash.dynamic.index import KeyIndex, create
+from qrhash.dynamic.key_exchange import owner_of
 from qrhash.dynamic.newcomers import Admission
 from qrhash.dynamic.upkeep import rebuild
 from qrhash.keys import Keys
@@ -134,7 +135,7 @@ def _entries(index: KeyIndex, rows: np.ndarray) -> _Entries:
 
 def _split(entries: _Entries, num_shards: int, places: int) -> list[_Entries]:
     """Of each shard its keys, in their order; of too many for its places, those met last."""
-    owners = np.asarray(sharded.owner_of(entries.keys, num_shards))
+    owners = np.asarray(owner_of(entries.keys, num_shards))
     by_owner = np.argsort(owners, kind="stable")
     bounds = np.searchsorted(owners[by_owner], np.arange(1, num_shards))
     parts = []

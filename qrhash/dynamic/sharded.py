@@ -4,16 +4,14 @@ A hash of the key says which shard owns it: on that shard the key has a place, a
 row of the table goes with the place. At first these are the shard's own rows; on another number of
 shards a key has another place, and the row that it had (`qrhash.dynamic.reshard`). Row numbers are
 those of an ordinary table split over the mesh, and look-ups, gradients and optimizers know nothing
-of keys. In a step the keys of the batch travel to all devices, 8 bytes each, every shard works on
-those that it owns, and the row numbers are summed over the shards: exchange "reduce" of
-`qrhash.exchange`, with keys in place of rows.
+of keys. In a step the keys of the batch travel to the shards that own them, and the row numbers
+back: see `qrhash.dynamic.key_exchange`.
 
 All arrays of an index have an axis of shards in front. Every shard has ceil(capacity / S) places;
 where the rows do not divide by the shards, the last place of some has no row, and no key gets it.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,14 +22,12 @@ from qrhash.arithmetic import ceil_div
 from qrhash.dynamic import index as key_index
 from qrhash.dynamic import upkeep
 from qrhash.dynamic.index import KeyIndex, Rows
+from qrhash.dynamic.key_exchange import on_shards
 from qrhash.dynamic.newcomers import Admission
 from qrhash.dynamic.slots import places_where, read
-from qrhash.keys import Keys, scramble
+from qrhash.keys import Keys
 from qrhash.layout import MeshLayout, index_of, owner_and_place
 from qrhash.types import PyTree, Scalar
-
-# Seed of the hash that says which shard owns a key.
-_SEED = 0x5A4D
 
 
 def create(
@@ -59,12 +55,6 @@ def create(
     return made
 
 
-def owner_of(keys: Keys, num_shards: int) -> Any:
-    """The shards [m], int32, of keys [m]; of NumPy for keys of the host."""
-    hashes = scramble(keys, _SEED).hi
-    return (hashes % hashes.dtype.type(num_shards)).astype("int32")
-
-
 # Jitted for their caches: outside of `jax.jit`, they would compile anew at every call.
 @functools.partial(jax.jit, static_argnames=("layout", "admission", "capacity"))
 def assign(
@@ -81,16 +71,16 @@ def assign(
 ) -> tuple[KeyIndex, Rows, PyTree]:
     """As `qrhash.dynamic.index.assign`, of flat keys [m] and where [m]; rows are the table's."""
 
-    def on_shard(carry: Any, keys: Keys, mine: jax.Array, step: jax.Array) -> Any:
+    def on_shard(carry: Any, keys: Keys, times: jax.Array, step: jax.Array) -> Any:
         index, state = carry
         policy = admission.split(layout.num_shards)
         index, given, state = key_index.assign(
-            index, keys, step, where=mine, admission=policy, state=state
+            index, keys, step, where=times > 0, times=times, admission=policy, state=state
         )
         return (index, state), given
 
     carry = (index, state)
-    carry, given = _on_shards(layout, on_shard, carry, home, capacity, keys, where, step)
+    carry, given = on_shards(layout, on_shard, carry, home, capacity, keys, where, step)
     return carry[0], given, carry[1]
 
 
@@ -106,11 +96,11 @@ def lookup_rows(
 ) -> Rows:
     """As `qrhash.dynamic.index.lookup_rows`, of flat keys [m] and where [m]; see `assign`."""
 
-    def on_shard(index: Any, keys: Keys, mine: jax.Array, step: jax.Array) -> Any:
+    def on_shard(index: Any, keys: Keys, times: jax.Array, step: jax.Array) -> Any:
         del step
-        return index, key_index.lookup_rows(index, keys, where=mine)
+        return index, key_index.lookup_rows(index, keys, where=times > 0)
 
-    return _on_shards(layout, on_shard, index, home, capacity, keys, where, 0)[1]
+    return on_shards(layout, on_shard, index, home, capacity, keys, where, 0)[1]
 
 
 @functools.partial(jax.jit, static_argnames="layout")
@@ -184,52 +174,6 @@ def by_place(layout: MeshLayout, home: jax.Array, each: jax.Array) -> jax.Array:
     return moved
 
 
-def _on_shards(
-    layout: MeshLayout,
-    fun: Callable[[Any, Keys, jax.Array, jax.Array], tuple[Any, Rows]],
-    carry: PyTree,
-    home: jax.Array,
-    capacity: int,
-    keys: Keys,
-    where: jax.Array,
-    step: Scalar,
-) -> tuple[Any, Rows]:
-    """Runs what every shard does with the keys that it owns; the rows are numbers of the table."""
-    layout = layout.for_batch([where], 0)
-    shards = layout.num_shards
-
-    def on_device(
-        carry: Any, home: jax.Array, keys: Keys, where: jax.Array, step: jax.Array
-    ) -> Any:
-        number, alone, (home,) = layout.shard().number, _alone(carry), home
-        # 1. Every device learns all keys of the batch: replicas of a shard must agree.
-        every, wanted = _whole(layout, (keys, where))
-        mine = wanted & (owner_of(every, shards) == number)
-        # 2. It looks for, or gives rows to, those that it owns.
-        alone, given = fun(alone, every, mine, step)
-        last = home.shape[0] - 1
-        has_row = mine & (given.rows <= last)
-        # 3. The sum over the shards is the row number; each device keeps those of its own batch.
-        less = jnp.where(has_row, read(home, jnp.minimum(given.rows, last)) - capacity, 0)
-        counts = given._replace(rows=less, is_new=given.is_new.astype(jnp.int32))
-        if layout.row_axes:
-            counts = jax.lax.psum(counts, layout.row_axes)
-        part = Rows(
-            _own_part(layout, counts.rows + capacity, where.shape[0]),
-            _own_part(layout, counts.is_new > 0, where.shape[0]),
-            counts.not_admitted,
-            counts.no_room,
-        )
-        return _stacked(alone), part
-
-    batch, whole, spec = layout.batch_spec(1), PartitionSpec(), _of_shards(layout)
-    in_specs = (spec, spec, batch, batch, whole)
-    out_specs = (spec, Rows(batch, batch, whole, whole))
-    run = layout.run(on_device, in_specs, out_specs)
-    made: tuple[Any, Rows] = run(carry, home, keys, where, jnp.asarray(step, jnp.int32))
-    return made
-
-
 def shard_sharding(layout: MeshLayout) -> NamedSharding:
     """Where the arrays of an index are, and of an admission's state."""
     return NamedSharding(layout.mesh, _of_shards(layout))
@@ -246,16 +190,3 @@ def _alone(tree: PyTree) -> Any:
 
 def _stacked(tree: PyTree) -> Any:
     return jax.tree.map(lambda x: x[None], tree)
-
-
-def _whole(layout: MeshLayout, tree: PyTree) -> Any:
-    if not layout.batch_axes:
-        return tree
-    return jax.lax.all_gather(tree, layout.batch_axes, tiled=True)
-
-
-def _own_part(layout: MeshLayout, each: jax.Array, size: int) -> jax.Array:
-    if not layout.batch_axes:
-        return each
-    start = jax.lax.axis_index(layout.batch_axes) * size
-    return jax.lax.dynamic_slice_in_dim(each, start, size)
