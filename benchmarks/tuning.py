@@ -190,6 +190,25 @@ def gathers_apart(rounds: int) -> Iterator[tuple[str, float]]:
         yield f"524288 ids in bags of {PER_BAG}, features {width}, {what}", _ratio(*pair, rounds)
 
 
+def neighbours_at_once(rounds: int) -> Iterator[tuple[str, float]]:
+    """A look-up of 26 features, joined, and its gradient: so many neighbours at once."""
+    full = {f"full{n}": qrhash.FullTable(100 + n) for n in range(13)}
+    split = {f"split{n}": qrhash.QuotientRemainder(200_000 + n, 4) for n in range(13)}
+    config = qrhash.CollectionConfig(
+        {name: qrhash.EmbedConfig(each, FEATURES) for name, each in (full | split).items()}
+    )
+    stacks = qrhash.collection.init(jax.random.key(0), config)
+    of_features = [_ids(each.num_embeddings, 2048) for each in config.configs.values()]
+    look_up = functools.partial(qrhash.collection.lookup_joined, config=config)
+    gradient = qrhash.value_and_grad(
+        lambda stacks, ids: (look_up(stacks, ids) ** 2).sum(), config.large_tables
+    )
+    for what, fun in (("look-up", look_up), ("gradient", gradient)):
+        for other in (1, 2, 8):
+            pair = _against("NEIGHBOURS_AT_ONCE", other, fun, stacks, jnp.stack(of_features, 1))
+            yield f"{what}, {other} in place of {tuning.NEIGHBOURS_AT_ONCE}", _ratio(*pair, rounds)
+
+
 def _bags(places: int, width: int) -> tuple[qrhash.EmbedConfig, qrhash.Bag]:
     config = qrhash.EmbedConfig(qrhash.QuotientRemainder(16_000_000, 4), width, combiner="sum")
     bags = qrhash.Bag(
@@ -244,6 +263,7 @@ CHOICES = {
     "places": places_at_once,
     "apart": gathers_apart,
     "multiplied": multiplies_gathered,
+    "joined": neighbours_at_once,
 }
 
 

@@ -63,6 +63,7 @@ ROOMS = {
     "spans": {"numpy"},
     "stacks": {"jax", "numpy"},
     "plans": {"jax"},
+    "joining": {"jax"},
     "collection": {"jax"},
     "inspection": {"numpy"},
     "jaxprs": {"jax"},

@@ -258,6 +258,18 @@ class EmbedCollection(nnx.Module):
         """
         return collection.lookup(self.stacks, inputs, self.config, self.projections)
 
+    def joined(self, inputs: Mapping[str, Any] | Array) -> jax.Array:
+        """Looks up the vectors of ids side by side; see `qrhash.collection.lookup_joined`.
+
+        Args:
+          inputs: as in `__call__`, of one shape [*shape]; or one array of integers [*shape,
+            embeddings].
+
+        Returns:
+          [*shape, sum of the features' widths], in the order of the config.
+        """
+        return collection.lookup_joined(self.stacks, inputs, self.config, self.projections)
+
     @property
     def stacks(self) -> dict[str, Any]:
         """The stacked tables, as `qrhash.collection.init` gives them."""
