@@ -253,9 +253,8 @@ def many(config: Any, batch_size: int, *, row_wise: bool = False) -> System:
 
     def loss(stacks: Any, ids: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
         of_features = dict(zip(names, ids, strict=True))
-        vectors = qrhash.collection.lookup(stacks, of_features, config)
-        joined = jnp.concatenate([vectors[name] for name in names], axis=1)
-        return jnp.sum(joined * cotangent), joined
+        vectors = qrhash.collection.lookup_joined(stacks, of_features, config)
+        return jnp.sum(vectors * cotangent), vectors
 
     def prepare(draws: np.ndarray) -> jax.Array:
         return jax.block_until_ready(jnp.asarray(log_uniform(draws, sizes[:, None]), jnp.int32))

@@ -87,7 +87,7 @@ def _one(tx, num_embeddings=10_000_000, num_collisions=4):
     return _compiled(look_up, config.large_tables, init, tx, ids, (16384, 64))
 
 
-def _columns(tx, sizes=SIZES):
+def _columns(tx, sizes=SIZES, *, joined=False):
     config = CollectionConfig(
         {
             f"c{n}": EmbedConfig(QuotientRemainder(size, 4) if size > 200 else FullTable(size), 16)
@@ -96,6 +96,8 @@ def _columns(tx, sizes=SIZES):
     )
 
     def look_up(stacks, ids):
+        if joined:
+            return collection.lookup_joined(stacks, ids, config)
         of_features = {name: ids[:, number] for number, name in enumerate(config.configs)}
         vectors = collection.lookup(stacks, of_features, config)
         return jnp.concatenate([vectors[name] for name in of_features], axis=1)
@@ -132,6 +134,8 @@ SCENARIOS = {
     "criteo": (lambda: _columns(ADAGRAD), Counts(105, 16_960_880)),
     "criteo, row-wise": (lambda: _columns(ROW_WISE), Counts(107, 16_960_880)),
     "criteo, looked up": (lambda: _columns(None), Counts(54, 8_486_912)),
+    "criteo, joined": (lambda: _columns(ADAGRAD, joined=True), Counts(69, 14_880_112)),
+    "criteo, joined, looked up": (lambda: _columns(None, joined=True), Counts(26, 507_904)),
     "104 columns": (
         lambda: _columns(ADAGRAD, sorted(4 * SIZES, reverse=True)),
         Counts(435, 72_102_256),
