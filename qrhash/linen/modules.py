@@ -204,15 +204,7 @@ class EmbedCollection(nn.Module):
         return collection.lookup(self.stacks, inputs, self.collection, self.projections)
 
     def joined(self, inputs: Mapping[str, Any] | Array) -> jax.Array:
-        """Looks up the vectors of ids side by side; see `qrhash.collection.lookup_joined`.
-
-        Args:
-          inputs: as in `__call__`, of one shape [*shape]; or one array of integers [*shape,
-            embeddings].
-
-        Returns:
-          [*shape, sum of the features' widths], in the order of the config.
-        """
+        """The vectors of ids side by side: see `qrhash.collection.lookup_joined`."""
         return collection.lookup_joined(self.stacks, inputs, self.collection, self.projections)
 
 

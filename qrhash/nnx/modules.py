@@ -259,15 +259,7 @@ class EmbedCollection(nnx.Module):
         return collection.lookup(self.stacks, inputs, self.config, self.projections)
 
     def joined(self, inputs: Mapping[str, Any] | Array) -> jax.Array:
-        """Looks up the vectors of ids side by side; see `qrhash.collection.lookup_joined`.
-
-        Args:
-          inputs: as in `__call__`, of one shape [*shape]; or one array of integers [*shape,
-            embeddings].
-
-        Returns:
-          [*shape, sum of the features' widths], in the order of the config.
-        """
+        """The vectors of ids side by side: see `qrhash.collection.lookup_joined`."""
         return collection.lookup_joined(self.stacks, inputs, self.config, self.projections)
 
     @property
