@@ -285,6 +285,21 @@ def test_two_processes_give_the_curve_of_one(options, alone, tmp_path, logs):
     assert_same_curve(numbers_of(output), alone)
 
 
+@pytest.mark.slow
+def test_two_processes_find_the_items_of_one(tmp_path, logs):
+    """Each gathers those of its rows, with their lists."""
+    data = ctr_files.write_table(tmp_path / "f.parquet", ctr_files.films(600))
+    run = [f"--data={data}", "--label=none", "--model=two-tower", "--items=movie_id,genres"]
+    run += ["--features=4", "--tower-mlp=8-4", "--batch-size=64", "--evaluations=2"]
+    _train(*run, "--output-dir", tmp_path / "alone")
+    _together(*run, output=tmp_path / "run", logs=logs)
+    alone, together = (numbers_of(tmp_path / name) for name in ("alone", "run"))
+    assert_same_curve(together, alone)
+    for name in ("test_unseen", "constant_recall_10"):
+        assert together[-1][name] == alone[-1][name]
+    assert together[-1]["test_mrr"] == pytest.approx(alone[-1]["test_mrr"], rel=1e-3)
+
+
 BAD = range(7, ROWS, 100)
 
 

@@ -32,12 +32,15 @@ UNCHECKED_KEYS = True
 
 SMALL = ["--features=4", "--batch-size=32", "--evaluations=1", "--test-rows=60"]
 CLICKS = [*SMALL, "--bottom-mlp=8", "--top-mlp=8"]
-TOWERS = ["--model=two-tower", "--items=movie_id,genre", "--tower-mlp=8-4"]
+TOWERS = [*SMALL, "--model=two-tower", "--tower-mlp=8-4"]
+RATED = [*TOWERS, "--items=movie_id,genre", "--label=rating", "--positive-from=4"]
+WATCHED = [*TOWERS, "--items=movie_id,genres", "--label=none"]
 RUNS = {
     "vocabulary": (ctr_files.events, [*CLICKS, "--operation=project"]),
     "keys": (ctr_files.events, [*CLICKS, "--ids=keys", "--key-bits=12"]),
     "dynamic": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--dynamic=20"]),
-    "towers": (ctr_files.ratings, [*SMALL, *TOWERS, "--label=rating", "--positive-from=4"]),
+    "towers": (ctr_files.ratings, RATED),
+    "towers of lists": (ctr_files.films, WATCHED),
 }
 
 

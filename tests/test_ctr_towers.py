@@ -13,8 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from qrhash import EmbedConfig, FullTable, KeyDigits, Keys, cli
-from qrhash.ctr.data.block import Block
+from qrhash.ctr.data.block import Block, Lists
 from qrhash.ctr.data.catalogue import Catalogue
+from qrhash.ctr.data.pipeline import Padded
+from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.model.ranks import popularity_ranks, ranks, retrieved
 from qrhash.ctr.model.softmax import Frequencies, in_batch_losses, same_items
 from qrhash.ctr.model.towers import build_towers
@@ -79,8 +81,49 @@ def test_towers_are_mlps_of_their_columns(temperature, rng):
     assert temperature == 0 or abs(scores).max() <= 1 / temperature + 1e-4
 
 
+def _padded(rows, length, *, keys=False):
+    """Rows of ids as a batch has them, with anything in the places that are not taken."""
+    ids, mask = np.full((len(rows), length), 5, np.int64), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    return Padded(Keys.of(ids) if keys else ids.astype(np.int32), mask)
+
+
+LISTS = {
+    "seen": EmbedConfig(FullTable(9), 3),
+    "genres": EmbedConfig(FullTable(7), 3, combiner="sum"),
+    "words": EmbedConfig(KeyDigits(6, 2), 3),
+}
+
+
+def test_lists_go_to_the_tower_of_their_column(rng):
+    """The pooled vectors stand behind the others; an empty list has zeros."""
+    settings = Settings(model="two-tower", tower_mlp="4", temperature=0)
+    items = ("item", "tag", "genres", "words")
+    model = build_towers(settings, CONFIGS | LISTS, items, 0, tuple(LISTS))
+    ids = rng.integers(0, 7, (3, 2)).astype(np.int32)
+    keys = Keys.of(rng.integers(0, 2**60, (3, 2)))
+    genres = [[], [6, 2, 2], [3]]
+    seen, words = _padded([[1, 8], [0], []], 3), _padded([[2**50], [], [4, 7]], 2, keys=True)
+    lists = [seen, _padded(genres, 4), words]
+
+    query, item = model.query_tower, model.item_tower
+    (table,) = map(np.asarray, item.embeddings.columns.tables["genres"])
+    pooled = [table[row].sum(axis=0) for row in genres]
+    *others, of_words = item.embeddings(ids[:, [1]], keys[:, [0]], lists[1:])
+    assert not others[-1][0].any()
+    found = _linear(item.out, np.concatenate([*others[:-1], pooled, of_words], axis=1))
+    queries = query.embeddings(ids[:, [0]], keys[:, [1]], lists[:1])
+    queries = _linear(query.out, np.concatenate(queries, axis=1))
+    got = jax.jit(lambda *inputs: model.pair(jnp.zeros((3, 0)), *inputs))(ids, keys, lists)
+    np.testing.assert_allclose(got[0], queries, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[1], found, rtol=1e-4, atol=1e-5)
+    alone = model.items(*model.item_columns.own(ids, keys, lists))
+    np.testing.assert_allclose(alone, got[1], rtol=1e-5, atol=1e-6)
+
+
 def test_an_item_is_named_by_all_its_columns(rng):
-    columns = build_towers(Settings(model="two-tower"), CONFIGS, ("item", "tag"), 0).columns
+    columns = build_towers(Settings(model="two-tower"), CONFIGS, ("item", "tag"), 0).item_columns
     ids = np.array([[1, 2], [3, 2], [1, 4], [1, 2]], np.int32)
     keys = Keys.of(np.array([[5, 6], [5, 9], [5, 6], [7, 6]]))
     named = columns.named(ids, keys).to_numpy()
@@ -88,6 +131,25 @@ def test_an_item_is_named_by_all_its_columns(rng):
     assert len(set(named.tolist())) == 3
     on_device = jax.jit(columns.named)(ids, keys)
     np.testing.assert_array_equal(on_device.to_numpy(), named)
+
+
+def test_an_item_is_named_by_its_lists_in_any_order():
+    items = ("item", "genres", "words")
+    configs = {"item": CONFIGS["item"], "user": CONFIGS["user"]} | LISTS
+    columns = build_towers(Settings(model="two-tower"), configs, items, 0, tuple(LISTS))
+    ids = np.array([[2, 1]] * 6, np.int32)
+    none = Keys.of(np.zeros((6, 0), np.int64))
+    genres = _padded([[1, 4], [4, 1], [1, 4, 4], [5], [], [4, 1]], 3)
+    words = _padded([[2**60, 3]] * 5 + [[3]], 4, keys=True)
+    seen = _padded([[6], [7], [], [8], [8], [6]], 2)
+    given = (ids, none, [seen, genres, words])
+    named = columns.item_columns.named(*given).to_numpy()
+    assert named[0] == named[1]  # Of other queries
+    assert len(set(named.tolist())) == 5
+    longer = genres._replace(ids=np.pad(genres.ids, ((0, 0), (0, 2)), constant_values=1))
+    longer = longer._replace(mask=np.pad(genres.mask, ((0, 0), (0, 2))))
+    again = jax.jit(columns.item_columns.named)(ids, none, [seen, longer, words])
+    np.testing.assert_array_equal(again.to_numpy(), named)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -223,34 +285,59 @@ def test_recall_and_reciprocal_rank():
     assert math.isnan(retrieved(np.zeros(0), (1,)).recall[1])
 
 
+def _categories(*names, lists=()):
+    uses = dict.fromkeys(names, "category") | dict.fromkeys(lists, "list")
+    return Schema(columns=tuple(Column(name, "int64", "integer", uses[name]) for name in uses))
+
+
 def test_a_catalogue_counts_tuples(rng, monkeypatch):
+    """Of categories, and of lists, which are bags: their elements stand in no order."""
     monkeypatch.setattr(Catalogue, "_LEAST_PENDING", 20)
+    schema = _categories("a", "b", "c", lists=("d", "e"))
     blocks = []
     for rows in (13, 0, 40, 5, 30):
-        keys = rng.integers(0, 4, (rows, 3)).astype(np.uint64)
+        keys = rng.integers(0, 3, (rows, 3)).astype(np.uint64)
         missing = rng.random((rows, 3)) < 0.2
         keys[missing] = 0
         none = np.zeros((rows, 0), np.float32)
-        blocks.append(Block(np.ones(rows, np.float32), none, keys, missing))
-    catalogue = Catalogue([2, 0])
-    assert list(catalogue.watching(blocks)) == blocks
+        lists = tuple(_lists(rng.integers(0, 3, n) for n in rng.integers(0, 3, rows)) for _ in "de")
+        blocks.append(Block(np.ones(rows, np.float32), none, keys, missing, lists=lists))
 
-    def tuples(block):
-        columns = [np.where(block.missing, -1, block.keys.astype(np.int64))[:, j] for j in (2, 0)]
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+    def tuples(block, columns, lists):
+        cells = np.where(block.missing, -1, block.keys.astype(np.int64))[:, columns].tolist()
+        bags = [
+            [tuple(sorted(each.keys[a:b].tolist())) for a, b in itertools.pairwise(each.offsets)]
+            for each in (block.lists[k] for k in lists)
+        ]
+        return list(zip(map(tuple, cells), *bags, strict=True))
 
-    counts = collections.Counter(itertools.chain(*map(tuples, blocks)))
-    held = np.where(catalogue.missing, -1, catalogue.keys.astype(np.int64)).tolist()
-    assert [tuple(each) for each in held] == list(counts)  # In the order in which they were met.
-    assert catalogue.counts.tolist() == list(counts.values())
-    assert catalogue.rows == 88
-    for block in blocks:
-        assert [list(counts)[n] for n in catalogue.find(block)] == tuples(block)
-    other = blocks[0]._replace(
-        keys=blocks[0].keys + np.uint64(100), missing=blocks[0].missing & False
-    )
-    assert set(catalogue.find(other).tolist()) == {-1}
-    assert Catalogue([0]).find(other).tolist() == [-1] * 13
+    cases = ((("a", "c"), [0, 2], []), (("a", "c", "e"), [0, 2], [1]), (("e",), [], [1]))
+    for names, columns, lists in cases:
+        catalogue = Catalogue(schema, names)
+        assert list(catalogue.watching(blocks)) == blocks
+        each = [tuples(block, columns, lists) for block in blocks]
+        counts = collections.Counter(itertools.chain(*each))
+        # In the order in which they were met.
+        held = tuples(catalogue.items, range(len(columns)), range(len(lists)))
+        assert held == list(counts)
+        assert catalogue.counts.tolist() == list(counts.values())
+        assert catalogue.rows == 88
+        for block, wanted in zip(blocks, each, strict=True):
+            assert [held[n] for n in catalogue.find(block)] == wanted
+        others = tuple(each._replace(keys=each.keys + np.uint64(100)) for each in blocks[0].lists)
+        other = blocks[0]._replace(
+            keys=blocks[0].keys + np.uint64(100), missing=blocks[0].missing & False, lists=others
+        )
+        known = [] if columns else [held.index(((), ()))]  # The empty list
+        assert set(catalogue.find(other).tolist()) == {-1, *known}
+        assert Catalogue(schema, names).find(other).tolist() == [-1] * 13
+
+
+def _lists(rows):
+    """Rows of elements, as blocks have them."""
+    rows = [np.asarray(row, np.uint64) for row in rows]
+    offsets = np.cumsum([0, *map(len, rows)])
+    return Lists(np.concatenate([np.zeros(0, np.uint64), *rows]), offsets)
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -390,6 +477,10 @@ OTHERS = {
         *("--items=genre,movie_id", "--hash-size=500", "--threshold=10", "--compression=3")
     ],
     "as they are": ["--temperature=0", *BY_MOVIE],
+    "lists": ["--lists=genre", "--items=movie_id,genre"],
+    "lists that grow": [
+        *("--lists=genre", "--items=movie_id,genre", "--ids=keys", "--dynamic=200")
+    ],
     "mesh, keys": ["--mesh=data=4", "--ids=keys", "--key-bits=12", *BY_MOVIE],
 }
 
@@ -446,6 +537,121 @@ def test_lists_describe_a_query(options, tmp_path):
     assert found["score"][0] > found["score"][1] + 1
 
 
+FILMS = ctr_files.films(2500, items=400)
+WATCHED = ["--label=none", "--recall-at=10,50", "--epochs=6"]
+BY_LISTS = [*WATCHED, "--items=movie_id,genres"]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    path = tmp_path_factory.mktemp("films")
+    return path, _train(path, *BY_LISTS, columns=FILMS)
+
+
+def _items_of(columns):
+    """The distinct items, each by its first row."""
+    pairs = zip(columns["movie_id"], columns["genres"], strict=True)
+    found = {}
+    for film, genres in pairs:
+        found.setdefault((film, tuple(sorted(genres or []))), (film, genres))
+    return found
+
+
+def test_predict_gives_the_scores_of_the_model_as_it_was_trained(tmp_path, monkeypatch):
+    """Bit for bit: of the same rows in the same batches."""
+    wanted = []
+    tested = retrieval.Retrieval.tested
+
+    def watched(goal, learner, batches, click_rate):
+        batches = list(batches)
+        wanted.extend(np.asarray(learner.logits(each))[each.weights > 0] for each in batches)
+        return tested(goal, learner, batches, click_rate)
+
+    monkeypatch.setattr(retrieval.Retrieval, "tested", watched)
+    _train(tmp_path, *BY_LISTS, "--epochs=1", columns=FILMS)
+    found, _ = _scores(tmp_path, ctr_files.rows_of(FILMS, 2000, 2500))
+    np.testing.assert_array_equal(np.float32(found["score"]), np.concatenate(wanted))
+
+
+def test_lists_describe_items(films, tmp_path):
+    """Of films that were seldom watched, the genres tell whom they are for."""
+    _, records = films
+    alone = _train(tmp_path, *WATCHED, *BY_MOVIE[:1], "--ignore=genres", columns=FILMS)
+    for name in ("test_recall_10", "test_recall_50"):
+        assert records[-1][name] > 1.5 * alone[-1][name], name
+    assert records[-1]["test_mrr"] > alone[-1]["test_mrr"]
+    # In whatever order its genres are written, a film is one item.
+    assert records[-1]["test_unseen"] == alone[-1]["test_unseen"]
+
+
+def test_the_recall_of_items_with_lists_is_that_of_all_scores(films):
+    """The candidates come with their lists: as `predict` scores them, sorted by hand."""
+    path, records = films
+    items = _items_of(ctr_files.rows_of(FILMS, 0, 2000))
+    places = []
+    wanted = list(items)
+    rows = ctr_files.rows_of(FILMS, 2000, 2500)
+    asked = {"user_id": [], "movie_id": [], "genres": [], "hour": []}
+    for row in range(500):
+        asked["user_id"] += [rows["user_id"][row]] * len(items)
+        asked["hour"] += [rows["hour"][row]] * len(items)
+        asked["movie_id"] += [film for film, _ in items.values()]
+        asked["genres"] += [genres for _, genres in items.values()]
+    found, _ = _scores(path, asked)
+    table = np.reshape(found["score"], (500, len(items)))
+    for row, scores in enumerate(table):
+        item = rows["movie_id"][row], tuple(sorted(rows["genres"][row] or []))
+        known = item in items
+        own = scores[wanted.index(item)] if known else math.inf
+        places.append(1 + np.sum(scores > own + 1e-5) if known else math.inf)
+    places = np.array(places)
+    for k in (10, 50):
+        assert records[-1][f"test_recall_{k}"] == pytest.approx(np.mean(places <= k), abs=0.003)
+    assert records[-1]["test_mrr"] == pytest.approx(np.mean(1 / places), abs=1e-3)
+
+
+def test_the_vector_of_an_item_follows_its_list(films):
+    """Of a new film, which has no id, the list alone tells; an empty one and a missing one too."""
+    path, _ = films
+    lists = [["war"], ["noir", "drama"], ["drama", "noir"], [], None]
+    users = sorted(set(FILMS["user_id"]))
+    asked = {
+        "user_id": [user for user in users for _ in lists],
+        "movie_id": [5] * len(users) * len(lists),
+        "genres": lists * len(users),
+        "hour": [3.0] * len(users) * len(lists),
+    }
+    found, _ = _scores(path, asked)
+    scores = np.reshape(found["score"], (len(users), len(lists)))
+    assert np.isfinite(scores).all()
+    assert (abs(scores[:, 0] - scores[:, 1]) > 0.1).mean() > 0.9
+    np.testing.assert_allclose(scores[:, 1], scores[:, 2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(scores[:, 3], scores[:, 4])
+    # Whoever watches most films of war is scored higher for one of them.
+    watched = collections.Counter(
+        user
+        for user, genres in zip(FILMS["user_id"], FILMS["genres"], strict=True)
+        if "war" in (genres or [])
+    )
+    rows = collections.Counter(FILMS["user_id"])
+    fans = np.array([watched[user] > 0.8 * rows[user] for user in users])
+    assert 1 <= fans.sum() < len(users) / 2
+    assert scores[fans, 0].mean() > scores[~fans, 0].mean() + 2
+
+
+def test_other_lists_make_other_items(tmp_path):
+    """As two columns do: who changes what describes an item has one more to choose from."""
+    columns = {name: list(values) for name, values in FILMS.items()}
+    pairs = len(_items_of(ctr_files.rows_of(columns, 0, 2000)))
+    columns["genres"][0] = ["silent"]
+    assert len(_items_of(ctr_files.rows_of(columns, 0, 2000))) == pairs + 1
+    data = ctr_files.write_table(tmp_path / "f.parquet", columns)
+    result = train("--data", data, *SMALL, *BY_LISTS, "--epochs=1", "--output-dir", tmp_path / "r")
+    assert (
+        f"items by movie_id, genres: {pairs + 1} in 2,000 positive training rows" in result.output
+    )
+
+
 def test_items_that_are_new_are_misses_and_told(tmp_path):
     columns = {name: list(values) for name, values in RATINGS.items()}
     columns["movie_id"][2700:] = [m + 1 for m in columns["movie_id"][2700:]]
@@ -459,13 +665,18 @@ def test_items_that_are_new_are_misses_and_told(tmp_path):
     assert "items by movie_id: " in result.output
 
 
-@pytest.mark.parametrize(
-    "options", [BY_MOVIE, ["--items=movie_id,genre"]], ids=["counts", "stream"]
-)
-def test_a_run_that_is_resumed_comes_to_the_same(options, tmp_path):
+RESUMED = {
+    "counts": (RATINGS, [*LIKED, *BY_MOVIE]),
+    "stream": (RATINGS, [*LIKED, "--items=movie_id,genre"]),
+    "lists": (FILMS, [*BY_LISTS, "--epochs=2"]),
+}
+
+
+@pytest.mark.parametrize(("columns", "options"), RESUMED.values(), ids=RESUMED)
+def test_a_run_that_is_resumed_comes_to_the_same(columns, options, tmp_path):
     (tmp_path / "whole").mkdir()
-    arguments = [*LIKED, *options, "--checkpoint-every=7", "--keep-checkpoints=50"]
-    _train(tmp_path / "whole", *arguments)
+    arguments = [*options, "--checkpoint-every=7", "--keep-checkpoints=50"]
+    _train(tmp_path / "whole", *arguments, columns=columns)
     wanted = _defined(tmp_path / "whole" / "run")
     checkpoints = tmp_path / "whole" / "run" / "checkpoints"
     steps = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
@@ -524,11 +735,16 @@ def test_what_cannot_be_is_one_sentence(tmp_path):
         assert not (tmp_path / "run").exists()
 
     two = ["--model=two-tower", *LIKED]
-    says("Name them with --items, of the categories user_id, movie_id, genre", *two)
-    says("--items: 'hour' is no category of the data; these are: user_id", *two, "--items=hour")
-    says("--items: 'film' is no category of the data", *two, "--items=film")
+    says("Name them with --items, of the categories and lists user_id, movie_id, genre", *two)
+    neither = "is neither a category nor a list of the data; these are: user_id, movie_id, genre"
+    says(f"--items: 'hour' {neither}", *two, "--items=hour")
+    says(f"--items: 'film' {neither}", *two, "--items=film")
     names = ["--label=none", "--model=two-tower", "--items=user_id,movie_id"]
     says("--items names every column: none is left to describe the query by", *names, data=bare)
+    lists = {name: FILMS[name] for name in ("movie_id", "genres")}
+    lists = ctr_files.write_table(tmp_path / "l.parquet", lists)
+    every = [*names[:2], "--items=genres,movie_id"]
+    says("--items names every column: none is left", *every, data=lists)
     says("or say --label none, if every row is a positive", "--model=two-tower", "--items=movie_id")
     says("label 'none' goes with model 'two-tower', not 'dlrm'", "--label=none")
     both = ["--label=none", "--positive-from=4", "--model=two-tower", "--items=movie_id"]

@@ -43,12 +43,15 @@ UNCHECKED_KEYS = True
 SMALL = ["--features=4", "--batch-size=32", "--evaluations=1", "--test-rows=60"]
 SMALL += ["--checkpoint-every=2"]
 CLICKS = [*SMALL, "--bottom-mlp=8", "--top-mlp=8", "--table-lr=0.3", "--init-stddev=0.3"]
-TOWERS = ["--model=two-tower", "--items=movie_id,genre", "--tower-mlp=8-4"]
+TOWERS = [*SMALL, "--model=two-tower", "--tower-mlp=8-4"]
+RATED = [*TOWERS, "--items=movie_id,genre", "--label=rating", "--positive-from=4"]
+WATCHED = [*TOWERS, "--items=movie_id,genres", "--label=none"]
 RUNS = {
     "vocabulary": (ctr_files.events, CLICKS),
     "lists": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--key-bits=12"]),
     "growing": (ctr_files.tagged, [*CLICKS, "--ids=keys", "--dynamic=20"]),
-    "towers": (ctr_files.ratings, [*SMALL, *TOWERS, "--label=rating", "--positive-from=4"]),
+    "towers": (ctr_files.ratings, RATED),
+    "towers of lists": (ctr_files.films, WATCHED),
 }
 JSON = {"Content-Type": "application/json"}
 LIMITS = Limits(max_batch=16, max_body=50_000, read_seconds=0.5, max_connections=50)
@@ -160,7 +163,7 @@ def _score(client, rows):
 SLOW = pytest.param("growing", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", ["vocabulary", "lists", "towers", SLOW])
+@pytest.mark.parametrize("name", ["vocabulary", "lists", "towers", "towers of lists", SLOW])
 def test_scores_are_those_of_predict(name, runs):
     """As JSON and as Arrow, however many rows a request has, with columns that nobody asked for."""
     run, rows, wanted = runs(name)

@@ -25,8 +25,8 @@ class TowerOptions:
     items: Annotated[
         str | None,
         _model(
-            "Two-tower: the categories that describe the item to be found: a,b. All other "
-            "columns describe the query."
+            "Two-tower: the categories, or lists of them, that describe the item to be found: "
+            "a,b. All other columns describe the query."
         ),
     ] = None
     tower_mlp: Annotated[

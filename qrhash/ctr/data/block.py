@@ -6,7 +6,7 @@ A category is a number here too, its 64-bit *key*: the bits of an integer, or a 
 2**64 keys can occur, so a missing cell is told by a mask. Keys become ids in `vocabulary`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,9 +31,9 @@ class Lists(NamedTuple):
         return np.diff(self.offsets)
 
     def take(self, wanted: slice | np.ndarray) -> "Lists":
-        """The lists of a slice of the rows, or of a mask [rows] bool."""
+        """The lists of some rows: of a slice, a mask [rows] bool, or their numbers [n]."""
         starts, lengths = self.offsets[:-1][wanted], self.lengths[wanted]
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        offsets = _offsets(lengths)
         places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Lists(self.keys[places], offsets)
 
@@ -68,10 +68,18 @@ class Block(NamedTuple):
         return self.take(slice(start, stop))
 
     def take(self, wanted: slice | np.ndarray) -> "Block":
-        """The rows of a slice, or of a mask [rows] bool."""
+        """The rows of a slice, a mask [rows] bool, or their numbers [n]."""
         *columns, lists = self
         taken = [None if each is None else each[wanted] for each in columns]
         return Block._make([*taken, tuple(each.take(wanted) for each in lists)])
+
+    def only(self, schema: Schema, part: Schema) -> "Block":
+        """The categories and lists of a part of the schema, and of other columns the labels."""
+        at = [schema.categories.index(name) for name in part.categories]
+        lists = tuple(self.lists[schema.lists.index(name)] for name in part.lists)
+        return Block(
+            self.labels, self.numbers[:, :0], self.keys[:, at], self.missing[:, at], lists=lists
+        )
 
     def present(self, name: str, schema: Schema) -> np.ndarray:
         """The keys that there are in a column of categories, or of lists, [n] uint64."""
@@ -79,6 +87,23 @@ class Block(NamedTuple):
             return self.lists[schema.lists.index(name)].keys
         place = schema.categories.index(name)
         return self.keys[~self.missing[:, place], place]
+
+
+def joined(blocks: Sequence[Block]) -> Block:
+    """The rows of one block or more, of the same columns, behind each other."""
+    *columns, lists = zip(*blocks, strict=True)
+    whole = [None if each[0] is None else np.concatenate(each) for each in columns]
+    return Block._make([*whole, tuple(map(_joined_lists, zip(*lists, strict=True)))])
+
+
+def _joined_lists(parts: Sequence[Lists]) -> Lists:
+    lengths = np.concatenate([each.lengths for each in parts])
+    return Lists(np.concatenate([each.keys for each in parts]), _offsets(lengths))
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    """Lengths [rows] -> where each list begins, and the last one ends, [rows + 1] int64."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
 
 
 def no_rows(schema: Schema) -> Block:

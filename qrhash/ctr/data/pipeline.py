@@ -73,7 +73,7 @@ def encode(block: Block, schema: Schema, ids: Mapping[str, Ids], find: Find | No
     if schema.preset == "criteo":
         numbers = np.maximum(numbers, 0)
     numbers = np.sign(numbers) * np.log1p(np.abs(numbers))
-    in_ids, in_keys = numbered(block.keys, block.missing, schema.categories, ids)
+    in_ids, in_keys = _numbered(block.keys, block.missing, schema.categories, ids)
     return Batch(
         labels=block.labels,
         weights=np.ones(len(block.labels), np.float32),
@@ -104,7 +104,7 @@ def _concatenated(parts: Sequence[Batch]) -> Batch:
     return whole
 
 
-def numbered(
+def _numbered(
     keys: np.ndarray, missing: np.ndarray, names: Sequence[str], ids: Mapping[str, Ids]
 ) -> tuple[np.ndarray, Keys]:
     """Categories as a model takes them.

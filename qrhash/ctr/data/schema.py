@@ -1,6 +1,6 @@
 """What the columns of the data are used as."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -100,6 +100,10 @@ class Schema:
         """The same columns, with those of some uses left out."""
         kept = tuple(column for column in self.columns if column.use not in uses)
         return replace(self, columns=kept)
+
+    def only(self, names: Collection[str]) -> "Schema":
+        """The same columns, of these names alone."""
+        return replace(self, columns=tuple(each for each in self.columns if each.name in names))
 
     def with_lengths(self, lengths: Mapping[str, int]) -> "Schema":
         """The same columns, with the lengths of some columns of lists."""

@@ -55,7 +55,7 @@ class InBatchSoftmax:
     def __call__(self, model: Any, batch: Batch, state: Any) -> tuple[jax.Array, jax.Array, Any]:
         """See `Objective`."""
         if isinstance(state, Frequencies):
-            items = model.columns.named(batch.ids, batch.keys)
+            items = model.item_columns.named(batch.ids, batch.keys, batch.lists)
             state = state.met(items, batch.weights)
         _, losses = self.judge(model, batch, state)
         return losses, losses, state
@@ -64,10 +64,11 @@ class InBatchSoftmax:
         """A batch -> the vectors of its queries [batch, width], and its losses [batch]."""
         inputs = (batch.numbers, batch.ids, batch.keys, batch.lists, batch.found)
         queries, items = model.pair(*inputs)
-        named = model.columns.named(batch.ids, batch.keys)
+        columns = (batch.ids, batch.keys, batch.lists)
+        named = model.item_columns.named(*columns)
         if isinstance(state, Frequencies):
             log_q = state.log_q(named)
         else:
-            log_q = state[model.columns.own(batch.ids, batch.keys)[0][:, 0]]
+            log_q = state[model.item_columns.own(*columns)[0][:, 0]]
         losses = in_batch_losses(queries @ items.T, log_q, same_items(named), batch.weights)
         return queries, losses

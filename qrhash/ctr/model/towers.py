@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qrhash import Keys
@@ -21,54 +22,58 @@ from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.options import widths
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import Found
-from qrhash.keys import cross
+from qrhash.keys import cross, scramble
 
 
 @dataclass(frozen=True)
-class ItemColumns:
-    """Where the columns of an item are among those of a batch.
+class TowerColumns:
+    """Where the columns of a tower are among those of a batch.
 
     Attributes:
-      ids: of those that have ids, which of the batch's; the others describe the query.
+      ids: of those that have ids, which of the batch's.
       keys: of those that have keys, as well.
-      num_ids: how many columns of the batch have ids.
-      num_keys: how many have keys.
+      lists: of those of lists.
     """
 
     ids: tuple[int, ...]
     keys: tuple[int, ...]
-    num_ids: int
-    num_keys: int
+    lists: tuple[int, ...]
 
     @classmethod
-    def of(cls, takes_keys: Mapping[str, bool], items: Sequence[str]) -> "ItemColumns":
-        """Of the columns of a model, in order, and whether each takes keys."""
-        with_ids = [name for name, takes in takes_keys.items() if not takes]
-        with_keys = [name for name, takes in takes_keys.items() if takes]
-        ids, keys = (
-            tuple(j for j, name in enumerate(names) if name in items)
-            for names in (with_ids, with_keys)
+    def of(
+        cls, configs: Mapping[str, ColumnConfig], lists: Collection[str], names: Collection[str]
+    ) -> "TowerColumns":
+        """Those of some names, among the columns of a model, in order, some of them of lists."""
+        single = [name for name in configs if name not in lists]
+        with_keys = [name for name in single if takes_keys(configs[name])]
+        with_ids = [name for name in single if name not in with_keys]
+        of_lists = [name for name in configs if name in lists]
+        ids, keys, bags = (
+            tuple(j for j, name in enumerate(every) if name in names)
+            for every in (with_ids, with_keys, of_lists)
         )
-        return cls(ids, keys, len(with_ids), len(with_keys))
+        return cls(ids, keys, bags)
 
-    def own(self, ids: Any, keys: Keys) -> tuple[Any, Keys]:
-        """Ids and keys [batch, columns] -> those of the item."""
-        return ids[:, list(self.ids)], keys[:, list(self.keys)]
+    def own(
+        self, ids: Any, keys: Keys, lists: Sequence[Padded]
+    ) -> tuple[Any, Keys, tuple[Padded, ...]]:
+        """Ids and keys [batch, columns] and the lists -> those of the tower."""
+        own_lists = tuple(lists[j] for j in self.lists)
+        return ids[:, list(self.ids)], keys[:, list(self.keys)], own_lists
 
-    def others(self, ids: Any, keys: Keys) -> tuple[Any, Keys]:
-        """Ids and keys [batch, columns] -> those of the query."""
-        with_ids, with_keys = (
-            [j for j in range(size) if j not in own]
-            for size, own in ((self.num_ids, self.ids), (self.num_keys, self.keys))
-        )
-        return ids[:, with_ids], keys[:, with_keys]
-
-    def named(self, ids: Any, keys: Keys) -> Keys:
-        """Ids and keys [batch, columns] of NumPy or JAX -> one key for each row's item."""
-        ids, keys = self.own(ids, keys)
+    def named(self, ids: Any, keys: Keys, lists: Sequence[Padded] = ()) -> Keys:
+        """What `own` takes, of NumPy or JAX -> one key for what the tower has of each row."""
+        ids, keys, lists = self.own(ids, keys, lists)
         columns = [Keys.of(ids[:, j]) for j in range(len(self.ids))]
         columns += [keys[:, j] for j in range(len(self.keys))]
+        columns += map(_bag, lists)
         return columns[0] if len(columns) == 1 else cross(*columns)
+
+
+def _bag(padded: Padded) -> Keys:
+    """One key for each list [batch], whatever the order of its elements: the sum of theirs."""
+    mixed, taken = scramble(Keys.of(padded.ids)), padded.mask.astype(np.uint32)
+    return Keys(*((word * taken).sum(axis=1, dtype=np.uint32) for word in (mixed.hi, mixed.lo)))
 
 
 class Tower(nnx.Module):
@@ -132,7 +137,7 @@ class TwoTower(nnx.Module):
       items: those of them that describe the item.
       num_numbers: how many numbers a row has; they describe the query.
       sizes: widths of each tower's layers.
-      lists: which of the columns are of lists; they describe the query.
+      lists: which of the columns are of lists.
       temperature: what the dot products of vectors of length 1 are divided by; 0: the vectors are
         taken as they are.
       rngs: random number generators.
@@ -151,15 +156,13 @@ class TwoTower(nnx.Module):
     ) -> None:
         of_items = {name: config for name, config in configs.items() if name in items}
         of_queries = {name: config for name, config in configs.items() if name not in items}
-        in_keys = {
-            name: takes_keys(config) for name, config in configs.items() if name not in lists
-        }
-        self.columns = ItemColumns.of(in_keys, items)
+        self.query_columns = TowerColumns.of(configs, lists, of_queries)
+        self.item_columns = TowerColumns.of(configs, lists, of_items)
         self.temperature = temperature
         self.query_tower = Tower(
             of_queries, num_numbers=num_numbers, sizes=sizes, lists=lists, rngs=rngs
         )
-        self.item_tower = Tower(of_items, num_numbers=0, sizes=sizes, rngs=rngs)
+        self.item_tower = Tower(of_items, num_numbers=0, sizes=sizes, lists=lists, rngs=rngs)
 
     @property
     def all_embeddings(self) -> Sequence[Embeddings]:
@@ -176,8 +179,10 @@ class TwoTower(nnx.Module):
         self, ids: Any, keys: Keys, lists: Sequence[Padded], where: jax.Array, step: Any
     ) -> list[tuple[Found, Counts]]:
         """See `Embeddings.assign`."""
-        of_queries = self.query_tower.assign(*self.columns.others(ids, keys), lists, where, step)
-        return of_queries + self.item_tower.assign(*self.columns.own(ids, keys), (), where, step)
+        of_queries = self.query_columns.own(ids, keys, lists)
+        of_items = self.item_columns.own(ids, keys, lists)
+        assigned = self.query_tower.assign(*of_queries, where, step)
+        return assigned + self.item_tower.assign(*of_items, where, step)
 
     def queries(
         self,
@@ -188,12 +193,19 @@ class TwoTower(nnx.Module):
         found: Sequence[Found] | None = None,
     ) -> jax.Array:
         """Numbers, ids, keys and lists of whole rows -> the vectors of their queries."""
-        ids, keys = self.columns.others(ids, keys)
-        return self._scaled(self.query_tower(numbers, ids, keys, lists, found))
+        own = self.query_columns.own(ids, keys, lists)
+        return self._scaled(self.query_tower(numbers, *own, found))
 
-    def items(self, ids: jax.Array, keys: Keys, found: Sequence[Found] | None = None) -> jax.Array:
-        """Ids and keys [n, item columns] -> the vectors of items [n, width]."""
-        return self._scaled(self.item_tower(jnp.zeros((ids.shape[0], 0)), ids, keys, (), found))
+    def items(
+        self,
+        ids: jax.Array,
+        keys: Keys,
+        lists: Sequence[Padded] = (),
+        found: Sequence[Found] | None = None,
+    ) -> jax.Array:
+        """Ids and keys [n, item columns], their lists -> the vectors of items [n, width]."""
+        numbers = jnp.zeros((ids.shape[0], 0))
+        return self._scaled(self.item_tower(numbers, ids, keys, lists, found))
 
     def pair(
         self,
@@ -209,7 +221,7 @@ class TwoTower(nnx.Module):
             of_first = len(self.query_tower.growing)
             of_queries, of_items = found[:of_first], found[of_first:]
         queries = self.queries(numbers, ids, keys, lists, of_queries)
-        return queries, self.items(*self.columns.own(ids, keys), of_items)
+        return queries, self.items(*self.item_columns.own(ids, keys, lists), of_items)
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """Retrieval: which of all items is wanted, learnt from the rows in which one was.
 
-The columns that `--items` names describe the item, all others the query. The items to choose from
+The columns that `--items` names, of categories or of lists of them, describe the item, all others
+the query. The items to choose from
 are the distinct ones of the positive training rows; a model is judged by the place of the item of a
 positive test row among all of them.
 """
@@ -18,7 +19,7 @@ from qrhash.ctr.data.block import Block, Source
 from qrhash.ctr.data.catalogue import Catalogue, Positives
 from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.inference import listed
-from qrhash.ctr.data.pipeline import Batch, numbered
+from qrhash.ctr.data.pipeline import Batch, encode, joined
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.vocabulary import Ids, Vocabulary
 from qrhash.ctr.errors import UserError
@@ -31,7 +32,6 @@ from qrhash.ctr.options import split_names
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.settings import Settings
 from qrhash.ctr.tower_settings import recall_ranks
-from qrhash.keys import Keys
 
 _ITEMS, _QUERIES = 4096, 1024  # about so many at once in a product
 
@@ -44,7 +44,8 @@ class Retrieval:
       schema: the columns of the data.
 
     Raises:
-      UserError: there are no items, or they are no categories, or nothing else describes a query.
+      UserError: there are no items, or they are no categories or lists, or nothing else describes a
+        query.
     """
 
     wanted = "can be read and is positive"
@@ -54,7 +55,7 @@ class Retrieval:
         self._settings, self._schema = settings, schema
         self.items = _items(settings, schema)
         self._recall_at = recall_ranks(settings)
-        self._catalogue = Catalogue([schema.categories.index(name) for name in self.items])
+        self._catalogue = Catalogue(schema, self.items)
         self._used: dict[str, Ids] = {}
         self._objective = InBatchSoftmax()
         self._functions: tuple[Callable[..., Any], Callable[..., Any]] | None = None
@@ -121,14 +122,14 @@ class Retrieval:
 
     def _counts(self) -> np.ndarray | None:
         """How many training rows each id of the item has, [ids]; None, if it is more than an id."""
-        if len(self.items) > 1:
+        if len(self.items) > 1 or self.items[0] in self._schema.lists:
             return None
         (of_keys,) = self._used.values()
         if not isinstance(of_keys, Vocabulary):
             return None
-        counts = np.zeros(of_keys.num_embeddings)
-        items = self._catalogue
-        np.add.at(counts, of_keys(items.keys[:, 0], items.missing[:, 0]), items.counts)
+        counts, items = np.zeros(of_keys.num_embeddings), self._catalogue.items
+        ids = of_keys(items.keys[:, 0], items.missing[:, 0])
+        np.add.at(counts, ids, self._catalogue.counts)
         return counts
 
     def running(self, labels: np.ndarray, outputs: np.ndarray) -> Judged:
@@ -172,14 +173,12 @@ class Retrieval:
 
     def _item_vectors(self, vectors: Callable[..., Any]) -> Iterator[np.ndarray]:
         """The vectors of the items, in blocks [n, width] whose last one is padded."""
-        items, size = self._catalogue, self._settings.batch_size
+        catalogue, size = self._catalogue, self._settings.batch_size
         size *= ceil_div(_ITEMS, size)  # which the devices divide, as they do a batch
-        for first in range(0, len(items), size):
-            part = slice(first, first + size)
-            encoded = numbered(items.keys[part], items.missing[part], self.items, self._used)
-            padding = size - len(encoded[0])
-            padded = jax.tree.map(lambda x, n=padding: np.pad(x, ((0, n), (0, 0))), encoded)
-            yield np.asarray(vectors(padded))
+        for first in range(0, len(catalogue), size):
+            part = catalogue.items.rows(first, first + size)
+            batch = joined([encode(part, catalogue.schema, self._used)], size)
+            yield np.asarray(vectors((batch.ids, batch.keys, batch.lists)))
 
     def _functions_of(self, learner: Learner) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """What judges a batch, and what makes vectors of items; compiled once."""
@@ -194,7 +193,7 @@ class Retrieval:
         return self._functions
 
 
-def _items_of(model: TwoTower, inputs: tuple[jax.Array, Keys], _: Any) -> jax.Array:
+def _items_of(model: TwoTower, inputs: tuple[Any, ...], _: Any) -> jax.Array:
     return model.items(*inputs)
 
 
@@ -217,14 +216,14 @@ def _items(settings: Settings, schema: Schema) -> tuple[str, ...]:
     if not named:
         raise UserError(
             "Which columns describe the item to be found? Name them with --items, of the "
-            f"categories {listed(schema.categories)}."
+            f"categories and lists {listed(schema.embedded)}."
         )
     for name in named:
-        if name not in schema.categories:
+        if name not in schema.embedded:
             raise UserError(
-                f"--items: {name!r} is no category of the data; these are: "
-                f"{listed(schema.categories)}."
+                f"--items: {name!r} is neither a category nor a list of the data; these are: "
+                f"{listed(schema.embedded)}."
             )
-    if set(named) == set(schema.categories) and not (schema.numbers or schema.lists):
+    if set(named) == set(schema.embedded) and not schema.numbers:
         raise UserError("--items names every column: none is left to describe the query by.")
-    return tuple(name for name in schema.categories if name in named)
+    return tuple(name for name in schema.embedded if name in named)
