@@ -158,7 +158,7 @@ def _run(settings, *, first=0, positives=False):
     rows = slice(BATCH * number // count, BATCH * (number + 1) // count)
     if count > 1:
         survey = Survey(source, bad_lines)
-    catalogue = Catalogue([0, 1])
+    catalogue = Catalogue(source.schema, (*categories[:2], *source.schema.lists))
     blocks = catalogue.watching(survey.blocks(0, train))
     ids = build_ids(Counts(settings, categories, source.schema.lists), blocks)
     catalogue.gather()

@@ -2,8 +2,8 @@
 
 Retrieval learns from the positive rows alone: `Positives` are those of a source. A `Catalogue`
 holds the distinct items of the training ones, an item being a tuple of categories, and of lists of
-them whose order is nothing. It has a name of 64 bits: the key of its column, or of a list or of
-several columns a hash of their keys, which two of n items share with a probability of n**2 / 2**65.
+them in any order. It has a name of 64 bits: the key of its column, or of a list or several columns
+a hash of their keys, which two of n items share with a probability of n**2 / 2**65.
 """
 
 from collections.abc import Collection, Iterable, Iterator

@@ -1,9 +1,8 @@
 """Retrieval: which of all items is wanted, learnt from the rows in which one was.
 
-The columns that `--items` names, of categories or of lists of them, describe the item, all others
-the query. The items to choose from
-are the distinct ones of the positive training rows; a model is judged by the place of the item of a
-positive test row among all of them.
+The columns that `--items` names, categories or lists of them, describe the item, all others the
+query. The items to choose from are the distinct ones of the positive training rows, told by all of
+their columns; a model is judged by the place of the item of a positive test row among all of them.
 """
 
 import math
@@ -211,7 +210,7 @@ def _chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def _items(settings: Settings, schema: Schema) -> tuple[str, ...]:
-    """The columns of the item, in the order of the data."""
+    """The columns of the item, in the order of the data, those of lists last."""
     named = split_names(settings.items)
     if not named:
         raise UserError(
