@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qrhash import tuning
 from qrhash.stacks import CollectionConfig
@@ -71,8 +72,8 @@ def side_by_side(
     _check_shapes(groups)
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(*(vectors.dtype for _, vectors in groups))
+    groups = [(of, _with_whole_width(vectors)) for of, vectors in groups]
     pieces = _pieces(groups, names)
-    # The transpose of a split is one concatenation; that of slices, a padded array for each.
     parts = [
         iter(jax.lax.split(vectors.astype(dtype), [size for of, size in pieces if of == group]))
         for group, (_, vectors) in enumerate(groups)
@@ -84,6 +85,15 @@ def side_by_side(
         block = jnp.concatenate(list(neighbours), axis=-2)
         blocks.append(block.reshape(*block.shape[:-2], block.shape[-2] * width))
     return jnp.concatenate(blocks, axis=-1)
+
+
+def _with_whole_width(vectors: jax.Array) -> jax.Array:
+    """On explicit axes: the vectors with their width on every device, to be joined with others."""
+    sharding = jax.typeof(vectors).sharding
+    if sharding.mesh.empty or sharding.spec[-1] is None:
+        return vectors
+    whole = PartitionSpec(*sharding.spec[:-1], None)
+    return jax.sharding.reshard(vectors, NamedSharding(sharding.mesh, whole))
 
 
 def _pieces(

@@ -84,8 +84,8 @@ class MeshLayout:
         if the mesh has it, else none. May share axes with `row_axes`.
       column_axis: mesh axis over which the width of large tables is split too. Default: none.
       exchange: "reduce", "all_to_all", or "auto": whichever moves less in a step.
-      capacity: rows that a device can send to another in one "all_to_all". Default: the mean for
-        rows spread at random, and six standard deviations.
+      capacity: rows, or keys of a table that grows, that a device can send to another in one
+        "all_to_all". Default: the mean for those spread at random, and six standard deviations.
 
     Raises:
       ValueError: no mesh, or one whose axes are not all `AxisType.Auto` or all `Explicit`; an axis

@@ -211,7 +211,7 @@ def test_other_systems_give_the_same_scores(name, system, exported, tmp_path):
     pytest.importorskip(SYSTEMS[system])
     run, _, _ = exported(name)
     result = _export(run, tmp_path / "m", f"--also={system}")
-    if (name, system) == ("dynamic", "onnx"):
+    if system == "onnx" and name in ("dynamic", "towers of lists"):  # which have lists
         assert result.exit_code == 1
         said = " ".join(result.output.split())
         assert "--also onnx: this model cannot be converted" in said

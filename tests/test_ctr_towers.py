@@ -290,6 +290,15 @@ def _categories(*names, lists=()):
     return Schema(columns=tuple(Column(name, "int64", "integer", uses[name]) for name in uses))
 
 
+def test_some_columns_of_a_block_do_not_keep_its_numbers_in_memory():
+    schema = _categories("a", "b", lists=("d",))
+    block = Block(np.ones(3), np.ones((3, 64)), np.ones((3, 2), np.uint64), np.ones((3, 2), bool))
+    part = block._replace(lists=(_lists([[1], [], [2]]),)).only(schema, schema.only(["b"]))
+    assert part.numbers.shape == (3, 0)
+    assert part.numbers.base is None
+    assert part.lists == ()
+
+
 def test_a_catalogue_counts_tuples(rng, monkeypatch):
     """Of categories, and of lists, which are bags: their elements stand in no order."""
     monkeypatch.setattr(Catalogue, "_LEAST_PENDING", 20)

@@ -315,6 +315,8 @@ def test_lowest_is_the_start_of_what_is_sorted(items, count):
         (lambda: grow(create(10), 9), "at least the 10 rows that there are, got 9"),
         (lambda: lookup_rows(create(10), [1, 2], where=[True]), r"shape of the keys, \(2,\)"),
         (lambda: assign(create(10), [1], 0, where=np.ones((1, 1), bool)), r"got \(1, 1\)"),
+        (lambda: assign(create(10), [1, 2], 0, times=[1]), r"shape of the keys, \(2,\), got"),
+        (lambda: assign(create(10), [1], 0, times=[1.5]), "times must be integers"),
         (lambda: assign(create(10), [1.5], 0), "keys must be all integers or all text"),
         (lambda: assign(create(10), [2**64], 0), "at most 64 bits"),
     ],

@@ -214,8 +214,9 @@ def test_on_a_mesh_it_is_as_on_one_device(kind, rng):
     _same_on_a_mesh(layout, rng)
 
 
-def test_on_a_mesh_that_splits_the_columns_it_is_as_on_one_device(rng):
-    layout = make_layout((2, 2, 2), (*BOTH, "c"), column_axis="c", exchange="all_to_all")
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_that_splits_the_columns_it_is_as_on_one_device(kind, rng):
+    layout = make_layout((2, 2, 2), (*BOTH, "c"), kind, column_axis="c", exchange="all_to_all")
     _same_on_a_mesh(layout, rng)
 
 

@@ -221,7 +221,8 @@ def assign(
       keys: `Keys` [*shape], or what `Keys.of` takes; any of them several times.
       step: the number of the step, from 0 on, int32 [].
       where: which of them are meant, bool [*shape]; default: all.
-      times: how often each of them counts, int32 [*shape]; default: once.
+      times: how often each of them counts, int32 [*shape], at least once where it is meant;
+        default: once.
       admission: which new keys get a row.
       state: what the admission keeps from one batch to the next, at first `admission.init()`.
 
@@ -237,7 +238,7 @@ def assign(
     if not wanted.size:
         return index, _no_rows(shape), state
     step = jnp.asarray(step, jnp.int32)
-    counted = jnp.ones_like(wanted, jnp.int32) if times is None else jnp.reshape(times, -1)
+    counted = jnp.ones_like(wanted, jnp.int32) if times is None else _flat_times(times, shape)
     index, given, state = _assign(index, keys, wanted, step, counted, admission, state)
     return index, given.in_shape(shape), state
 
@@ -340,3 +341,13 @@ def flat_keys(keys: Any, where: Array | None) -> tuple[Keys, jax.Array, tuple[in
     if wanted.shape != shape:
         raise ValueError(f"where must have the shape of the keys, {shape}, got {wanted.shape}.")
     return flat, wanted.reshape(-1), shape
+
+
+def _flat_times(times: Array, shape: tuple[int, ...]) -> jax.Array:
+    times = jnp.asarray(times)
+    if times.shape != shape or not jnp.issubdtype(times.dtype, jnp.integer):
+        raise ValueError(
+            f"times must be integers in the shape of the keys, {shape}, got {times.dtype} of shape "
+            f"{times.shape}."
+        )
+    return times.astype(jnp.int32).reshape(-1)

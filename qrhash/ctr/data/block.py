@@ -75,11 +75,10 @@ class Block(NamedTuple):
 
     def only(self, schema: Schema, part: Schema) -> "Block":
         """The categories and lists of a part of the schema, and of other columns the labels."""
+        numbers = np.zeros((len(self.labels), 0), self.numbers.dtype)
         at = [schema.categories.index(name) for name in part.categories]
         lists = tuple(self.lists[schema.lists.index(name)] for name in part.lists)
-        return Block(
-            self.labels, self.numbers[:, :0], self.keys[:, at], self.missing[:, at], lists=lists
-        )
+        return Block(self.labels, numbers, self.keys[:, at], self.missing[:, at], lists=lists)
 
     def present(self, name: str, schema: Schema) -> np.ndarray:
         """The keys that there are in a column of categories, or of lists, [n] uint64."""
