@@ -21,6 +21,7 @@ keys: to the shards that own them, and row numbers back, by either exchange.
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import os
@@ -114,8 +115,13 @@ class Program:
                 total += self._operand_bytes(line) * RECEIVED[line.opcode](line.group_size)
             elif line.opcode == "conditional":
                 total += max(self._received(b, overflows) for b in self._taken(line, overflows))
-            elif line.opcode != "while" or self._takes_a_turn(line, overflows):
-                total += sum(self._received(name, overflows) for name in line.called)
+            elif not line.opcode.endswith(("-update", "-done")):
+                inside = sum(self._received(name, overflows) for name in line.called)
+                if inside and line.opcode == "while" and not self._has_loops_by_exchange():
+                    raise ValueError(f"collectives in a loop of unknown turns in {computation}")
+                total += (
+                    inside if line.opcode != "while" or self._is_usual(line) != overflows else 0
+                )
         return total
 
     def _taken(self, line: Instruction, overflows: bool) -> list[str]:
@@ -124,10 +130,14 @@ class Program:
         others = [name for name in line.called if name not in usual]
         return others if overflows or not usual else usual
 
-    def _takes_a_turn(self, line: Instruction, overflows: bool) -> bool:
-        """Whether a loop does: those with collectives are of one turn or none, by the exchange."""
-        is_usual = any(map(self._has_all_to_all, line.called))
-        return is_usual != overflows or not self._has_all_to_all(self._entry)
+    def _has_loops_by_exchange(self) -> bool:
+        """Whether it has loops of one turn or none, one for each exchange, as keys travel."""
+        lines = itertools.chain.from_iterable(self._computations.values())
+        return any(line.opcode == "while" and self._is_usual(line) for line in lines)
+
+    def _is_usual(self, line: Instruction) -> bool:
+        """Whether there is an all-to-all in what it calls."""
+        return any(map(self._has_all_to_all, line.called))
 
     def _has_all_to_all(self, computation: str) -> bool:
         """Whether there is an all-to-all in a computation or in those it calls."""

@@ -32,6 +32,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -60,8 +61,6 @@ INITIAL_ACCUMULATOR = 1e-8
 STEPS, UNCOUNTED = 40, 12
 PAUSE = 0.3  # seconds
 MOST_REPEATED = 4
-REPEATED: list[list[float]] = []  # blocks of this process that were not counted
-THREADS = concurrent.futures.ThreadPoolExecutor(2)
 INSTALL = {
     "torch": "pip install torch==2.13.0",
     "fbgemm_gpu": "pip install --no-deps fbgemm-gpu-cpu==1.8.0",
@@ -111,26 +110,33 @@ def measure(systems: Mapping[str, System], shape: tuple[int, ...], rounds: int) 
     """Seconds of every counted step of every system, [rounds, steps], their blocks interleaved."""
     rng = np.random.default_rng(0)
     seconds: dict[str, list[list[float]]] = {name: [] for name in systems}
+    repeated = 0
     for _ in range(rounds):
         draws = rng.random((STEPS, *shape))
         for name, system in systems.items():
-            seconds[name].append(block(system, draws[: system.steps]))
+            of_block, repeats = block(system, draws[: system.steps])
+            seconds[name].append(of_block)
+            repeated += repeats
+    if repeated:
+        print(f"{repeated} blocks not counted: the processors were not apart")
     return {name: np.array(blocks) for name, blocks in seconds.items()}
 
 
-def block(system: System, draws: np.ndarray) -> list[float]:
-    """Seconds of the counted steps of one block, on processors that are apart before and after."""
+def block(system: System, draws: np.ndarray) -> tuple[list[float], int]:
+    """Seconds of the counted steps of a block, and how many blocks before it do not count.
+
+    Before and after one that counts the processors are apart, unless it is the last that is tried.
+    """
     batches = [system.prepare(draw) for draw in draws]
     system.wait()
-    for _ in range(1 + MOST_REPEATED):
+    for repeats in itertools.count():
         time.sleep(PAUSE)
         were_apart = processors_are_apart()
         seconds = seconds_of(system, batches)[UNCOUNTED:]
         time.sleep(PAUSE)
-        if were_apart and processors_are_apart():
+        if repeats == MOST_REPEATED or (were_apart and processors_are_apart()):
             break
-        REPEATED.append(seconds)
-    return seconds
+    return seconds, repeats
 
 
 def processors_are_apart() -> bool:
@@ -146,10 +152,11 @@ def processors_are_apart() -> bool:
 
     def seconds(threads: int) -> float:
         start = time.perf_counter()
-        list(THREADS.map(work, range(threads)))
+        list(pool.map(work, range(threads)))
         return time.perf_counter() - start
 
-    alone, together = (min(seconds(threads) for _ in range(5)) for threads in (1, 2))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        alone, together = (min(seconds(threads) for _ in range(5)) for threads in (1, 2))
     return together < 1.5 * alone
 
 
@@ -179,10 +186,6 @@ def report(seconds: Mapping[str, np.ndarray], comparisons: Sequence[Comparison])
             line |= compare(seconds, compared[name])
         print()
         lines.append(line)
-    if REPEATED:
-        print(f"{len(REPEATED)} blocks measured again: the processors were not apart")
-        lines.append({"repeated_blocks": len(REPEATED)})
-        REPEATED.clear()
     return lines
 
 

@@ -45,6 +45,21 @@ def owner_of(keys: Keys, num_shards: int) -> Any:
     return (hashes % hashes.dtype.type(num_shards)).astype("int32")
 
 
+def of_shards(layout: MeshLayout) -> PartitionSpec:
+    """Of arrays with an axis of shards in front."""
+    return PartitionSpec(layout.row_axes or None)
+
+
+def of_one(tree: PyTree) -> Any:
+    """What one shard has, without the axis of shards."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def with_shard_axis(tree: PyTree) -> Any:
+    """The inverse, of one shard."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
 def on_shards(
     layout: MeshLayout,
     fun: OnShard,
@@ -82,14 +97,13 @@ def on_shards(
             rows = jnp.where(has_row, read(home[0], jnp.minimum(given.rows, last)), capacity)
             return carry, given._replace(rows=rows)
 
-        alone = jax.tree.map(lambda x: x[0], carry)
-        alone, given = _by_exchange(layout, in_table, alone, capacity, keys, where)
-        return jax.tree.map(lambda x: x[None], alone), given
+        alone, given = _by_exchange(layout, in_table, of_one(carry), capacity, keys, where)
+        return with_shard_axis(alone), given
 
     batch, whole = layout.batch_spec(1), PartitionSpec()
-    of_shards = PartitionSpec(layout.row_axes or None)
-    in_specs = (of_shards, of_shards, batch, batch, whole)
-    run = layout.run(on_device, in_specs, (of_shards, Rows(batch, batch, whole, whole)))
+    spec = of_shards(layout)
+    in_specs = (spec, spec, batch, batch, whole)
+    run = layout.run(on_device, in_specs, (spec, Rows(batch, batch, whole, whole)))
     made: tuple[Any, Rows] = run(carry, home, keys, where, jnp.asarray(step, jnp.int32))
     return made
 

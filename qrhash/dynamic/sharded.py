@@ -22,7 +22,7 @@ from qrhash.arithmetic import ceil_div
 from qrhash.dynamic import index as key_index
 from qrhash.dynamic import upkeep
 from qrhash.dynamic.index import KeyIndex, Rows
-from qrhash.dynamic.key_exchange import on_shards
+from qrhash.dynamic.key_exchange import of_one, of_shards, on_shards, with_shard_axis
 from qrhash.dynamic.newcomers import Admission
 from qrhash.dynamic.slots import places_where, read
 from qrhash.keys import Keys
@@ -108,9 +108,9 @@ def evict(layout: MeshLayout, index: KeyIndex, gone: jax.Array) -> KeyIndex:
     """As `qrhash.dynamic.upkeep.evict`, of gone [S, R]."""
 
     def on_device(index: KeyIndex, gone: jax.Array) -> KeyIndex:
-        return _stacked(upkeep.evict(_alone(index), gone[0]))
+        return with_shard_axis(upkeep.evict(of_one(index), gone[0]))
 
-    spec = _of_shards(layout)
+    spec = of_shards(layout)
     evicted: KeyIndex = layout.run(on_device, (spec, spec), spec)(index, gone)
     return evicted
 
@@ -135,16 +135,16 @@ def grow(
         number = layout.shard().number
         rows = jnp.where(lacks_row, new, by_turn)[:, number]
         # 2. These places are given last: they are below the others in the stack.
-        old, is_new = _alone(index), lacks_row[:, number] & (rows >= 0)
+        old, is_new = of_one(index), lacks_row[:, number] & (rows >= 0)
         below = jnp.arange(places, dtype=jnp.int32)[::-1]
         stack = jnp.concatenate([below, old.free])
         is_free = jnp.concatenate([is_new[below], jnp.arange(old.capacity) < old.num_free])
         free = read(stack, jnp.minimum(places_where(is_free, places), stack.size - 1))
         num_free = jnp.sum(is_free, dtype=jnp.int32)
         longer = upkeep.grow(old, places) if more else old
-        return _stacked((longer.replace(free=free, num_free=num_free), rows))
+        return with_shard_axis((longer.replace(free=free, num_free=num_free), rows))
 
-    spec = _of_shards(layout)
+    spec = of_shards(layout)
     grown: tuple[KeyIndex, jax.Array] = layout.run(on_device, (spec, spec), (spec, spec))(
         index, home
     )
@@ -168,7 +168,7 @@ def by_place(layout: MeshLayout, home: jax.Array, each: jax.Array) -> jax.Array:
             each = jax.lax.all_gather(each, layout.row_axes, tiled=True)
         return each.at[owner_and_place(home, layout.num_shards)].get(mode="clip")
 
-    spec = _of_shards(layout)
+    spec = of_shards(layout)
     of_each = PartitionSpec() if each.ndim == 1 else spec
     moved: jax.Array = layout.run(on_device, (spec, of_each), spec)(home, each)
     return moved
@@ -176,17 +176,4 @@ def by_place(layout: MeshLayout, home: jax.Array, each: jax.Array) -> jax.Array:
 
 def shard_sharding(layout: MeshLayout) -> NamedSharding:
     """Where the arrays of an index are, and of an admission's state."""
-    return NamedSharding(layout.mesh, _of_shards(layout))
-
-
-def _of_shards(layout: MeshLayout) -> PartitionSpec:
-    return PartitionSpec(layout.row_axes or None)
-
-
-def _alone(tree: PyTree) -> Any:
-    """What one shard has, without the axis of shards."""
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def _stacked(tree: PyTree) -> Any:
-    return jax.tree.map(lambda x: x[None], tree)
+    return NamedSharding(layout.mesh, of_shards(layout))
