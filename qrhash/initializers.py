@@ -20,7 +20,7 @@ from qrhash.config import EmbedConfig
 from qrhash.layout import MeshLayout, Shard, owner_and_place
 from qrhash.operations import path_of
 from qrhash.sharded import ShardedTable
-from qrhash.tuning import DRAWN_AT_ONCE
+from qrhash.tuning import DRAWN_AT_ONCE, FEWEST_DRAWN
 from qrhash.types import Initializer, Key, Scalar, wide_dtype
 
 
@@ -214,10 +214,14 @@ def create(
         is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
         array = jnp.empty(shape, dtype, out_sharding=PartitionSpec() if is_explicit else None)
     for draw in draws:
-        fill = _fill_per_row if isinstance(draw.initializer, PerRow) else _fill_at_once
         # Inside a transformation the array is not ours to donate: jax.vmap makes many of it.
         in_place = not isinstance(draw.key, jax.core.Tracer)
-        array = _jitted(fill, in_place=in_place)(array, *draw, layout)
+        if isinstance(draw.initializer, PerRow):
+            of_shard = ceil_div(draw.num_rows, 1 if layout is None else layout.num_shards)
+            at_once = _rows_at_once(of_shard, width)
+            array = _jitted(_fill_per_row, in_place=in_place)(array, *draw, layout, at_once)
+        else:
+            array = _jitted(_fill_at_once, in_place=in_place)(array, *draw, layout)
     return array if layout is None else ShardedTable(array, num_rows, layout)
 
 
@@ -228,6 +232,14 @@ def _is_drawn_in_one_go(draw: Draw, is_large: bool) -> bool:
     """
     may_be_split = is_large and isinstance(draw.key, jax.core.Tracer) and jax.device_count() > 1
     return may_be_split or not isinstance(draw.initializer, PerRow)
+
+
+def _rows_at_once(num_rows: int, width: int) -> int:
+    """Rows of a block. A short part is drawn in short ones; each of few lengths is compiled."""
+    entries = DRAWN_AT_ONCE
+    while entries > max(FEWEST_DRAWN, num_rows * width):
+        entries //= 8
+    return max(1, entries // width)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -243,6 +255,7 @@ def _fill_per_row(
     offset: int,
     num_rows: int,
     layout: MeshLayout | None,
+    at_once: int,
 ) -> jax.Array:
     """Draws block by block: random bits on their way need several times the memory of a table."""
 
@@ -250,17 +263,17 @@ def _fill_per_row(
         shard: Shard, array: jax.Array, key: Key, offset: jax.Array, num_rows: jax.Array
     ) -> jax.Array:
         places, width = array.shape
-        at_once = min(places, max(1, DRAWN_AT_ONCE // (width * shard.num_columns)))
+        size = min(places, at_once)
         first, end = _places(offset, num_rows, shard.num_shards)
 
         def block(number: jax.Array, array: jax.Array) -> jax.Array:
-            start = jnp.minimum(first + number * at_once, places - at_once)
-            index = shard.indices(start + jnp.arange(at_once)) - offset
+            start = jnp.minimum(first + number * size, places - size)
+            index = shard.indices(start + jnp.arange(size)) - offset
             drawn = initializer.rows(key, index, (width * shard.num_columns,), array.dtype)
             drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
             return _put_where((index >= 0) & (index < num_rows), array, drawn, start)
 
-        return jax.lax.fori_loop(0, ceil_div(end - first, at_once), block, array)
+        return jax.lax.fori_loop(0, ceil_div(end - first, size), block, array)
 
     return _on_mesh(fill, layout)(array, key, jnp.asarray(offset), jnp.asarray(num_rows))
 
@@ -296,7 +309,8 @@ def _places(offset: Any, num_rows: Any, num_shards: int) -> tuple[Any, Any]:
 
 @functools.cache
 def _jitted(fill: Callable[..., jax.Array], *, in_place: bool) -> Callable[..., jax.Array]:
-    static = ["initializer", "layout"] + ["offset", "num_rows"] * (fill is _fill_at_once)
+    of_kind = ["offset", "num_rows"] if fill is _fill_at_once else ["at_once"]
+    static = ["initializer", "layout", *of_kind]
     return jax.jit(fill, static_argnames=static, donate_argnums=(0,) * in_place)
 
 

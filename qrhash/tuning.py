@@ -47,6 +47,10 @@ ROWS_AT_ONCE = 8192
 # 5e7 x 16 rows peaked at 13 GB in one go, at 6.7 GB in blocks of this size, at no loss of speed.
 DRAWN_AT_ONCE = 2**22
 
+# And at least: of a table of few rows, in a long stack of many features. The tables of 520 features
+# with 270 million entries are created in a sixth of the time.
+FEWEST_DRAWN = 2**13
+
 
 def one_hot_rows(platform: str) -> int:
     """Up to how many rows a table's gradient is a product with one-hot rows, and no scatter-add.

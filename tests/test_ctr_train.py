@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits
+from qrhash import EmbedConfig, FullTable, HashTrick, KeyDigits, Keys
 from qrhash.ctr.data.counts import Counts, build_ids
 from qrhash.ctr.data.criteo import CATEGORIES
 from qrhash.ctr.data.files import BadLines
-from qrhash.ctr.data.pipeline import batches
+from qrhash.ctr.data.pipeline import Batch, batches
 from qrhash.ctr.data.schema import CRITEO, Column
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.errors import UserError
@@ -21,6 +21,7 @@ from qrhash.ctr.model.metrics import Scores, constant_logit, log_loss
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.learner import Learner
 from qrhash.ctr.run.overview import overview
+from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, draw, final_table
 from qrhash.ctr.run.rows import split_line
@@ -349,3 +350,22 @@ def test_the_display_tells_lines_and_bars(terminal):
     assert "[bold]skipped line 3[/]" in text
     assert ("training: 500 of 1,000 rows  log loss 0.5" in text) != terminal
     assert ("10/10" in text) == terminal
+
+
+def test_the_speed_is_of_the_steps_alone(monkeypatch):
+    clock = 100.0
+    monkeypatch.setattr("qrhash.ctr.run.progress.time.monotonic", lambda: clock)
+    none = np.empty(0, np.int32)
+    batch = Batch(np.zeros(50, np.float32), np.ones(50, np.float32), none, none, Keys.of(none))
+    progress = Progress(lambda record: None, 50)
+    progress.add(batch, np.zeros(50))
+    for _ in range(3):
+        clock += 2
+        progress.add(batch, np.zeros(50))
+        with progress.pause(trained=()):
+            clock += 1000
+    assert (progress.rows_per_second, progress.seconds) == (25, 3006)
+    assert progress.note().startswith("25 rows/s")
+    again = Progress(lambda record: None, 50)
+    again.take_over(progress.as_dict())
+    assert again.rows_per_second == 25

@@ -3,7 +3,8 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -33,8 +34,9 @@ class Progress:
         self.points = 0
         self._clicks = 0.0
         self._record, self._judge = record, judge or scores
-        self._first_rows, self._start = 0, math.nan
-        self._window: deque[tuple[float, Batch, Any]] = deque(maxlen=1 + _WINDOW_ROWS // batch_size)
+        self._first_rows, self._start, self._paused = 0, math.nan, 0.0
+        steps = 2 + _WINDOW_ROWS // batch_size
+        self._window: deque[tuple[float, Batch, Any]] = deque(maxlen=steps)
 
     def add(self, batch: Batch, logits: jax.Array) -> None:
         """Takes note of a step: its batch, and what it gave [batch]: logits, from before it."""
@@ -42,7 +44,24 @@ class Progress:
         if math.isnan(self._start):
             self._first_rows, self._start = self.rows, time.monotonic()
         self._clicks += float(batch.labels @ batch.weights)
-        self._window.append((time.monotonic(), batch, logits))
+        self._window.append((self._now(), batch, logits))
+
+    @contextmanager
+    def pause(self, trained: Any) -> Iterator[None]:
+        """What is done meanwhile, such as an evaluation, does not count for the speed.
+
+        Args:
+          trained: what the last step gives: the clock stops when it is there.
+        """
+        jax.block_until_ready(trained)
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - begun
+
+    def _now(self) -> float:
+        return time.monotonic() - self._paused
 
     @property
     def click_rate(self) -> float:
@@ -56,8 +75,8 @@ class Progress:
 
     @property
     def rows_per_second(self) -> float:
-        """Speed since the first step."""
-        return (self.rows - self._first_rows) / max(1e-9, self.seconds)
+        """Speed of the steps after the first one: of the training alone."""
+        return (self.rows - self._first_rows) / max(1e-9, self._now() - self._start)
 
     def running(self) -> Judged:
         """Scores of the last rows, each from before it was learnt."""
@@ -65,9 +84,10 @@ class Progress:
 
     def note(self) -> str:
         """Speed and running scores, in words."""
-        last = self.running()
-        rate = last.rows / max(1e-9, time.monotonic() - self._window[0][0])
-        return f"{rate:,.0f} rows/s  {described(last)}"
+        (begun, *_), *steps = self._window
+        rows = sum(float(batch.weights.sum()) for _, batch, _ in steps)
+        rate = rows / max(1e-9, self._now() - begun)
+        return f"{rate:,.0f} rows/s  {described(self.running())}"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it but the learning curve, as JSON can hold it."""
@@ -80,20 +100,21 @@ class Progress:
             "points": self.points,
             "first_rows": self._first_rows,
             "seconds": self.seconds,
+            "paused": self._paused,
             "clicks": self._clicks,
             "window": window,
         }
 
     def take_over(self, saved: dict[str, Any]) -> None:
         """Stands where `as_dict` was taken."""
-        now = time.monotonic()
         self.rows, self._first_rows = saved["rows"], saved["first_rows"]
-        self.points = saved["points"]
-        self._clicks, self._start = saved["clicks"], now - saved["seconds"]
+        self.points, self._clicks = saved["points"], saved["clicks"]
+        self._start = time.monotonic() - saved["seconds"]
+        self._paused = saved.get("paused", 0.0)  # An earlier version did not tell.
         for labels, logits in saved["window"]:
             weights, none = np.ones(len(labels), np.float32), np.empty(0, np.int32)
             batch = Batch(np.array(labels, np.float32), weights, none, none, Keys.of(none))
-            self._window.append((now, batch, np.array(logits, np.float32)))
+            self._window.append((self._now(), batch, np.array(logits, np.float32)))
 
     def point(self, found: Judged, part: str = "test") -> None:
         """Records a point of the learning curve: scores on test rows, or on validation rows."""

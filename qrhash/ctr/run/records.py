@@ -29,7 +29,7 @@ class Summary:
       full_rows: rows of such tables.
       full_bytes: their memory in float32.
       dense_params: all other parameters.
-      rows_per_second: of the training after its first step, which compiles; evaluations included.
+      rows_per_second: of the steps after the first one, which compiles; evaluations left out.
       test: scores of the model on the test rows.
       constant: those of a baseline that knows no columns: of always saying the training rows' click
         rate, or of always recommending the items that most of them have.

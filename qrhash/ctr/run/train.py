@@ -201,12 +201,13 @@ def _train(
     display.phase("training", total)
 
     def point() -> None:
-        found = goal.scores(learner, sample)
-        part = "validation" if data.is_validated else "test"
-        progress.point(found, part)
-        display.line(f"after {progress.rows:,} rows: {part} {described(found)}")
-        if data.is_validated:
-            best.update(found, learner, progress.rows)
+        with progress.pause(learner.params):
+            found = goal.scores(learner, sample)
+            part = "validation" if data.is_validated else "test"
+            progress.point(found, part)
+            display.line(f"after {progress.rows:,} rows: {part} {described(found)}")
+            if data.is_validated:
+                best.update(found, learner, progress.rows)
 
     for epoch in range(first_epoch, settings.epochs):
         if best.is_over:
@@ -291,7 +292,8 @@ def _save(
         "best": best.as_dict(),
         "growth": learner.growth.as_dict(),
     }
-    learner.save(checkpoints, position | state)
+    with progress.pause(learner.params):
+        learner.save(checkpoints, position | state)
 
 
 def _resume(
