@@ -1,5 +1,6 @@
 """The trainer on tables that grow: options, the step against dictionaries, whole runs."""
 
+import io
 import itertools
 import json
 import re
@@ -9,20 +10,28 @@ import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from qrhash import Keys, MultiHash, cli, dynamic
+from qrhash.checkpoint import Checkpoints
 from qrhash.ctr.config_file import load
+from qrhash.ctr.data.block import no_rows
 from qrhash.ctr.data.pipeline import Batch, Padded
 from qrhash.ctr.dynamic_settings import room
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.columns import embed_configs, tables_of
 from qrhash.ctr.model.models import build_model
 from qrhash.ctr.model.room import dynamic_tables, index_bytes, num_bytes
+from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.learner import Learner
+from qrhash.ctr.run.trained import kept_of, load_trained
 from qrhash.ctr.settings import Settings
 from qrhash.keys import cross
+from qrhash.serving.limits import Limits
+from qrhash.serving.model import Model
 from support import ctr_files
+from support.cases import assert_close
 from support.training_process import assert_same_curve, numbers_of, train
 
 STANDARD_PROMOTION = True  # optax.adam needs it
@@ -454,12 +463,50 @@ def test_predict_reads_rows_from_the_store(in_files, data, tmp_path):
     _assert_predicts_as_tested(in_files[0] / "run", data, tmp_path / "s.parquet")
 
 
-def test_inspect_says_that_it_does_not_look_into_a_store(in_files):
-    result = CliRunner().invoke(cli.build_app(), ["inspect", str(in_files[0] / "run")])
-    assert result.exit_code == 1
-    assert "its rows are in a store, and inspect looks at those on a device only" in " ".join(
-        result.stderr.split()
-    )
+def _weights(run):
+    """The weights of a run, all rows among them: as it is, and read once more."""
+    kept = kept_of(run)
+    display = Display(Console(file=io.StringIO()))
+    trained = load_trained(kept, display, is_whole=True)
+    with Checkpoints(kept.checkpoints, trained.configs, max_to_keep=None) as checkpoints:
+        again = trained.learner.reading(checkpoints, trained.learner.steps)
+    return trained.learner.scoring[1], again
+
+
+def test_all_rows_of_a_store_are_those_of_a_table_without(in_files, unbroken):
+    """For what takes the model as it is: export, inspect and serve."""
+    got, again = _weights(in_files[0] / "run")
+    want, _ = _weights(unbroken[0])
+    (state,) = jax.tree.leaves(want[1], is_leaf=lambda node: isinstance(node, dynamic.State))
+    index = state.index
+    assert 20 < index.num_keys < 64
+
+    def in_use(array):
+        # What a row holds that was taken back, nobody reads.
+        return array[index.is_live] if array.shape == (64, 4) else array
+
+    jax.tree.map(lambda one, other: assert_close(in_use(one), in_use(other), 1e-5), got, want)
+    jax.tree.map(lambda one, other: assert_close(one, other, 0), again, got)
+
+
+def test_a_model_with_a_store_can_be_inspected_exported_and_served(in_files, data, tmp_path):
+    run = shutil.copytree(in_files[0] / "run", tmp_path / "run")
+    for command in (["inspect", run], ["export", run, tmp_path / "exported"]):
+        invoked = CliRunner().invoke(cli.build_app(), list(map(str, command)))
+        assert invoked.exit_code == 0, invoked.output
+    display = Display(Console(file=io.StringIO()))
+    model = Model(run, Limits(max_batch=16), display)
+    nothing = model.encoded(no_rows(model.columns.schema), model.columns.schema)
+    assert model.scored([nothing]).outputs["score"].shape == (0,)
+
+
+def test_where_the_directory_of_a_store_is_gone_rows_are_in_memory(in_files, data, tmp_path):
+    run = shutil.copytree(in_files[0] / "run", tmp_path / "run")
+    records = (run / "metrics.jsonl").read_text()
+    store = json.dumps(str(in_files[0]))
+    assert store in records
+    (run / "metrics.jsonl").write_text(records.replace(store, '"nowhere"'))
+    _assert_predicts_as_tested(run, data, tmp_path / "s.parquet")
 
 
 def test_more_rows_on_the_device_than_there_are_need_no_store(unbroken, data, tmp_path):

@@ -52,7 +52,8 @@ The rooms, in reading order (a module imports the ones above it only):
   run/devices      one device, a mesh of several, or several processes
   run/growth       what becomes of the keys of tables that grow
   run/stored       rows that are in a store, and those of them on the device
-  run/learner      parameters, optimizers and the compiled step
+  run/optimizers   how the parameters of a model learn
+  run/learner      parameters, their optimizer and the compiled step
   run/best         the best model of a run, and when to look no further
   run/progress     where a training stands
   run/retrieval    finding items

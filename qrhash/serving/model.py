@@ -67,20 +67,15 @@ class Model:
       weights: those that serve now.
 
     Raises:
-      UserError: see `load_trained`; or the rows of the run's table are in a store.
+      UserError: see `load_trained`.
     """
 
     def __init__(self, run: Path, limits: Limits, display: Display) -> None:
         self.run = run
         kept = self._kept = kept_of(run)
-        if kept.settings.cache_rows is not None:
-            raise UserError(
-                f"{run} keeps the rows of its table in a store, and a server holds them whole: "
-                "train with a table that fits, without --cache-rows."
-            )
         self._ids_file = signature_of(run / IDS)
         self._looked_at = self._newest()
-        trained = load_trained(kept, display)
+        trained = load_trained(kept, display, is_whole=True)
         self.columns = Columns(
             kept.schema, kept.settings, max_rows=limits.max_batch, max_body=limits.max_body
         )

@@ -75,8 +75,8 @@ def export_run(
       overwrite: whether there may be such a directory, of an earlier export, which is replaced.
 
     Raises:
-      UserError: the run has no checkpoint, or its rows are in a store; the directory exists, or
-        cannot be written; a format needs what is not installed, or does not know the model.
+      UserError: the run has no checkpoint; the directory exists, or cannot be written; a format
+        needs what is not installed, or does not know the model.
     """
     _check_output(output, run, overwrite=overwrite)
     unknown = [each for each in platforms if each not in PLATFORMS]
@@ -87,12 +87,7 @@ def export_run(
         raise UserError(f"--rows must be one of {', '.join(export.ROW_FORMATS)}, got {rows}.")
     check_formats(also)
     kept = kept_of(run)
-    if kept.settings.cache_rows is not None:
-        raise UserError(
-            f"{run} keeps the rows of its table in a store, which an export would have to hold "
-            "whole: train with a table that fits, without --cache-rows."
-        )
-    trained = load_trained(kept, display)
+    trained = load_trained(kept, display, is_whole=True)
     inputs = Inputs.of(trained, kept.schema, kept.settings.model == TWO_TOWER)
     with _new_directory(output) as part:
         display.phase("compiling the model", 0)

@@ -68,12 +68,7 @@ def inspect(
     display.phase("counting the rows", 0)
     bad_lines = BadLines(kept.settings.max_bad_lines, display.line)
     read = opened(kept, data, bad_lines, display)
-    trained = load_trained(kept, display)
-    if trained.learner.store is not None:
-        raise UserError(
-            f"{run} was trained with --cache-rows: its rows are in a store, and inspect looks at "
-            "those on a device only. predict works."
-        )
+    trained = load_trained(kept, display, is_whole=True)
     pairs = [_asked(text, trained) for text in neighbours]
     wanted = _columns(columns, trained, {name for name, _ in pairs})
     populations, num_counted = counted(kept, trained, read, display)

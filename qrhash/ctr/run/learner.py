@@ -3,11 +3,7 @@
 The model is split once into its structure and two groups of parameters; a step is a pure
 function of them, and of which key has which row. Its cost goes by the batch: large tables are
 differentiated and updated by the rows touched, unless `settings.dense_updates`. Where tables grow,
-the new keys of a batch get their rows first, and from time to time rows are taken back. Tables
-learn by Adagrad. With a mean loss the
-squared gradients of a row are near 1e-8, hence the tiny initial accumulator: the usual 0.1 would
-freeze the tables. All other parameters learn by Adam, at a rate that falls linearly to zero: the
-noise of the last batches then averages out.
+the new keys of a batch get their rows first, and from time to time rows are taken back.
 """
 
 import itertools
@@ -19,25 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qrhash import (
-    MeshLayout,
-    adagrad,
-    apply_updates,
-    compensated_rounding,
-    stochastic_rounding,
-    touched_rows,
-    value_and_grad,
-)
+from qrhash import MeshLayout, apply_updates, value_and_grad
 from qrhash.batches import process_rows, put_batch
 from qrhash.checkpoint import Checkpoints, Restored
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.model.growing import Counts
 from qrhash.ctr.model.losses import ClickLoss, Objective
 from qrhash.ctr.run.growth import Growth, assign_rows, reset
+from qrhash.ctr.run.optimizers import make_optimizer
 from qrhash.ctr.run.stored import StoredRows
 from qrhash.ctr.settings import Settings
 from qrhash.dynamic import DynamicConfig
@@ -92,11 +80,7 @@ class Learner:
 
         tables, self._keys, dense = jax.jit(create, out_shardings=places)()
         self._objective = objective or ClickLoss()
-        of_dense = optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps))
-        of_tables, kinds = _of_tables(tables, settings)
-        self._optimizer = optimizer = touched_rows(
-            optax.partition({**of_tables, "dense": of_dense}, {"tables": kinds, "dense": "dense"})
-        )
+        self._optimizer = optimizer = make_optimizer(tables, settings, num_steps)
         large: dict[str, Any] = {"tables": False, "dense": False}
         if not settings.dense_updates:
             large["tables"] = nnx.map_state(lambda _, table: table.replace(table.is_large), tables)
@@ -108,7 +92,8 @@ class Learner:
         everywhere = None if layout is None else NamedSharding(layout.mesh, PartitionSpec())
         self._everywhere = everywhere
         self._kept = jax.jit(self._objective.init, out_shardings=everywhere)()
-        self._stored = None
+        self._stored: StoredRows | None = None
+        self._read_whole: Callable[[Checkpoints, int], Any] | None = None
         if stored is None:
             growing = [each.table.config for each in abstract.growing]
         else:
@@ -248,6 +233,8 @@ class Learner:
 
         The function holds nothing of the learner's arrays, and changes no checkpoint.
         """
+        if self._read_whole is not None:
+            return self._read_whole
         like, keys = self._like, None if self._keys else self._keys
 
         def weights(checkpoints: Checkpoints, step: int) -> Any:
@@ -301,6 +288,23 @@ class Learner:
         self.steps = restored.step
         return restored
 
+    def take_whole(self, stored: "Learner") -> None:
+        """Stands where another one does whose rows are in a store, just restored: all are here."""
+        assert stored._stored is not None
+        like, rows = stored._like, stored._stored
+        no_keys = nnx.map_state(lambda _, of_keys: of_keys.replace(None), self._keys)
+
+        def whole(params: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+            tables, state = rows.take_all(params["tables"])
+            keys = nnx.map_state(lambda _, of_keys: of_keys.replace(state), no_keys)
+            return params | {"tables": tables}, keys
+
+        def read(checkpoints: Checkpoints, step: int) -> Any:
+            return whole(checkpoints.restore(like, step, files=rows.restore).state[0])
+
+        self.params, self._keys = whole(stored.params)
+        self._kept, self.steps, self._read_whole = stored._kept, stored.steps, read
+
     @property
     def _like(self) -> Any:
         """All that changes, without the arrays."""
@@ -341,21 +345,6 @@ def _merged(graph: Any, params: dict[str, Any], keys: Any) -> Any:
 def _logits_of(model: Any, batch: Batch) -> jax.Array:
     logits: jax.Array = model(batch.numbers, batch.ids, batch.keys, batch.lists, batch.found)
     return logits
-
-
-def _of_tables(
-    tables: Any, settings: Settings
-) -> tuple[dict[str, optax.GradientTransformation], Any]:
-    """How tables are trained: by kind, and which kind each is."""
-    tx = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
-    are_narrow = any(each.dtype == jnp.bfloat16 for each in jax.tree.leaves(tables))
-    if not are_narrow or settings.rounding == "nearest":
-        return {"tables": tx}, "tables"
-    large = optax.chain(tx, stochastic_rounding(settings.seed))
-    # Rows of small tables are met in every step, where the noise of chance would add up.
-    small = optax.chain(tx, compensated_rounding())
-    kind = lambda _, table: table.replace("large" if table.is_large else "small")  # noqa: E731
-    return {"large": large, "small": small}, nnx.map_state(kind, tables)
 
 
 def _groups_of(model: Any) -> tuple[Any, ...]:

@@ -11,17 +11,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import nnx
 
 from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.run.growth import as_arrays, table_paths
 from qrhash.ctr.settings import Settings
-from qrhash.dynamic import DynamicConfig, FileStore, MemoryStore, Store, Tiered
+from qrhash.dynamic import DynamicConfig, FileStore, MemoryStore, State, Store, Tiered
 from qrhash.dynamic.numbering import on_host
 from qrhash.dynamic.residents import CacheFullError
 
 _FILE = "rows.zip"
+_AT_ONCE = 2**16  # rows
 
 
 class StoredRows:
@@ -44,7 +47,7 @@ class StoredRows:
         settings: Settings,
     ) -> None:
         (path,) = table_paths(model)
-        self._config = config
+        self._config, self._path = config, path
         types = jax.eval_shape(as_arrays, params)
 
         def make() -> Tiered:
@@ -126,9 +129,32 @@ class StoredRows:
 
     def restore(self, directory: Path) -> None:
         """Stands where `save` wrote; nothing is on the device then."""
+        self._empty()
+        self._tier.restore(directory / _FILE)
+
+    def _empty(self) -> None:
         self._tier.store.close()
         self._tier = self._make()
-        self._tier.restore(directory / _FILE)
+
+    def take_all(self, tables: Any) -> tuple[Any, State]:
+        """All that `restore` has read, at once; the store is empty then.
+
+        Args:
+          tables: the state of the model's tables.
+
+        Returns:
+          The same with all rows of the table that grows, and which key has which.
+        """
+        num_rows, flat = self._config.capacity, dict(nnx.to_flat_state(tables))
+        variable = flat[self._path]
+        rows = np.empty((num_rows, self._config.features), variable.dtype)
+        for start in range(0, num_rows, _AT_ONCE):
+            some = np.arange(start, min(start + _AT_ONCE, num_rows))
+            rows[some] = self._tier.read(some)[0]
+        flat[self._path] = variable.replace(jnp.asarray(rows))
+        state = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), self._tier.keys.state)
+        self._empty()
+        return nnx.from_flat_state(flat), state
 
     def as_dict(self) -> dict[str, Any]:
         """What went to and fro, as JSON can hold it."""

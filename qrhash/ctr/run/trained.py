@@ -69,7 +69,10 @@ def kept_of(run: Path) -> Kept:
       UserError: there are none, or they are of another version.
     """
     directory = RunDirectory(str(run), resume=True)
-    settings = build(Settings, directory.settings, f"the run in {run}")
+    recorded = directory.settings
+    if not Path(recorded.get("store") or ".").is_dir():
+        recorded["store"] = None  # It was trained on another machine: rows are in memory here.
+    settings = build(Settings, recorded, f"the run in {run}")
     if directory.planned is not None:
         settings = replace(settings, columns=directory.planned)
     schema = CRITEO if directory.schema is None else Schema.from_dict(directory.schema)
@@ -119,12 +122,14 @@ def open_others(
     return open_source(replace(kept.settings, data=data), bad_lines, notify, asked)
 
 
-def load_trained(kept: Kept, display: Display) -> Trained:
+def load_trained(kept: Kept, display: Display, *, is_whole: bool = False) -> Trained:
     """Builds the model of a run, and restores it.
 
     Args:
       kept: the records of the run.
       display: is told which model it is.
+      is_whole: whether rows in a store are all brought into the model, for what takes it as it is:
+        it then takes as much memory as one that was trained without a store.
 
     Raises:
       UserError: there is no checkpoint that can be read; or the vocabularies cannot.
@@ -151,6 +156,10 @@ def load_trained(kept: Kept, display: Display) -> Trained:
             raise UserError(f"{error} The run is of another version of qrhash.") from error
         except OSError as error:
             raise UserError(str(error)) from error
+    if is_whole and learner.store is not None:
+        goal = make_goal(replace(settings, cache_rows=None, store=None), kept.schema)
+        stored, learner = learner, goal.learner(configs, ids, num_steps=1, to_restore=True)
+        learner.take_whole(stored)
     for sentence in restored.damaged:
         display.line(f"Warning: {sentence}")
     display.line(f"{run}: the model after {restored.step:,} steps")
