@@ -359,6 +359,7 @@ def test_the_speed_is_of_the_steps_alone(monkeypatch):
     batch = Batch(np.zeros(50, np.float32), np.ones(50, np.float32), none, none, Keys.of(none))
     progress = Progress(lambda record: None, 50)
     progress.add(batch, np.zeros(50))
+    assert "rows/s" not in progress.note()
     for _ in range(3):
         clock += 2
         progress.add(batch, np.zeros(50))

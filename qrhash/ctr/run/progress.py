@@ -85,6 +85,8 @@ class Progress:
     def note(self) -> str:
         """Speed and running scores, in words."""
         (begun, *_), *steps = self._window
+        if not steps:
+            return described(self.running())
         rows = sum(float(batch.weights.sum()) for _, batch, _ in steps)
         rate = rows / max(1e-9, self._now() - begun)
         return f"{rate:,.0f} rows/s  {described(self.running())}"
