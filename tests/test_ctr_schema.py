@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import re
+from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -142,6 +143,12 @@ def test_a_category_of_its_own_in_every_row_is_pointed_out():
         ("${}.50".format, "numbers? write them as 1234.5"),
         ("{}%".format, "numbers? write them as 1234.5"),
         (lambda i: f"{i % 12 + 1}/{i % 28 + 1}/2024", "times? write them as 2024-01-31 12:00"),
+        (
+            lambda i: f"0{i % 9 + 1}/0{i % 8 + 1}/2024 17:26",
+            "times? write them as 2024-01-31 12:00",
+        ),
+        (lambda i: f"0{i % 9 + 1}.0{i % 8 + 1}.24", "times? write them as 2024-01-31 12:00"),
+        (lambda i: f"{i:05}", ""),
         ("10.0.0.{}".format, ""),
         ("{:08d}".format, ""),
     ],
@@ -247,6 +254,28 @@ def test_labels_are_clicks_from_a_number_on():
     assert set(reasons.values()) == {"l is not a number: ''"}
 
 
+@pytest.mark.parametrize(
+    ("values", "positive"),
+    [
+        ([" buy", "view", "cart ", "fav"], "buy,cart"),
+        (["<=50K", ">50K", "<=50K", "?"], " >50K"),
+        ([3, 1, 2, None], "1,3"),
+        ([3.0, 1.0, 2.0, None], "3, 1"),
+        ([True, False, True, None], "True"),
+    ],
+)
+def test_labels_that_are_named_are_clicks(values, positive):
+    """All others are none; what is missing is neither."""
+    block, reasons = _label_of(values * 10 + values[:3] * 120, positive=positive)
+    names = [name.strip() for name in positive.split(",")]
+    wanted = [str(each).strip().removesuffix(".0") in names for each in values]
+    is_missing = values[3] in (None, "?")
+    assert block.labels.tolist() == wanted[: 4 - is_missing] * 10 + wanted[:3] * 120
+    assert set(reasons.values()) == {f"l is not there: '{values[3] or ''}'"} - {
+        "l is not there: 'fav'"
+    }
+
+
 def test_a_few_labels_that_are_neither_are_malformed_rows():
     block, reasons = _label_of([0, 1] * 195 + [7] * 10)
     assert len(block.labels) == 390
@@ -255,7 +284,27 @@ def test_a_few_labels_that_are_neither_are_malformed_rows():
 
 MISTAKES = {
     "ratings": ({"l": [1, 2, 3, 4] * 100}, {"label": "l"}, "label l holds '1', '2'.*--positive-fr"),
-    "words": ({"l": ["si", "no"] * 200}, {"label": "l"}, "The label l holds 'si', 'no': it must"),
+    "words": (
+        {"l": ["si", "no"] * 200},
+        {"label": "l"},
+        "The label l holds 'si', 'no': it must .*; --positive WORD,... says which words are cl",
+    ),
+    "another word": (
+        {"l": ["si", "no"] * 200},
+        {"label": "l", "positive": "yes,sí"},
+        "--positive: none of the first 400 labels is 'yes' or 'sí'; the label l holds 'si', 'no'.",
+    ),
+    "counts": (
+        {"l": [0, 0, 1, 0] * 98 + [2, 2, 3, 9, 1, 0, 0, 0]},
+        {"label": "l"},
+        "The label l holds '0', '1', '2', .*; --positive-from X makes a click of a label",
+    ),
+    "no header": ({}, {"label": "column3"}, "no column 'column3', .*; --header no, if the first"),
+    "no label": (
+        {},
+        {"label": "none", "positive": "a", "model": "two-tower", "items": "word"},
+        "positive goes with a label, not with label 'none'",
+    ),
     "labels with gaps": (
         {"l": ["1", "", "0", None] * 100},
         {"label": "l"},
@@ -306,6 +355,7 @@ def test_a_mistake_is_one_sentence(name):
     ("options", "sentence"),
     [
         ({"label": "a"}, "label goes with a table in --data"),
+        ({"data": "f", "positive": "a", "positive_from": 2.0}, "are two ways: give one of them"),
         ({"data": "f", "preset": "criteo", "time": "a"}, "time goes with a table"),
         ({"data": "f", "columns": {"a": {"kind": "number", "collisions": 3}}}, "columns.a: kind"),
         ({"columns": {"C1": {"kind": "ignore"}}}, "columns.C1: kind goes with a table in --data"),
@@ -317,9 +367,26 @@ def test_options_that_say_nothing_are_refused(options, sentence):
         Settings(**options)
 
 
+@pytest.mark.parametrize("items", ["x", "x,l"])
+def test_what_an_item_is_told_by_is_a_category(items):
+    columns = {"x": INTEGERS, "l": [["a"]] * ROWS, "f": [0.5, 1.5] * 200}
+    assert _infer(columns).numbers == ("x", "f")
+    schema = _infer(columns, model="two-tower", items=items)
+    assert (schema.numbers, schema.categories, schema.lists) == (("f",), ("word", "x"), ("l",))
+
+
+@pytest.mark.parametrize("missing", ["?", "-", ".", "<NA>"])
+def test_what_stands_for_no_number(missing):
+    values = [missing if i % 5 == 0 else f"{i}.5" for i in range(ROWS)]
+    assert _column(values).use == "number"
+    numbers, bad = cells.numbers("x", pa.array(values))
+    assert np.isnan(numbers[::5]).all()
+    assert not bad.any()
+
+
 def test_a_schema_comes_back_from_json():
     schema = _infer({"x": INTEGERS, "t": DAYS}, time="t", positive_from=0.5)
-    for each in (schema, CRITEO):
+    for each in (schema, CRITEO, replace(schema, positive=("a", "b"))):
         assert Schema.from_dict(json.loads(json.dumps(each.as_dict()))) == each
 
 

@@ -39,7 +39,7 @@ WRONG = {
     "choice": ("model = 'gpt'", "model must be one of dlrm, dcn, two-tower, got 'gpt'"),
     "too small": ("batch_size = 0", "batch_size must be at least 1, got 0"),
     "optional": ("hash_size = 1", "hash_size must be at least 2, got 1"),
-    "fraction": ("test_fraction = 1.0", "test_fraction must be between 0 and 1"),
+    "fraction": ("test_fraction = 1.0", "test_fraction must be above 0 and below 1"),
     "widths": ("top_mlp = '512-x'", "top_mlp must be positive widths"),
     "column name": ("[columns.C27]\n", "columns.C27 goes with --data; Criteo's are C1 to C26"),
     "too large": ("features = 65_537", "features must be at most 65536, got 65537"),

@@ -195,7 +195,16 @@ def test_a_line_met_twice_counts_once_and_the_limit_stops(tmp_path):
     _read(source)
     assert len(bad_lines) == len(messages) == 3
     source, _, _ = _open(path, limit=2)
-    with pytest.raises(UserError, match=r"More than 2 malformed lines.*line 7: expected 40"):
+    with pytest.raises(
+        UserError, match=r"More than 2 .*line 7: expected 40.*-bad-lines skips more"
+    ):
+        _read(source)
+
+
+def test_where_no_line_is_well_formed_the_format_is_doubted(tmp_path):
+    path = ctr_files.write_text(tmp_path / "f", [["x"]] * 9)
+    source, _, _ = _open(path, limit=2)
+    with pytest.raises(UserError, match=r"line 3: expected 40 .* do --preset, --delimiter and --h"):
         _read(source)
 
 

@@ -177,7 +177,10 @@ def _sniff(head, delimiter="auto", header="auto", label=None):
 HEADS = {
     "names": ("a,b,c\n1,2,3\n", ",", ("a", "b", "c"), True),
     "numbers": ("1,2,x\n", ",", ("column1", "column2", "column3"), False),
-    "alike": ("x,y,x\n1,2,3\n", ",", ("column1", "column2", "column3"), False),
+    "alike": ("x,y,x\nx,z,v\n", ",", ("column1", "column2", "column3"), False),
+    "words again": ("a,b,c\na,e,f\n", ",", ("column1", "column2", "column3"), False),
+    "one again": ("a,b,c,d,e\na,1,2,3,4\n", ",", ("a", "b", "c", "d", "e"), True),
+    "twice": ("a,b\n1,2\na,b\n3,4\n", ",", ("a", "b"), True),
     "a date": ("x,2024-01-01\n", ",", ("column1", "column2"), False),
     "an index": (",a,b\n0,1,2\n", ",", ("unnamed1", "a", "b"), True),
     "tabs": ("a, x\tb\n1,1\t2\n1\t2,2\n", "\t", ("a, x", "b"), True),
@@ -326,9 +329,12 @@ def test_what_is_not_a_table_is_said_in_a_sentence(tmp_path):
         assert "\n" not in str(error.value)
 
     says("empty.csv", b"", "empty.csv is empty")
-    says("head.csv", b"click,a\n", "head.csv is empty")
+    says("head.csv", b"click,a\n", "head.csv holds no rows")
     says("picture.csv", b"\x89PNG\0\0", "neither text, plain or gzip, nor Parquet")
     says("wide.csv", "click,a\n1,2\n".encode("utf-16"), "is text in UTF-16; write it in UTF-8")
+    says("stars.dat", b"1::2::5\n3::4::5\n", "Its cells are divided by '::': write a tab in its")
+    says("blanks.dat", b"1 2 5\n3 4 5\n", "are divided by spaces, write tabs in their place")
+    says("alike.csv", b"x,y,x\n1,2,3\n", "alike.csv has more than one column x: name each once")
     says("words.csv", b"click\n1\n", "has no columns: none of tab, .*, comma divides .*, 'click',")
     says("said.csv", b"# by me\nclick,a\n1,2\n", "divides its first line, '# by me', and as often")
     says("old.csv", b"click,a\r1,2\r", "ends its lines with carriage returns alone; write line")

@@ -9,6 +9,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/processes   what several processes do together
   options          what an option is: its type, help and bounds
   tower_settings   the options of retrieval with two towers
+  data_settings    the options of the data
   dynamic_settings  the options of tables that grow
   column_settings  the options that may differ from column to column
   settings         every option of a run
@@ -26,6 +27,7 @@ The rooms, in reading order (a module imports the ones above it only):
   data/numbering   the numbers of rows, in the order of the files or by time
   data/column_names  what the name of a column says of it
   data/looks       what the first rows say of a column
+  data/labels      whether labels are clicks and what are none
   data/inference   what the columns of a table are used as
   data/sources     one file or many -> blocks, split by lines or by time
   data/synthetic   a click stream whose true click rates are known

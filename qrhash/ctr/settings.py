@@ -22,102 +22,23 @@ from qrhash.ctr.column_settings import (
     check_separator,
 )
 from qrhash.ctr.data.criteo import CATEGORIES
+from qrhash.ctr.data_settings import OF_TABLES, DataOptions, check_data
 from qrhash.ctr.dynamic_settings import DynamicColumnOptions, DynamicOptions, check_dynamic
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import PANELS, Option, build, check_values, offered, widths
 from qrhash.ctr.tower_settings import TowerOptions, check_towers
 
-# What a table's columns are used as; the Criteo format has its own.
-_OF_TABLES = (
-    *("label", "positive_from", "numbers", "categories", "lists", "ignore", "time", "weight"),
-    *("list_separator", "list_length"),
-)
-
-_data, _embeddings, _model, _training, _devices, _output = (
-    partial(Option, panel) for panel in PANELS
-)
+_embeddings, _model, _training, _devices, _output = (partial(Option, panel) for panel in PANELS[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ColumnOptions, TowerOptions, DynamicOptions):
+class Settings(ColumnOptions, TowerOptions, DynamicOptions, DataOptions):
     """The options of a run.
 
     Attributes:
       columns: column name -> the `ColumnSettings` that differ there.
     """
 
-    data: Annotated[
-        str | None,
-        _data(
-            "A table of events: Parquet or text (comma, tab, semicolon or pipe between cells, "
-            "plain or gzip), in a file, a folder, or all that match a pattern such as 'day_*.csv'. "
-            "Default: a synthetic click stream whose true click rates are known."
-        ),
-    ] = None
-    preset: Annotated[
-        Literal["auto", "criteo", "table"],
-        _data(
-            "'criteo': a label, 13 integers and 26 categories of hex digits; 'table': the columns "
-            "that there are; 'auto': Criteo, if the data look like it."
-        ),
-    ] = "auto"
-    label: Annotated[
-        str | None,
-        _data(
-            "The column of clicks, 0 and 1. Default: the one that is called label, click, ... For "
-            "--model two-tower 'none', if there is no such column and every row is a positive one."
-        ),
-    ] = None
-    positive_from: Annotated[
-        float | None, _data("Labels are numbers, and clicks from this one on: ratings, say.")
-    ] = None
-    numbers: Annotated[str | None, _data("Columns that are numbers: a,b.")] = None
-    categories: Annotated[str | None, _data("Columns that are categories: c,d.")] = None
-    lists: Annotated[
-        str | None, _data("Columns that are lists of categories, or text that is cut: g,h.")
-    ] = None
-    list_separator: Annotated[
-        str | None,
-        _data(
-            "What stands between the elements of a list in text. Default: |, and nothing where "
-            "all of it is written as lists are, such as ['a', 'b']."
-        ),
-    ] = None
-    list_length: Annotated[
-        int | None,
-        _data(
-            "How many elements a list may have; a row with a longer one is malformed. Default: as "
-            "many as the longest one of each column, which is looked for before training.",
-            least=1,
-        ),
-    ] = None
-    ignore: Annotated[str | None, _data("Columns to leave out: e,f.")] = None
-    time: Annotated[
-        str | None,
-        _data(
-            "Test on the rows that come last by this column (timestamps, dates, integers, or text "
-            "such as 2024-01-31 12:00:00), not on the last lines."
-        ),
-    ] = None
-    weight: Annotated[
-        str | None,
-        _data("Column of numbers, 0 or more: how much a row counts in the training."),
-    ] = None
-    delimiter: Annotated[
-        Literal["auto", "comma", "tab", "semicolon", "pipe"],
-        _data("What stands between the cells of text."),
-    ] = "auto"
-    header: Annotated[
-        Literal["auto", "yes", "no"],
-        _data("Whether text begins with a row of names; without, they are column1, column2, ..."),
-    ] = "auto"
-    synthetic_rows: Annotated[int, _data("Rows of the synthetic stream.", least=2)] = 200_000
-    test_fraction: Annotated[float, _data("Last part of the lines, to test on.", least=0)] = 0.2
-    test_rows: Annotated[
-        int | None,
-        _data("Test on exactly this many last lines, instead of a fraction.", least=1),
-    ] = None
-    max_bad_lines: Annotated[int, _data("Malformed lines to skip before giving up.", least=0)] = 100
     threshold: Annotated[
         int, _embeddings("Columns of at most this many ids keep a full table.", least=0)
     ] = 200
@@ -240,13 +161,7 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
         if not isinstance(self.columns, Mapping):
             raise UserError(f"columns must be sections, got {self.columns!r}.")
         is_criteo = self.data is None or self.preset == "criteo"
-        for name in _OF_TABLES:
-            if getattr(self, name) is not None and is_criteo:
-                raise UserError(
-                    f"{name} goes with a table in --data, not with the columns of Criteo."
-                )
-        if not 0 < self.test_fraction < 1:
-            raise UserError(f"test_fraction must be between 0 and 1, got {self.test_fraction}.")
+        check_data(self, is_criteo=is_criteo)
         if not 0 <= self.validation_fraction < 1:
             raise UserError(f"validation_fraction must be below 1, got {self.validation_fraction}.")
         if self.patience is not None and not self.validation_fraction:
@@ -338,7 +253,7 @@ class Settings(ColumnOptions, TowerOptions, DynamicOptions):
     @property
     def may_be_criteo(self) -> bool:
         """Whether the data may turn out to be in the Criteo format: no option speaks of columns."""
-        is_given = any(getattr(self, name) is not None for name in _OF_TABLES)
+        is_given = any(getattr(self, name) is not None for name in OF_TABLES)
         kinds = {section.get("kind") for section in self.columns.values()}
         is_given |= self.delimiter != "auto" or self.header != "auto" or bool(kinds - {None})
         is_given |= any(map(self._speaks_of_lists, self.columns))

@@ -8,7 +8,8 @@ hex digits instead: they are padded to one width, so that a column is a matrix o
 keys are one product with the powers of 16.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +27,10 @@ WHOLE = r"^(0|-?[1-9][0-9]{0,19})(\.0)?$"  # or as a data frame writes it beside
 _EXACT = 2**53  # below it every integer is a float
 BOOLEANS = {"true": 1.0, "false": 0.0}
 YES_OR_NO = {"yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}  # of labels, besides
-NO_NUMBER = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", r"\N")
+NO_NUMBER = (
+    *("", "NA", "N/A", "#N/A", "<NA>", "n/a", "NaN", "nan", "NULL", "null", "None", r"\N"),
+    *("?", "-", "."),
+)
 
 _TIME = (
     r"^(?P<y>[0-9]{4})[-/](?P<m>[0-9]{1,2})[-/](?P<d>[0-9]{1,2})"
@@ -72,14 +76,37 @@ def with_points(column: pa.Array) -> pa.Array:
 
 
 def labels(
-    name: str, column: pa.Array, positive_from: float | None = None
+    name: str,
+    column: pa.Array,
+    positive_from: float | None = None,
+    positive: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """-> clicks [rows] float32, 0 or 1; unreadable [rows] bool, the missing ones too."""
+    if positive:
+        return _named_labels(name, column, positive)
     words = BOOLEANS | YES_OR_NO if positive_from is None else BOOLEANS
     values, bad = _decimals(name, column, words)
     if positive_from is None:
         return values.astype(np.float32), bad | ~np.isin(values, (0.0, 1.0))
     return (values >= positive_from).astype(np.float32), bad | np.isnan(values)
+
+
+def _named_labels(
+    name: str, column: pa.Array, positive: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    column = plain(column)
+    if is_a(column.type, "floating"):  # Integers of a data frame, beside missing ones.
+        values, _ = _decimals(name, column)
+        wanted = [float(each) for each in positive if re.match(DECIMAL, each)]
+        return np.isin(values, wanted).astype(np.float32), np.isnan(values)
+    if not is_a(column.type, "string", "integer", "boolean", "null"):
+        raise UserError(f"Column {name} has type {column.type}; it must hold words.")
+    if pa.types.is_boolean(column.type):
+        positive = [each.lower() for each in positive]
+    text = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    clicks = mask(pc.is_in(text, pa.array(list(positive))))
+    missing = np.asarray(pc.is_in(text, pa.array([*NO_NUMBER, None])))
+    return clicks.astype(np.float32), missing & ~clicks
 
 
 def _decimals(
@@ -274,3 +301,9 @@ def quote(cell: Any) -> str:
     """A cell as a message shows it."""
     text = "" if cell is None else str(cell)
     return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def some(column: pa.ChunkedArray) -> list[Any]:
+    """A few values of a column, for a message."""
+    values = column.slice(0, 1000).drop_null().to_pylist()
+    return list({str(value): value for value in values}.values())[:5]

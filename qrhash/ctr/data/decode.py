@@ -139,9 +139,10 @@ def _readers(schema: Schema) -> _Readers:
             (cells.integers, "an integer"),
             (cells.hex_keys, f"a category of up to {cells.MAX_DIGITS} hex digits"),
         )
-    labels = partial(cells.labels, positive_from=schema.positive_from)
+    labels = partial(cells.labels, positive_from=schema.positive_from, positive=schema.positive)
+    rule = "0 or 1" if schema.positive_from is None else "a number"
     return _Readers(
-        (labels, "0 or 1" if schema.positive_from is None else "a number"),
+        (labels, "there" if schema.positive else rule),
         (cells.numbers, "a number"),
         (cells.keys, "a category"),
     )

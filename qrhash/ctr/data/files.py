@@ -125,13 +125,25 @@ class BadLines:
         self._lines[path, line] = reason
         message = f"{path}, line {line}: {reason}"
         if len(self._lines) > self._limit:
+            hint = "a larger --max-bad-lines skips more"
+            if self._limit and max(number for _, number in self._lines) <= self._limit + 2:
+                hint = "no line is well formed: do --preset, --delimiter and --header fit the data?"
             raise UserError(
-                f"More than {self._limit} malformed lines, the last of them {message}; "
-                "a larger --max-bad-lines skips more."
+                f"More than {self._limit} malformed lines, the last of them {message}; {hint}"
+                f"{'' if hint.endswith('?') else '.'}"
             )
         if len(self._lines) <= self._SHOWN:
             more = " (further ones are only counted)" if len(self._lines) == self._SHOWN else ""
             self._notify(f"skipped {message}{more}")
+
+    def check(self, num_lines: int) -> None:
+        """Raises UserError if more than half of so many lines are malformed."""
+        if len(self._lines) > num_lines / 2:
+            (path, line), reason = next(iter(self._lines.items()))
+            raise UserError(
+                f"{len(self._lines):,} of {num_lines:,} lines are malformed, the first of them "
+                f"{path}, line {line}: {reason}."
+            )
 
     def gather(self) -> None:
         """Counts those too that the other processes met; raises UserError as `add`, in all."""

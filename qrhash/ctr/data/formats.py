@@ -55,7 +55,7 @@ def is_criteo(head: str, *, lacks_label: bool = False) -> bool:
     if not counts or counts.most_common(1)[0][0] != expected:
         return False
     first = next(line for line in _lines(head) if line.count("\t") + 1 == expected)
-    return not _is_header(first.split("\t"))
+    return not _is_header(first.split("\t"), [])
 
 
 def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | None) -> TextFormat:
@@ -81,7 +81,7 @@ def sniff(head: str, path: Path, *, delimiter: str, header: str, label: str | No
     has_spaces = bool(behind) and all(cell.startswith(" ") for cell in behind)
     has_header = header == "yes"
     if header == "auto":
-        has_header = label in cells or _is_header(cells)
+        has_header = label in cells or _is_header(cells, rows[1:])
     names = [cell or f"unnamed{j}" for j, cell in enumerate(cells, 1)]
     if not has_header:
         names = [f"column{j}" for j in range(1, len(cells) + 1)]
@@ -136,9 +136,15 @@ def _delimiter(head: str, path: Path) -> str:
 
     best = max(DELIMITERS.values(), key=agreement)
     if not agreement(best):
+        first = _lines(head)[0]
+        hint = ""
+        if "::" in first:
+            hint = " Its cells are divided by '::': write a tab in its place."
+        elif " " in first.strip():
+            hint = " If its cells are divided by spaces, write tabs in their place."
         raise UserError(
             f"{path} has no columns: none of {', '.join(DELIMITERS)} divides its first line, "
-            f"{quote(_lines(head)[0])}, and as often those below."
+            f"{quote(first)}, and as often those below.{hint}"
         )
     return best
 
@@ -152,20 +158,32 @@ def _first_rows(head: str, mark: str, *, has_quotes: bool) -> list[list[str]]:
     return list(itertools.islice(filter(None, rows), _HEAD_ROWS)) or [[""]]
 
 
-def _is_header(cells: list[str]) -> bool:
-    """Whether cells are names: no two alike, none of them a number, a date or a truth value.
+def _is_header(cells: list[str], rows: list[list[str]]) -> bool:
+    """Whether cells are names: none of them a number, a date or a truth value.
 
-    A name may be missing: that of the index of a data frame.
+    And none that its column holds again, but for one or two of many; where a name is there twice,
+    none at all. A name may be missing: that of the index of a data frame.
     """
     named = [cell for cell in cells if cell]
-    return (
-        len(named) >= max(1, len(cells) - 1)
-        and len(set(named)) == len(named)
-        and not any(
-            re.match(DECIMAL, cell)
-            or _DATE.match(cell)
-            or cell.lower() in BOOLEANS
-            or cell in NO_NUMBER
-            for cell in named
-        )
+    if len(named) < max(1, len(cells) - 1) or any(map(_is_value, named)):
+        return False
+    below = [set(column) for column in zip(*_others(cells, rows), strict=True)]
+    again = sum(bool(cell) and cell in column for cell, column in zip(cells, below, strict=False))
+    if len(set(named)) == len(named):
+        return 4 * again < len(cells) or not below
+    return bool(below) and not again
+
+
+def _others(cells: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """The cells of the rows as long, without the first one again, as where files were joined."""
+    stripped = [[cell.strip() for cell in row] for row in rows if len(row) == len(cells)]
+    return [row for row in stripped if row != cells]
+
+
+def _is_value(cell: str) -> bool:
+    return bool(
+        re.match(DECIMAL, cell)
+        or _DATE.match(cell)
+        or cell.lower() in BOOLEANS
+        or cell in NO_NUMBER
     )

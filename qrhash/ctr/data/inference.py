@@ -5,17 +5,18 @@ if its name says so, if it is too large to be a count, or if there are few of th
 help is left out, with a reason.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from qrhash.ctr.data import cells, lists
 from qrhash.ctr.data.column_names import is_id, is_index, is_label, is_time
 from qrhash.ctr.data.decode import with_points
+from qrhash.ctr.data.labels import check_label
 from qrhash.ctr.data.looks import Seen, look
 from qrhash.ctr.data.schema import Column, Schema, Use
 from qrhash.ctr.errors import UserError
@@ -27,7 +28,6 @@ SAMPLE_ROWS = 8192
 _MOST_SHOWN = 20  # columns in a sentence
 _FEW = 100  # distinct integers that are a category
 _LARGE = 2**31  # an integer that is no count
-_LABELS_OK = 0.9  # share of labels that are to be 0 or 1
 
 _SINCE_1970 = 10**8  # seconds, in 1973; milliseconds and the like are more
 
@@ -66,11 +66,12 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         columns.append(_of_lists(column, kind, settings) if use == "list" else column)
     schema = Schema(
         columns=tuple(columns),
+        positive=tuple(split_names(settings.positive)),
         positive_from=settings.positive_from,
         all_positive=label is None,
     )
     if label is not None:
-        _check_label(label, with_points(sample, schema)[label], schema)
+        check_label(label, with_points(sample, schema)[label], schema)
     if not schema.embedded:
         may_be = [n for n in fields if n != label and _can_be_category(n, seen[n], sample[n])]
         hint = f"name some with --categories, of {listed(may_be)}" if may_be else "none can be one"
@@ -150,10 +151,15 @@ def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:
 
     def name_one(name: str, use: Use, option: str) -> None:
         if name not in names:
-            raise UserError(f"{option}: there is no column {name!r}, but {listed(names)}.")
+            is_numbered = re.fullmatch("column[0-9]+", name) and settings.header == "auto"
+            hint = "; --header no, if the first line is none" if is_numbered else ""
+            raise UserError(f"{option}: there is no column {name!r}, but {listed(names)}{hint}.")
         if name in found:
             raise UserError(f"{option}: column {name!r} is named by {found[name][1]} already.")
         found[name] = (use, option)
+
+    def of_values(name: str) -> Use:
+        return "list" if seen[name].holds == "list" else "category"
 
     if settings.label is not None and not _has_no_label(settings, names):
         name_one(settings.label, "label", "--label")
@@ -170,8 +176,11 @@ def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:
             has_vectors = {"list", "category"} if kind is None else {kind}
             if name in found and found[name][0] in has_vectors:
                 continue
-            of_values = "list" if seen[name].holds == "list" else "category"
-            name_one(name, cast(Use, kind or of_values), f"columns.{name}")
+            name_one(name, cast(Use, kind or of_values(name)), f"columns.{name}")
+    if settings.model == TWO_TOWER:
+        for name in split_names(settings.items):
+            if name in names and name not in found:
+                name_one(name, of_values(name), "--items")
     return {name: use for name, (use, _) in found.items()}
 
 
@@ -187,8 +196,9 @@ def _has_no_label(settings: Settings, names: Iterable[str]) -> bool:
         raise UserError(
             f"label '{NO_LABEL}' goes with model '{TWO_TOWER}', not {settings.model!r}."
         )
-    if settings.positive_from is not None:
-        raise UserError("positive_from goes with a label, not with label 'none'.")
+    for option in ("positive", "positive_from"):
+        if getattr(settings, option) is not None:
+            raise UserError(f"{option} goes with a label, not with label 'none'.")
     return True
 
 
@@ -285,7 +295,7 @@ def _check_use(name: str, kind: str, seen: Seen, use: Use, column: pa.ChunkedArr
     is_stamp = use == "category" and not _is_text(column.type) and holds == "time"
     if holds in fitting[use] and not is_float and not is_stamp:
         return
-    shown = ", ".join(cells.quote(each) for each in _some(column))
+    shown = ", ".join(cells.quote(each) for each in cells.some(column))
     wanted = {
         "label": "labels, 0 and 1",
         "number": "numbers",
@@ -313,45 +323,8 @@ def _can_be_category(name: str, seen: Seen, column: pa.ChunkedArray) -> bool:
     return seen.holds != "nothing"
 
 
-def _check_label(label: str, column: pa.ChunkedArray, schema: Schema) -> None:
-    """Raises a UserError if many of the first labels are not what they must be."""
-    array = column.combine_chunks()
-    try:
-        _, bad = cells.labels(label, array, schema.positive_from)
-    except UserError:
-        bad = np.ones(len(array), bool)
-    if not len(bad) or bad.mean() <= 1 - _LABELS_OK:
-        return
-    told = array.filter(pa.array(~_is_missing(array)))
-    if len(told) and cells.labels(label, told, schema.positive_from)[1].mean() <= 1 - _LABELS_OK:
-        raise UserError(
-            f"The label {label} is missing in {len(array) - len(told):,} of the first "
-            f"{len(array):,} rows: leave out the rows without one, or fill it in."
-        )
-    shown = ", ".join(cells.quote(each) for each in _some(column)) or "nothing"
-    values, unreadable = cells.labels(label, array, -np.inf)
-    hint = "it must be 0 or 1, true or false, or yes or no"
-    if unreadable.mean() <= 1 - _LABELS_OK and len(values):
-        hint += "; --positive-from X makes a click of a label of at least X"
-    raise UserError(f"The label {label} holds {shown}: {hint}.")
-
-
-def _is_missing(array: pa.Array) -> np.ndarray:
-    """Which cells of a column hold no value, [rows] bool."""
-    array = cells.plain(array)
-    if not pa.types.is_string(array.type):
-        return np.asarray(array.is_null(nan_is_null=True))
-    return cells.mask(pc.is_in(pc.utf8_trim_whitespace(array), pa.array([*cells.NO_NUMBER, None])))
-
-
 def _is_text(kind: pa.DataType) -> bool:
     return cells.is_a(kind, "string", "large_string", "string_view", "dictionary")
-
-
-def _some(column: pa.ChunkedArray) -> list[Any]:
-    """A few values of a column."""
-    values = column.slice(0, 1000).drop_null().to_pylist()
-    return list({str(value): value for value in values}.values())[:5]
 
 
 def listed(names: Iterable[str]) -> str:

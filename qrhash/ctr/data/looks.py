@@ -42,7 +42,8 @@ class Seen(NamedTuple):
 # Numbers with a decimal comma, and those whose comma may as well be one of thousands.
 _COMMAS = r"^[+-]?([0-9]+|[0-9]*,[0-9]+)$"
 _THOUSANDS = r"^[+-]?([0-9]+|[0-9]{1,3},[0-9]{3})$"
-_CODE = "^[+-]?(0[0-9]|[0-9]{21})"  # no number's: a leading zero, more digits than 64 bits have
+# No number's: a leading zero, or more digits than 64 bits have.
+_CODE = "^[+-]?(0[0-9]|[0-9]{21})[0-9]*([.,][0-9]*)?$"
 # What people write for each other is told to them, and not guessed.
 _FOR_PEOPLE = {
     "numbers? write them as 1234.5": (

@@ -45,13 +45,15 @@ class Schema:
       columns: in the order of the data.
       preset: "criteo": integers that are clipped at 0, and categories of hex digits; "table":
         signed numbers, and categories of integers or text.
-      positive_from: from which value on a label is a click; None: labels are 0 and 1.
+      positive: the labels that are clicks, where labels are words.
+      positive_from: else, from which value on a label is a click; None: labels are 0 and 1.
       label_required: whether a row without one is malformed, and data without the column.
       all_positive: whether there is no label, because every row is a click.
     """
 
     columns: tuple[Column, ...]
     preset: Literal["criteo", "table"] = "table"
+    positive: tuple[str, ...] = ()
     positive_from: float | None = None
     label_required: bool = True
     all_positive: bool = False
@@ -121,7 +123,8 @@ class Schema:
     def from_dict(cls, values: Mapping[str, Any]) -> "Schema":
         """The schema of which `as_dict` made these values."""
         columns = tuple(Column(**column) for column in values["columns"])
-        return cls(**{**values, "columns": columns})
+        positive = tuple(values.get("positive", ()))  # An earlier version knew none.
+        return cls(**{**values, "columns": columns, "positive": positive})
 
     def of_use(self, use: Use) -> tuple[Column, ...]:
         """The columns that are used so."""

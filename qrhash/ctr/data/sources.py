@@ -187,7 +187,7 @@ def open_source(
     if found is not None and not found.label_required and found.label not in files[0].fields:
         found = found.without("label")
     if not sum(file.num_rows for file in files):
-        raise UserError(f"{settings.data} is empty.")
+        raise UserError(f"{settings.data} holds no rows.")
     used = files[0].fields if found is None else [column.name for column in found.used]
     for file in files:
         _check_fields(file, files[0], list(used), may_have_more=found is not None)

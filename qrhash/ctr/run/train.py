@@ -68,6 +68,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         goal, source, counts, train, bad_lines, settings.batch_size, layout, display
     )
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
+    bad_lines.check(source.num_lines)
     begun_with = settings
     settings = _as_planned(settings, counts, goal.num_rows(train), keeper, display)
     configs = embed_configs(settings, sizes, layout)
