@@ -158,6 +158,16 @@ def test_text_for_people_is_a_category_that_says_what_it_may_be(write, hint):
     assert (column.use, column.reason) == ("category", hint)
 
 
+@pytest.mark.parametrize(
+    ("first", "hint"),
+    [(960_000_000, "seconds since 1970? --time x splits by them"), (9_000, ""), (-960_000_000, "")],
+)
+@pytest.mark.parametrize("write", [int, str])
+def test_integers_that_may_be_times_are_numbers_that_say_so(first, hint, write):
+    column = _column([write(first + 1_000 * i) for i in range(ROWS)])
+    assert (column.use, column.reason) == ("number", hint)
+
+
 def test_numbers_with_a_decimal_comma():
     words = {"x": ["-1,5", "2", None, "3,125"] * 100, "l": ["0,0", "1,0"] * 200}
     schema = _infer(words, label="l", numbers="x")

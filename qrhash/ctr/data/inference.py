@@ -30,6 +30,7 @@ _FEW = 100  # distinct integers that are a category
 _LARGE = 2**31  # an integer that is no count
 
 _SINCE_1970 = 10**8  # seconds, in 1973; milliseconds and the like are more
+_SINCE_2000 = 946_684_800  # seconds
 
 
 def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Settings) -> Schema:
@@ -264,7 +265,8 @@ def _use_of_integers(name: str, seen: Seen) -> tuple[Use, str]:
     # In a short table a handful of values is a count as likely as not.
     if seen.distinct <= min(_FEW, seen.present // 2):
         return "category", f"{seen.distinct} values in the first rows"
-    return "number", ""
+    is_clock = seen.smallest >= _SINCE_2000 and seen.largest < _LARGE
+    return "number", f"seconds since 1970? --time {name} splits by them" if is_clock else ""
 
 
 def _alone(name: str, seen: Seen) -> str:

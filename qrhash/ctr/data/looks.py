@@ -20,6 +20,7 @@ class Seen(NamedTuple):
       distinct: how many different ones.
       present: how many cells are not missing.
       largest: the largest absolute value of integers.
+      smallest: the smallest of them.
       is_whole: of numbers that are no integers by their type: whether they all are by value.
       has_gaps: whether cells are missing.
       has_commas: of numbers in text: whether they are written with a decimal comma.
@@ -32,6 +33,7 @@ class Seen(NamedTuple):
     distinct: int
     present: int
     largest: int = 0
+    smallest: int = 0
     is_whole: bool = False
     has_gaps: bool = False
     has_commas: bool = False
@@ -79,7 +81,7 @@ def look(column: pa.Array) -> Seen:
     if cells.is_a(kind, "integer"):
         ends = pc.min_max(distinct).as_py()
         largest = max(abs(ends["min"]), abs(ends["max"]))
-        return Seen("integer", len(distinct), len(present), largest)
+        return Seen("integer", len(distinct), len(present), largest, ends["min"])
     holds = "nested"
     for held, names in {
         "text": ("binary",),
@@ -127,8 +129,8 @@ def _look_at_text(present: pa.Array, distinct: pa.Array) -> Seen:
 
     if share(cells.CANONICAL) >= _READABLE:
         whole = trimmed.filter(pc.match_substring_regex(trimmed, cells.CANONICAL)).unique()
-        largest = max(abs(int(text)) for text in whole.to_pylist())
-        return Seen("integer", *counts, largest)
+        values = [int(text) for text in whole.to_pylist()]
+        return Seen("integer", *counts, max(map(abs, values)), min(values))
     is_code = share(_CODE) >= 1 - _READABLE
     if share(cells.DECIMAL) >= _READABLE and not is_code:
         return Seen("number", *counts, is_whole=share(cells.WHOLE) == 1)
