@@ -366,6 +366,7 @@ def test_a_mistake_is_one_sentence(name):
     [
         ({"label": "a"}, "label goes with a table in --data"),
         ({"data": "f", "positive": "a", "positive_from": 2.0}, "are two ways: give one of them"),
+        ({"data": "f", "positive": " ,"}, "positive must name a label at least, got none"),
         ({"data": "f", "preset": "criteo", "time": "a"}, "time goes with a table"),
         ({"data": "f", "columns": {"a": {"kind": "number", "collisions": 3}}}, "columns.a: kind"),
         ({"columns": {"C1": {"kind": "ignore"}}}, "columns.C1: kind goes with a table in --data"),

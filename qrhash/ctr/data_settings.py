@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 from qrhash.ctr.errors import UserError
-from qrhash.ctr.options import PANELS, Option
+from qrhash.ctr.options import PANELS, Option, split_names
 
 # What a table's columns are used as; the Criteo format has its own.
 OF_TABLES = (
@@ -103,6 +103,8 @@ def check_data(settings: DataOptions, *, is_criteo: bool) -> None:
     for name in OF_TABLES:
         if getattr(settings, name) is not None and is_criteo:
             raise UserError(f"{name} goes with a table in --data, not with the columns of Criteo.")
+    if settings.positive is not None and not split_names(settings.positive):
+        raise UserError("positive must name a label at least, got none.")
     if settings.positive is not None and settings.positive_from is not None:
         raise UserError("positive and positive_from are two ways: give one of them.")
     if not 0 < settings.test_fraction < 1:

@@ -125,12 +125,12 @@ class BadLines:
         self._lines[path, line] = reason
         message = f"{path}, line {line}: {reason}"
         if len(self._lines) > self._limit:
-            hint = "a larger --max-bad-lines skips more"
-            if self._limit and max(number for _, number in self._lines) <= self._limit + 2:
+            hint = "a larger --max-bad-lines skips more."
+            paths, lines = zip(*self._lines, strict=True)
+            if self._limit and len(set(paths)) == 1 and max(lines) <= len(lines) + 1:
                 hint = "no line is well formed: do --preset, --delimiter and --header fit the data?"
             raise UserError(
                 f"More than {self._limit} malformed lines, the last of them {message}; {hint}"
-                f"{'' if hint.endswith('?') else '.'}"
             )
         if len(self._lines) <= self._SHOWN:
             more = " (further ones are only counted)" if len(self._lines) == self._SHOWN else ""
