@@ -200,6 +200,7 @@ def _train(
         keeper.rewind(progress.points)
         points = [point for point in points if point > progress.rows]
     display.phase("training", total)
+    display.update(progress.rows, "compiling the step")
 
     def point() -> None:
         with progress.pause(learner.params):
