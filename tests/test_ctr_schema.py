@@ -207,7 +207,10 @@ def test_one_value_and_missing_cells_are_two_things():
 
 
 def test_the_index_of_a_data_frame_is_left_out():
-    assert _column(INTEGERS, "Unnamed: 0").use == "ignored"
+    for name in ("unnamed1", "Unnamed: 0", "Unnamed: 0.1", "__index_level_0__"):
+        assert _column(INTEGERS, name).use == "ignored"
+    for name in ("unnamed2", "Unnamed: 3"):  # Any other column may lack a name.
+        assert _column(INTEGERS, name).use == "number"
     assert _column(INTEGERS, "Unnamed: 0", numbers="Unnamed: 0").use == "number"
 
 
