@@ -24,7 +24,7 @@ from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.errors import UserError
+from qrhash.ctr.errors import ANEW, UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, tables_of
 from qrhash.ctr.model.metrics import Judged, described, scores
 from qrhash.ctr.model.planned import compressed
@@ -318,7 +318,7 @@ def _resume(
             "qrhash: has one of them changed?"
         ) from error
     except OSError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error} {ANEW}") from error
     for sentence in (*restored.damaged, *(each.message for each in lost)):
         display.line(f"Warning: {sentence}")
     if "batches" not in restored.extra["position"]:
