@@ -237,6 +237,8 @@ def test_an_earlier_run_is_never_overwritten(tmp_path, monkeypatch):
         with RunDirectory(None) as directory:
             directory.record({"kind": "settings"})
         paths.add(directory.path)
+        assert [each.name for each in directory.path.iterdir()] == [METRICS]  # no points yet
+        assert (directory.note, directory.going_on) == (f"{METRICS} is in {directory.path}", "")
     assert len(paths) == 3
     with pytest.raises(UserError, match="holds an earlier run"):
         RunDirectory(str(next(iter(paths))))
