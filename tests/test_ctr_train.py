@@ -274,6 +274,10 @@ def test_the_final_table_says_it_all():
     for line in (("rows of tables", "20", "the 80"), ("their bytes", "1,000", "the 4,000")):
         assert any(all(part in each for part in line) for each in text.splitlines())
     assert "0.5000 constant predictor, 0.4000 ground truth" in text
+    console.print(final_table(replace(SUMMARY, rows_per_second=0.0)))
+    (line,) = [each for each in console.file.getvalue().splitlines() if "one step alone" in each]
+    assert "training speed" in line
+    assert "rows/s" not in line
 
 
 class Bars(Display):

@@ -252,7 +252,9 @@ def final_table(summary: Summary) -> Table:
     if summary.best_rows < summary.train_rows:
         table.add_row("best model, tested here", f"after {summary.best_rows:,} rows", "")
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
-    table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
+    speed = f"{summary.rows_per_second:,.0f} rows/s" if summary.rows_per_second else "unknown"
+    one_step = "" if summary.rows_per_second else "one step alone, which compiles"
+    table.add_row("training speed", speed, one_step)
     table.add_section()
     test = summary.test.named()
     for metric, title in summary.test.titles.items():
