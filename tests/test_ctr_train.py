@@ -70,6 +70,16 @@ class Kept(Keeper):
         self.record = records.append
 
 
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_labels_that_are_all_alike_are_warned_of(label, tmp_path):
+    rows = [[label, *row[1:]] for row in ctr_files.random_rows(100)]
+    data = ctr_files.write_text(tmp_path / "clicks", rows)
+    with Display(Console(file=io.StringIO(), width=150)) as display:
+        fit(Settings(data=str(data), **SMALL), display, Kept([]))
+    sentence = f"Warning: the labels of all training rows are {label}: there is nothing to learn"
+    assert sentence in display._console.file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def rows():
     return ctr_files.random_rows(3000)

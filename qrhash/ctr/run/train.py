@@ -39,6 +39,7 @@ from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.rows import Rows, first_pass, shown, splits
 from qrhash.ctr.settings import Settings
+from qrhash.ctr.tower_settings import TWO_TOWER
 
 
 def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
@@ -93,6 +94,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     with closing(best):
         with _checkpoints(settings, configs, keeper) as checkpoints:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
+        _warn_of_labels(settings, progress, display)
         rows_per_second = progress.rows_per_second
         learner.count_keys()
         if not best.restore(learner):
@@ -333,6 +335,13 @@ def _resume(
         learner.growth.take_over(restored.extra["growth"])
     display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
     return restored.extra["epoch"], restored.extra["position"]
+
+
+def _warn_of_labels(settings: Settings, progress: Progress, display: Display) -> None:
+    """Tells of labels that are all alike; two towers learn from clicks alone."""
+    if settings.model != TWO_TOWER and progress.click_rate in (0, 1):
+        alike = f"the labels of all training rows are {progress.click_rate:.0f}"
+        display.line(f"Warning: {alike}: there is nothing to learn from them")
 
 
 def _test(
