@@ -79,7 +79,8 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
 
 
 MISTAKES = {
-    "missing file": (["--data", "absent.tsv"], "There is no file absent.tsv"),
+    "missing file": (["--data", "absent.tsv"], "There is no file or folder absent.tsv"),
+    "missing folder": (["--data", "absent/"], "There is no file or folder absent/."),
     "empty folder": (["--data", "nothing"], "nothing holds no file of data"),
     "not hex": (["--data", "words.tsv", "--max-bad-lines", "3"], "C1 is not a category"),
     "labels": (["--data", "labels.tsv", "--max-bad-lines", "3"], "label is not 0 or 1: '7'"),

@@ -185,6 +185,8 @@ def test_an_export_is_replaced_only_when_told(exported, tmp_path):
     assert (model / "model.json").read_text() == before
     assert [each.name for each in model.parent.iterdir() if "part" in each.name] == []
     (tmp_path / "mine.txt").write_text("mine")
+    result = _export(run, tmp_path / "mine.txt", "--overwrite")
+    assert f"{tmp_path / 'mine.txt'} is no directory; choose another." in result.output
     result = _export(run, tmp_path, "--overwrite")
     assert "is no earlier export" in result.output
     assert (tmp_path / "mine.txt").exists()

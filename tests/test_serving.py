@@ -576,6 +576,12 @@ def test_vectors_their_deltas_and_a_snapshot_that_is_replaced(tmp_path):
         Vectors(path, tmp_path / "none", max_ids=3)
 
 
+def test_a_snapshot_that_is_not_there_is_one_sentence(tmp_path):
+    sentence = f"^--embeddings {tmp_path / 'none'} cannot be read: No such file or directory.$"
+    with pytest.raises(UserError, match=sentence):
+        Vectors(tmp_path / "none", None, max_ids=3)
+
+
 # --- figures --------------------------------------------------------------------------------------
 
 
