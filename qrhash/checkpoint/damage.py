@@ -20,8 +20,8 @@ def reason(error: Exception, checkpoint: Path) -> str:
     """Why a checkpoint cannot be read: the array or the file where it is known."""
     if isinstance(error, json.JSONDecodeError):
         return f"{_file_of(error.doc, checkpoint)} is no whole JSON"
-    while isinstance(error.__cause__, Exception):
-        error = error.__cause__  # What wraps it tells less.
+    if _DUMPS.search(str(error)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # What Orbax says of it names no array.
     said = _DUMPS.sub("", first_line(error))
     if found := _ARRAY.search(said):
         said = f"array {found[1]!r} cannot be read: {found[2] or 'it is not there'}"
