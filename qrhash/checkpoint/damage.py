@@ -8,11 +8,10 @@ import json
 import re
 from pathlib import Path
 
-from qrhash.checkpoint.writing import first_line
+from qrhash.checkpoint.writing import DUMPS, first_line
 
 # In their words: "<array>/<chunk>" in OCDBT database at local file "<path>": <reason>
 _ARRAY = re.compile(r'"([^"]*)/[^"/]*" in OCDBT database at local file "[^"]*"(?:: (.*)|$| )')
-_DUMPS = re.compile(r" \[tensorstore_spec=.*| See full TensorStore details.*", re.DOTALL)
 _MOST = 300  # characters
 
 
@@ -20,9 +19,9 @@ def reason(error: Exception, checkpoint: Path) -> str:
     """Why a checkpoint cannot be read: the array or the file where it is known."""
     if isinstance(error, json.JSONDecodeError):
         return f"{_file_of(error.doc, checkpoint)} is no whole JSON"
-    if _DUMPS.search(str(error)) and isinstance(error.__cause__, Exception):
+    if DUMPS.search(str(error)) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # What Orbax says of it names no array.
-    said = _DUMPS.sub("", first_line(error))
+    said = first_line(error)
     if found := _ARRAY.search(said):
         said = f"array {found[1]!r} cannot be read: {found[2] or 'it is not there'}"
     return said[:_MOST].rstrip(". ")
