@@ -123,7 +123,7 @@ INSIDE = {
     "linen": ["variables", "modules", "dynamic"],
     "nnx": ["variables", "modules", "dynamic", "gradients", "optimizer"],
     "deeprec": ["options", "variable", "tiered", "interface", "embedding_variable"],
-    "checkpoint": ["writing", "files", "metadata", "leaves", "shards", "checkpoints"],
+    "checkpoint": ["writing", "damage", "files", "metadata", "leaves", "shards", "checkpoints"],
     "export": ["row_formats", "tensors", "header", "pooling", "embeddings", "snapshot", "saving"],
     "importing": ["arrays", "carried", "dlrm", "deeprec", "full"],
     "fitting": [

@@ -79,7 +79,8 @@ def test_a_run_leaves_metrics_and_picture(small, tmp_path):
 
 
 MISTAKES = {
-    "missing file": (["--data", "absent.tsv"], "There is no file absent.tsv"),
+    "missing file": (["--data", "absent.tsv"], "There is no file or folder absent.tsv"),
+    "missing folder": (["--data", "absent/"], "There is no file or folder absent/."),
     "empty folder": (["--data", "nothing"], "nothing holds no file of data"),
     "not hex": (["--data", "words.tsv", "--max-bad-lines", "3"], "C1 is not a category"),
     "labels": (["--data", "labels.tsv", "--max-bad-lines", "3"], "label is not 0 or 1: '7'"),
@@ -108,6 +109,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_1(name, small, tmp_path):
     assert len(errors) == 1
     assert sentence in errors[0]
     assert "Traceback" not in result.output
+    assert f"{METRICS} " not in result.stderr
+    assert not list(tmp_path.rglob(PICTURE))
 
 
 def test_a_device_with_too_little_memory_is_one_sentence(capsys):
@@ -168,13 +171,15 @@ def test_an_interrupt_keeps_what_was_written(small, tmp_path):
         _, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "Interrupted." in errors
-    assert f"{METRICS} and {PICTURE} are in out" in errors
+    assert errors.endswith(
+        f"{METRICS} and {PICTURE} are in out\ngo on with: qrhash train --resume --output-dir out\n"
+    )
     assert "Traceback" not in errors
     assert (tmp_path / "out" / PICTURE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_interrupt_waits_for_the_batch_and_a_second_one_for_nothing(monkeypatch, capfd):
-    interrupts = Interrupts()
+    interrupts = Interrupts(lambda: ["go on with: ..."])
     interrupts.check()
     interrupts(signal.SIGINT, None)
     with pytest.raises(KeyboardInterrupt):
@@ -185,7 +190,7 @@ def test_an_interrupt_waits_for_the_batch_and_a_second_one_for_nothing(monkeypat
     with pytest.raises(SystemExit) as ended:
         interrupts(signal.SIGINT, None)
     assert ended.value.code == 130
-    assert capfd.readouterr().err == "Interrupted.\n"
+    assert capfd.readouterr().err == "Interrupted.\ngo on with: ...\n"
 
 
 def test_an_early_interrupt_ends_at_once(tmp_path):

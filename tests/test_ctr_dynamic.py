@@ -372,7 +372,7 @@ def test_a_run_says_what_became_of_its_keys(unbroken):
     assert f"{summary['index_bytes']:,}" in result.stdout
     overview = [line.split() for line in result.stderr.splitlines() if "rows that grow" in line]
     assert [words[0] for words in overview] == ["user", "ad", "tags"]
-    shown = "rows that grow 64 x 4 after MultiHash 8 x 4 + 8 x 4, mult: 1,280 bytes"
+    shown = "rows that grow 64 x 4 after MultiHash 8 x 4 + 8 x 4, mult: 1,280 bytes, shared by 3"
     assert result.stderr.count(shown) == 3
 
 

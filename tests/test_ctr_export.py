@@ -13,6 +13,7 @@ from safetensors.flax import load_file
 from typer.testing import CliRunner
 
 from qrhash import cli, export
+from qrhash.ctr.data import cells
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.pipeline import encode
 from qrhash.ctr.data.schema import Schema
@@ -23,6 +24,7 @@ from qrhash.ctr.run.export_readme import readme
 from qrhash.ctr.run.trained import kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
 from qrhash.keys import Keys
+from qrhash.strings import hash_strings
 from support import ctr_files
 from support.cases import assert_close
 from support.training_process import train
@@ -139,20 +141,33 @@ def test_the_lines_of_its_readme_run_without_qrhash(name, exported):
     assert done.returncode == 0, done.stderr
 
 
+NAMES = ["user id", "a,b", "x\ny", "", "it's"]
+SAID = {
+    "outputs": ["score"],
+    "platforms": ["cpu"],
+    "also": [],
+    "schema": {"preset": "table"},
+    "columns_of": {"numbers": NAMES, "ids": [], "keys": []},
+    "inputs": {"numbers": {"shape": ["rows", 5], "dtype": "float32"}},
+    "lists": {},
+    "columns": {name: {"by": "vocabulary", "missing": None} for name in NAMES},
+}
+
+
 def test_its_readme_names_columns_whatever_they_are_called():
-    names = ["user id", "a,b", "x\ny", "", "it's"]
-    said = {
-        "outputs": ["score"],
-        "platforms": ["cpu"],
-        "also": [],
-        "schema": {"preset": "table"},
-        "columns_of": {"numbers": names, "ids": [], "keys": []},
-        "inputs": {"numbers": {"shape": ["rows", 5], "dtype": "float32"}},
-        "lists": {},
-        "columns": {name: {"by": "vocabulary", "missing": None} for name in names},
-    }
-    page = readme(said)
+    page = readme(SAID)
     assert page.count("`user id`, `a,b`, `'x\\ny'`, `''`, `it's`") == 2
+
+
+def test_its_readme_says_which_key_text_has():
+    page = readme(SAID)
+    assert "(`42`, not `042` or `+42`)" in page
+    assert "(`42.0`)" in page
+    assert "`true` and `false`, whatever their case, in lower case" in page
+    text = ["42", "42.0", "-1", "042", "+42", "TRUE", "true"]
+    found = cells.keys("a", pa.array(text))[0][0].tolist()
+    hashed = hash_strings(["042", "+42", "true", "true"]).tolist()
+    assert found == [42, 42, 2**64 - 1, *hashed]
 
 
 def test_whoever_may_read_one_of_its_files_may_read_all(exported):
@@ -170,6 +185,8 @@ def test_an_export_is_replaced_only_when_told(exported, tmp_path):
     assert (model / "model.json").read_text() == before
     assert [each.name for each in model.parent.iterdir() if "part" in each.name] == []
     (tmp_path / "mine.txt").write_text("mine")
+    result = _export(run, tmp_path / "mine.txt", "--overwrite")
+    assert f"{tmp_path / 'mine.txt'} is no directory; choose another." in result.output
     result = _export(run, tmp_path, "--overwrite")
     assert "is no earlier export" in result.output
     assert (tmp_path / "mine.txt").exists()

@@ -303,7 +303,7 @@ WRONG = {
     "value": (["RUN", "--neighbours=user=me"], "user was 'me' in no row that was counted."),
     "tested": (["RUN", "--neighbours=user=visitor"], "user was 'visitor' in no row that was"),
     "output": (["RUN", "--output-dir=RUN/ids.npz/x"], "ids.npz is no directory: choose another"),
-    "data": (["RUN", "--data=absent.csv"], "There is no file absent.csv"),
+    "data": (["RUN", "--data=absent.csv"], "There is no file or folder absent.csv"),
 }
 
 

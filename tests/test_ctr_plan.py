@@ -463,7 +463,7 @@ def test_sizes_in_bytes_are_read(text, size):
         (["--num-bytes", "lots"], "num_bytes must be a size such as 64MB, .* got 'lots'"),
         (["--num-bytes", "64MB"], "Either --data or --sizes must be given"),
         (["--num-bytes", "64MB", "--sizes", "none.csv"], "none.csv cannot be read"),
-        (["--num-bytes", "64MB", "--data", "none.csv"], "There is no file none.csv"),
+        (["--num-bytes", "64MB", "--data", "none.csv"], "There is no file or folder none.csv"),
         (["--num-bytes", "100", "--sizes", "sizes.csv"], "at least [0-9,]+, .* got 100"),
         (
             ["--num-bytes", "1MB", "--sizes", "sizes.csv", "--output", "sizes.csv"],

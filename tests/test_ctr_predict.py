@@ -149,9 +149,14 @@ def test_malformed_rows_have_no_score_and_missing_labels_are_no_fault(runs, tmp_
     kept = [row for row in range(100) if row != 70]
     np.testing.assert_allclose(got["logit"], np.array(wanted["logit"])[kept], rtol=1e-5)
     assert "99 rows scored, 2 malformed lines skipped" in result.stderr
-    assert "2 rows have no label" in result.stderr
+    assert "2 rows have no label that can be read" in result.stderr
     assert "e.csv, line 42: expected 6 columns, found 2" in result.stderr
     assert "e.csv, line 73: age is not a number: 'old'" in result.stderr
+    part["clicked"] = ["good", None] * 50
+    words = ctr_files.write_csv(tmp_path / "words.csv", part)
+    got, result = _scores(run, words, tmp_path / "words.parquet")
+    assert set(got["label"]) == {None}
+    assert result.stderr.rstrip().endswith("; none of these rows has a label that can be read")
     result = _predict(run, tmp_path / "e.csv", tmp_path / "none.csv", "--max-bad-lines=1")
     assert "More than 1 malformed lines" in result.stderr
     assert not list(tmp_path.glob("none.csv*"))

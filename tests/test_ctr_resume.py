@@ -362,7 +362,8 @@ def test_a_place_in_the_data_as_an_earlier_version_told_it(taken_up):
 def test_nothing_but_damaged_checkpoints(taken_up):
     for path in (taken_up / "checkpoints").glob("*/metadata/metadata"):
         path.write_text("")
-    _assert_refused("is damaged", "--output-dir", taken_up)
+    sentence = "is damaged: metadata/metadata is no whole JSON. If no other is left, train anew"
+    _assert_refused(sentence, "--output-dir", taken_up)
 
 
 def test_a_run_whose_epochs_fill_their_batches_goes_on(options, tmp_path):

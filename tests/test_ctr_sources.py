@@ -248,7 +248,7 @@ def test_what_is_not_a_data_file_is_said_in_a_sentence(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    says(tmp_path / "absent", "There is no file .*absent")
+    says(tmp_path / "absent", "There is no file or folder .*absent")
     (tmp_path / "folder").mkdir()
     says(tmp_path / "folder", "folder holds no file of data")
     says(tmp_path / "empty", "empty is empty")

@@ -70,6 +70,16 @@ class Kept(Keeper):
         self.record = records.append
 
 
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_labels_that_are_all_alike_are_warned_of(label, tmp_path):
+    rows = [[label, *row[1:]] for row in ctr_files.random_rows(100)]
+    data = ctr_files.write_text(tmp_path / "clicks", rows)
+    with Display(Console(file=io.StringIO(), width=150)) as display:
+        fit(Settings(data=str(data), **SMALL), display, Kept([]))
+    sentence = f"Warning: the labels of all training rows are {label}: there is nothing to learn"
+    assert sentence in display._console.file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def rows():
     return ctr_files.random_rows(3000)
@@ -237,6 +247,8 @@ def test_an_earlier_run_is_never_overwritten(tmp_path, monkeypatch):
         with RunDirectory(None) as directory:
             directory.record({"kind": "settings"})
         paths.add(directory.path)
+        assert [each.name for each in directory.path.iterdir()] == [METRICS]  # no points yet
+        assert (directory.note, directory.going_on) == (f"{METRICS} is in {directory.path}", "")
     assert len(paths) == 3
     with pytest.raises(UserError, match="holds an earlier run"):
         RunDirectory(str(next(iter(paths))))
@@ -272,6 +284,10 @@ def test_the_final_table_says_it_all():
     for line in (("rows of tables", "20", "the 80"), ("their bytes", "1,000", "the 4,000")):
         assert any(all(part in each for part in line) for each in text.splitlines())
     assert "0.5000 constant predictor, 0.4000 ground truth" in text
+    console.print(final_table(replace(SUMMARY, rows_per_second=0.0)))
+    (line,) = [each for each in console.file.getvalue().splitlines() if "one step alone" in each]
+    assert "training speed" in line
+    assert "rows/s" not in line
 
 
 class Bars(Display):

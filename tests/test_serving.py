@@ -25,10 +25,12 @@ from typer.testing import CliRunner
 
 import qrhash
 from qrhash import cli, dynamic, export
+from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.errors import UserError
+from qrhash.ctr.settings import Settings
 from qrhash.serving import load, server
 from qrhash.serving.batcher import Batcher
-from qrhash.serving.bodies import ARROW
+from qrhash.serving.bodies import ARROW, Columns
 from qrhash.serving.limits import Limits, Refused
 from qrhash.serving.metrics import Metrics
 from qrhash.serving.model import Model
@@ -239,6 +241,18 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(name, serving):
     assert sentence in answer.json()["error"]
     if status == 422 and "Row" in sentence:
         assert list(answer.json()["rows"]) == [re.search(r"Row (\d)", sentence)[1]]
+
+
+def test_lists_of_a_request_are_written_in_one_way():
+    schema = Schema(columns=(Column("tags", "list<string>", "list", "list", length=3),))
+    columns = Columns(schema, Settings(), max_rows=9, max_body=999)
+    for cells in (["a", "b"], "a|b"):
+        body = json.dumps([{"tags": cells}, {"tags": None}]).encode()
+        assert columns.rows(body, "application/json").table.num_rows == 2
+    body = json.dumps([{"tags": ["a", "b"]}, {"tags": "a|b"}]).encode()
+    sentence = "Row 1: tags is not written as a list, as it is in other rows of the request: a|b"
+    with pytest.raises(Refused, match=re.escape(sentence)):
+        columns.rows(body, "application/json")
 
 
 TABLE = pa.table({name: [value] for name, value in ROW.items()})
@@ -560,6 +574,12 @@ def test_vectors_their_deltas_and_a_snapshot_that_is_replaced(tmp_path):
         assert client.post("/score", json=[]).status_code == 404
     with pytest.raises(UserError, match="no directory"):
         Vectors(path, tmp_path / "none", max_ids=3)
+
+
+def test_a_snapshot_that_is_not_there_is_one_sentence(tmp_path):
+    sentence = f"^--embeddings {tmp_path / 'none'} cannot be read: No such file or directory.$"
+    with pytest.raises(UserError, match=sentence):
+        Vectors(tmp_path / "none", None, max_ids=3)
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from qrhash.arithmetic import as_size
+from qrhash.checkpoint.damage import reason
 from qrhash.checkpoint.files import FILES, FilesSave, ReadFiles, WriteFiles
 from qrhash.checkpoint.leaves import (
     STATE,
@@ -24,7 +25,7 @@ from qrhash.checkpoint.leaves import (
 )
 from qrhash.checkpoint.metadata import MismatchError, check_extra, compare, describe
 from qrhash.checkpoint.shards import Moved, admissions_of, moved_states
-from qrhash.checkpoint.writing import finish, first_line, unfinished, writing
+from qrhash.checkpoint.writing import finish, unfinished, writing
 from qrhash.config import EmbedConfig
 from qrhash.dynamic.config import DynamicConfig
 from qrhash.stacks import CollectionConfig
@@ -207,10 +208,10 @@ class Checkpoints:
                 raise
             # Whatever the libraries underneath make of a file that is not as it was written.
             except Exception as error:
-                damaged.append(f"Checkpoint {path} is damaged: {first_line(error)}")
+                damaged.append(f"Checkpoint {path} is damaged: {reason(error, path)}.")
                 if len(steps) > 1 and jax.process_count() > 1:
                     advice = "move it away, then the one before it is read."
-                    raise OSError(f"{damaged[0]}; {advice}") from error
+                    raise OSError(f"{damaged[0][:-1]}; {advice}") from error
             else:
                 read = {name: from_file(leaf, arrays[name]) for name, leaf in in_file.items()}
                 for table in moved:

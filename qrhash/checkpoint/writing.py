@@ -8,6 +8,7 @@ import atexit
 import concurrent.futures.thread
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+# All that TensorStore knows of an array, behind what is wrong with it.
+DUMPS = re.compile(r" \[tensorstore_spec=.*| See full TensorStore details.*", re.DOTALL)
+
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(DUMPS.sub("", str(error)).strip().splitlines()), type(error).__name__)
 
 
 unfinished: dict[ocp.CheckpointManager, Path] = {}  # whose last save may be on its way

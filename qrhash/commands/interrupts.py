@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _SAID = "Ctrl-C: the training ends with this batch; once more, and it ends at once."
@@ -21,15 +22,19 @@ class Interrupts:
 
     Python would raise KeyboardInterrupt in the middle of whatever a library is doing, which may
     lose it, as `__del__` does, or fail for another reason, as Orbax does amid a save.
+
+    Args:
+      left: what to say of what there is, when a second one ends the program.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, left: Callable[[], Sequence[str]] = list) -> None:
+        self._left = left
         self._has_come = False
 
     def __call__(self, *_: Any) -> None:
         """As a signal handler."""
         if self._has_come:
-            print("Interrupted.", file=sys.stderr)
+            print("Interrupted.", *self._left(), sep="\n", file=sys.stderr)
             leave()
         self._has_come = True
         # Not by `print`, whose buffer the handler may have interrupted.

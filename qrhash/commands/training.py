@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from qrhash.commands.interrupts import Interrupts
+from qrhash.commands.interrupts import INTERRUPTED, Interrupts
 from qrhash.commands.parameters import (
     Directory,
     Run,
@@ -50,13 +50,19 @@ def train_command() -> Any:
 def _run(config: Path | None, given: dict[str, Any]) -> int:
     """Trains; returns the exit code."""
     from qrhash.ctr.run.devices import connect
-    from qrhash.ctr.run.report import METRICS, PICTURE, RunDirectory, final_table
+    from qrhash.ctr.run.report import RunDirectory, final_table
     from qrhash.ctr.run.train import fit
 
     console = Console(stderr=True)
-    interrupts = Interrupts()
-    display = Display(console, check=interrupts.check)
     directory: RunDirectory | None = None
+
+    def left() -> list[str]:
+        if directory is None or directory.path is None:
+            return []
+        return [line for line in (directory.note, directory.going_on) if line]
+
+    interrupts = Interrupts(left)
+    display = Display(console, check=interrupts.check)
 
     def train() -> None:
         nonlocal directory
@@ -76,11 +82,10 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
         if not settings.process_id:
             Console().print(final_table(summary))
 
-    try:
-        return guarded(train, console)
-    finally:
-        if directory is not None and directory.path is not None:
-            display.line(f"{METRICS} and {PICTURE} are in {directory.path}")
+    code = guarded(train, console)
+    for line in {0: left()[:1], INTERRUPTED: left()}.get(code, []):
+        display.line(line)
+    return code
 
 
 def predict_command() -> Any:

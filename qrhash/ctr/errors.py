@@ -1,5 +1,8 @@
 """The one exception the command line turns into a sentence."""
 
+# What to do about a checkpoint that cannot be read.
+ANEW = "If no other is left, train anew, into another --output-dir."
+
 
 class UserError(ValueError):
     """Something in the data or the options that the person at the keyboard can mend.

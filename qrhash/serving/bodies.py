@@ -122,10 +122,13 @@ class Columns:
         kinds = set(map(type, cells))
         if kinds <= _TEXT and str in kinds:
             return pa.array(cells, pa.string())
+        rule = "a list"
+        if {str, list} <= kinds:
+            rule = "written as a list, as it is in other rows of the request"
         lists = []
         for row, cell in enumerate(cells):
             if cell is not None and not isinstance(cell, list):
-                _refuse(name, row, "a list", cell)
+                _refuse(name, row, rule, cell)
             lists.append(cell and [_text(each, False, name, row) for each in cell])
         return pa.array(lists, pa.list_(pa.string()))
 

@@ -35,7 +35,9 @@ class Vectors:
         try:
             self.snapshot = Snapshot(path)
         except (OSError, ValueError) as error:
-            raise UserError(str(error)) from error
+            why = getattr(error, "strerror", None)  # of the system, which has no sentence for it
+            said = f"--embeddings {path} cannot be read: {why}." if why else str(error)
+            raise UserError(said) from error
         self._seen: dict[Path, Any] = {}
 
     @property

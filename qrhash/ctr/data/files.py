@@ -217,7 +217,7 @@ def find_files(data: str, notify: Callable[[str], None]) -> list[Path]:
             raise UserError(f"No file matches {data}.")
         return [each for each in found if each.is_file()]
     if not path.exists():
-        raise UserError(f"There is no file {path}.")
+        raise UserError(f"There is no file or folder {data}.")
     if not path.is_file():
         raise UserError(f"{path} is not a regular file.")
     return [path]

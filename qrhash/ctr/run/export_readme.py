@@ -76,6 +76,12 @@ np.testing.assert_allclose(scores, example["wanted/score"], rtol=1e-5, atol=1e-6
 """,
 }
 
+_KEYS = """an integer from -2**63 to 2**64 - 1 is its 64 bits, negative ones in two's complement.
+  So is text that is such an integer as Python writes it (`42`, not `042` or `+42`), also with `.0`
+  behind it (`42.0`), and so is a float that is whole and smaller than 2**53. All other text is its
+  XXH64, of seed 0, in UTF-8; `true` and `false`, whatever their case, in lower case, as which truth
+  values are hashed too. An empty cell is a missing one"""
+
 _OF_INPUTS = {
     "numbers": "`numbers`, {shape} of {dtype}: the columns {names}, in this order; {how}, 0 for a "
     "missing one.",
@@ -127,7 +133,7 @@ def _columns(said: Mapping[str, Any]) -> list[str]:
     text = (
         "hex digits are the number that they write"
         if said["schema"]["preset"] == "criteo"
-        else "integers are their 64 bits, without a sign; text is its XXH64, of seed 0, in UTF-8"
+        else _KEYS
     )
     lines = [f"A value becomes a key of 64 bits: {text}."]
     groups: dict[str, list[str]] = {}

@@ -201,7 +201,9 @@ def _check_output(output: Path, run: Path, *, overwrite: bool) -> None:
         raise UserError(f"{output} is the run, or holds it; choose another directory.")
     if not output.exists():
         return
-    if not output.is_dir() or not overwrite:
+    if not output.is_dir():
+        raise UserError(f"{output} is no directory; choose another.")
+    if not overwrite:
         raise UserError(f"{output} exists; choose another directory, or --overwrite it.")
     if any(output.iterdir()) and not (output / DESCRIPTION).is_file():
         raise UserError(f"{output} is no earlier export, and is not overwritten.")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from qrhash.ctr.data.inference import listed
 from qrhash.ctr.data.schema import Column, Schema
 from qrhash.ctr.model.columns import tables_of
-from qrhash.ctr.model.room import ColumnConfig, num_bytes
+from qrhash.ctr.model.room import ColumnConfig, dynamic_tables, num_bytes
 from qrhash.dynamic import DynamicConfig
 
 _MOST_ROWS = 60  # one for each column
@@ -90,11 +90,19 @@ def _row(
     yield "keys" if size is None else f"{size:,}"
     config = configs.get(column.name)
     pooled = f", {config.combiner} of each list" if config and column.use == "list" else ""
-    yield "dropped" if config is None else _embedding(config) + pooled
+    yield "dropped" if config is None else _embedding(config) + _shared(column, configs) + pooled
 
 
 def _embedding(config: ColumnConfig) -> str:
     return f"{kind_of(config, in_full=True)}: {num_bytes(config):,} bytes"
+
+
+def _shared(column: Column, configs: Mapping[str, ColumnConfig]) -> str:
+    """Whether its table, which is counted once, is that of other columns too."""
+    for names in dynamic_tables(configs).values():
+        if column.name in names and len(names) > 1:
+            return f", shared by {len(names)} columns"
+    return ""
 
 
 def kind_of(config: ColumnConfig, *, in_full: bool = False) -> str:

@@ -262,7 +262,10 @@ def report(result: Predicted, output: Path) -> str:
     """What came of it, in a sentence."""
     text = f"{result.rows:,} rows scored, {result.bad_lines:,} malformed lines skipped: {output}"
     if result.scores is None:
-        return text
+        none = "; none of these rows has a label that can be read" if result.unlabelled else ""
+        return text + none
     shown = described(result.scores) or "no score is defined"
-    without = f"; {result.unlabelled:,} rows have no label" if result.unlabelled else ""
-    return f"{text}; {shown} on {result.scores.rows:,} labels{without}"
+    text = f"{text}; {shown} on {result.scores.rows:,} labels"
+    if not result.unlabelled:
+        return text
+    return f"{text}; {result.unlabelled:,} rows have no label that can be read"

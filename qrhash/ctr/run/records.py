@@ -30,6 +30,7 @@ class Summary:
       full_bytes: their memory in float32.
       dense_params: all other parameters.
       rows_per_second: of the steps after the first one, which compiles; evaluations left out.
+        0: there was but one.
       test: scores of the model on the test rows.
       constant: those of a baseline that knows no columns: of always saying the training rows' click
         rate, or of always recommending the items that most of them have.

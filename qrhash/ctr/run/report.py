@@ -7,6 +7,7 @@ learning curve ("progress"), last the "summary". `ids.npz` holds the vocabularie
 import itertools
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,8 @@ RUNS = Path("runs")
 class RunDirectory(Keeper):
     """The directory of one run; made when the first record arrives.
 
-    However the run ends, the records stay and the picture shows the points there are.
+    However the run ends, the records stay and the picture shows the points there are; without
+    points there is none.
 
     Args:
       wanted: a directory without an earlier run; by default a new one, runs/<date-time>.
@@ -74,7 +76,8 @@ class RunDirectory(Keeper):
     def __exit__(self, *_: object) -> None:
         if self._file is not None and self.path is not None:
             self._file.close()
-            draw(self._records, self.path / PICTURE)
+            if any(record["kind"] == "progress" for record in self._records):
+                draw(self._records, self.path / PICTURE)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,6 +109,22 @@ class RunDirectory(Keeper):
     def checkpoints(self) -> Path | None:
         """Where the checkpoints go, once there is a directory."""
         return None if self.path is None else self.path / CHECKPOINTS
+
+    @property
+    def note(self) -> str:
+        """What there is, and where."""
+        if self.path is not None and (self.path / PICTURE).exists():
+            return f"{METRICS} and {PICTURE} are in {self.path}"
+        return f"{METRICS} is in {self.path}"
+
+    @property
+    def going_on(self) -> str:
+        """How to go on with a run that was stopped; empty, if no checkpoint is complete."""
+        if self.checkpoints is None:
+            return ""
+        if not any(path.name.isdigit() for path in self.checkpoints.glob("*")):
+            return ""
+        return f"go on with: qrhash train --resume --output-dir {shlex.quote(str(self.path))}"
 
     def record(self, record: dict[str, Any]) -> None:
         """Appends a record to the metrics, written out at once."""
@@ -233,7 +252,9 @@ def final_table(summary: Summary) -> Table:
     if summary.best_rows < summary.train_rows:
         table.add_row("best model, tested here", f"after {summary.best_rows:,} rows", "")
     table.add_row("malformed lines skipped", f"{summary.bad_lines:,}", "")
-    table.add_row("training speed", f"{summary.rows_per_second:,.0f} rows/s", "")
+    speed = f"{summary.rows_per_second:,.0f} rows/s" if summary.rows_per_second else "unknown"
+    one_step = "" if summary.rows_per_second else "one step alone, which compiles"
+    table.add_row("training speed", speed, one_step)
     table.add_section()
     test = summary.test.named()
     for metric, title in summary.test.titles.items():

@@ -24,7 +24,7 @@ from qrhash.ctr.data.pipeline import Batch
 from qrhash.ctr.data.schema import Schema
 from qrhash.ctr.data.sources import open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
-from qrhash.ctr.errors import UserError
+from qrhash.ctr.errors import ANEW, UserError
 from qrhash.ctr.model.columns import FULL_DTYPE, embed_configs, tables_of
 from qrhash.ctr.model.metrics import Judged, described, scores
 from qrhash.ctr.model.planned import compressed
@@ -39,6 +39,7 @@ from qrhash.ctr.run.progress import Progress
 from qrhash.ctr.run.records import Keeper, Summary
 from qrhash.ctr.run.rows import Rows, first_pass, shown, splits
 from qrhash.ctr.settings import Settings
+from qrhash.ctr.tower_settings import TWO_TOWER
 
 
 def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
@@ -94,6 +95,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     with closing(best):
         with _checkpoints(settings, configs, keeper) as checkpoints:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
+        _warn_of_labels(settings, progress, display)
         rows_per_second = progress.rows_per_second
         learner.count_keys()
         if not best.restore(learner):
@@ -320,7 +322,7 @@ def _resume(
             "qrhash: has one of them changed?"
         ) from error
     except OSError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{error} {ANEW}") from error
     for sentence in (*restored.damaged, *(each.message for each in lost)):
         display.line(f"Warning: {sentence}")
     if "batches" not in restored.extra["position"]:
@@ -335,6 +337,13 @@ def _resume(
         learner.growth.take_over(restored.extra["growth"])
     display.line(f"resuming after {progress.rows:,} rows, {restored.step:,} steps")
     return restored.extra["epoch"], restored.extra["position"]
+
+
+def _warn_of_labels(settings: Settings, progress: Progress, display: Display) -> None:
+    """Tells of labels that are all alike; two towers learn from clicks alone."""
+    if settings.model != TWO_TOWER and progress.click_rate in (0, 1):
+        alike = f"the labels of all training rows are {progress.click_rate:.0f}"
+        display.line(f"Warning: {alike}: there is nothing to learn from them")
 
 
 def _test(

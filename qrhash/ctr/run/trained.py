@@ -15,7 +15,7 @@ from qrhash.ctr.data.schema import CRITEO, Schema
 from qrhash.ctr.data.sources import FileSource, open_source
 from qrhash.ctr.data.synthetic import SyntheticSource
 from qrhash.ctr.data.vocabulary import Ids, load_ids
-from qrhash.ctr.errors import UserError
+from qrhash.ctr.errors import ANEW, UserError
 from qrhash.ctr.model.columns import embed_configs
 from qrhash.ctr.model.room import ColumnConfig
 from qrhash.ctr.options import build
@@ -155,7 +155,7 @@ def load_trained(kept: Kept, display: Display, *, is_whole: bool = False) -> Tra
         except MismatchError as error:
             raise UserError(f"{error} The run is of another version of qrhash.") from error
         except OSError as error:
-            raise UserError(str(error)) from error
+            raise UserError(f"{error} {ANEW}") from error
     if is_whole and learner.store is not None:
         goal = make_goal(replace(settings, cache_rows=None, store=None), kept.schema)
         stored, learner = learner, goal.learner(configs, ids, num_steps=1, to_restore=True)
