@@ -86,7 +86,7 @@ MISTAKES = {
     "labels": (["--data", "labels.tsv", "--max-bad-lines", "3"], "label is not 0 or 1: '7'"),
     "all bad": (
         ["--data", "labels.tsv", "--config", "small.toml"],
-        "16 of 20 lines are malformed, the first of them labels.tsv, line 1: label is not 0 or 1",
+        "none of the 16 training lines can be read",
     ),
     "value": (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
     "config": (["--config", "absent.toml"], "absent.toml cannot be read"),

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import qrhash
-from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection
+from qrhash import CollectionConfig, EmbedConfig, RowGrads, collection, initializers
 from support import oracle
 from support.cases import FAMILIES, assert_close, parameters
 
@@ -539,3 +539,15 @@ def test_a_mapping_will_do_for_a_config_and_nothing_else(rng):
     ):
         with pytest.raises(ValueError, match=r"must be"):
             use()
+
+
+@pytest.mark.parametrize("least", [16, 64, 4096])
+def test_how_many_rows_are_drawn_at_once_changes_no_number(least, monkeypatch):
+    sizes = {"a": 3, "b": 100, "c": 1030, "d": 33, "e": 4096}
+    tables = {name: qrhash.FullTable(size) for name, size in sizes.items()}
+    config = CollectionConfig({name: _embed(table, 4) for name, table in tables.items()})
+    want = collection.init(jax.random.key(3), config)
+    monkeypatch.setattr(initializers, "FEWEST_DRAWN", least)
+    monkeypatch.setattr(initializers, "DRAWN_AT_ONCE", 4096)
+    got = collection.init(jax.random.key(3), config)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

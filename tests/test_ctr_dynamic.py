@@ -509,6 +509,22 @@ def test_where_the_directory_of_a_store_is_gone_rows_are_in_memory(in_files, dat
     _assert_predicts_as_tested(run, data, tmp_path / "s.parquet")
 
 
+def test_a_server_goes_on_where_the_directory_of_a_store_is_gone(in_files, tmp_path):
+    run, store = shutil.copytree(in_files[0] / "run", tmp_path / "run"), tmp_path / "store"
+    store.mkdir()
+    records = (run / "metrics.jsonl").read_text()
+    path = json.dumps(str(in_files[0]))
+    (run / "metrics.jsonl").write_text(records.replace(path, json.dumps(str(store))))
+    steps = sorted((int(each.name) for each in (run / "checkpoints").iterdir()), reverse=True)
+    newest = (run / "checkpoints" / str(steps[0])).rename(tmp_path / "newest")
+    model = Model(run, Limits(max_batch=16), Display(Console(file=io.StringIO())))
+    assert model.weights.step == steps[1]
+    store.rmdir()
+    newest.rename(run / "checkpoints" / str(steps[0]))
+    model.refresh()
+    assert model.weights.step == steps[0]
+
+
 def test_more_rows_on_the_device_than_there_are_need_no_store(unbroken, data, tmp_path):
     options = ("--dynamic=64", "--cache-rows=64", "--checkpoint-every=0")
     _train("--data", data, *SMALL, *options, "--output-dir", tmp_path / "run")

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from qrhash.ctr.data import cells
+from qrhash.ctr.data import cells, inference
 from qrhash.ctr.data.decode import decode
 from qrhash.ctr.data.inference import infer
 from qrhash.ctr.data.schema import CRITEO, Schema
@@ -272,6 +272,10 @@ def test_labels_are_clicks_from_a_number_on():
     [
         ([" buy", "view", "cart ", "fav"], "buy,cart"),
         (["<=50K", ">50K", "<=50K", "?"], " >50K"),
+        (["+", "-", "- ", None], "+"),
+        (["Some", "None", "?", ""], "Some"),
+        (["3", "3.0", "2", None], "3"),
+        ([decimal.Decimal("3.50"), decimal.Decimal("1.00"), decimal.Decimal(2), None], "3.5,1"),
         ([3, 1, 2, None], "1,3"),
         ([3.0, 1.0, 2.0, None], "3, 1"),
         ([True, False, True, None], "True"),
@@ -281,12 +285,33 @@ def test_labels_that_are_named_are_clicks(values, positive):
     """All others are none; what is missing is neither."""
     block, reasons = _label_of(values * 10 + values[:3] * 120, positive=positive)
     names = [name.strip() for name in positive.split(",")]
-    wanted = [str(each).strip().removesuffix(".0") in names for each in values]
-    is_missing = values[3] in (None, "?")
+    wanted = [re.sub(r"\.?0+$", "", str(each).strip()) in names for each in values]
+    is_missing = values[3] in (None, "")
     assert block.labels.tolist() == wanted[: 4 - is_missing] * 10 + wanted[:3] * 120
-    assert set(reasons.values()) == {f"l is not there: '{values[3] or ''}'"} - {
-        "l is not there: 'fav'"
-    }
+    assert set(reasons.values()) == ({"l is not there: ''"} if is_missing else set())
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_named_labels_of_narrow_floats(kind):
+    clicks, missing = cells.labels("l", pa.array([0.1, 0.2, None], kind), None, ("0.1",))
+    assert (clicks.tolist(), missing.tolist()) == ([1, 0, 0], [False, False, True])
+
+
+def test_a_label_that_is_named_may_come_late():
+    """Of the first rows none need be a click, unless there are no others, or the case is wrong."""
+    rows = inference.SAMPLE_ROWS
+    table = pa.table({"l": ["view"] * rows, "w": ["a", "b"] * (rows // 2)})
+    fields = dict(zip(table.column_names, table.schema.types, strict=True))
+    options = {"data": "events", "label": "l"}
+    assert infer(fields, table, Settings(positive="buy", **options)).positive == ("buy",)
+    with pytest.raises(UserError, match="--positive: none of the first 8,192 labels is 'View'"):
+        infer(fields, table, Settings(positive="View", **options))
+
+
+def test_labels_of_any_text_type():
+    table = pa.table({"l": pa.array(["0", "1"] * 200, pa.string_view()), "w": ["a", "b"] * 200})
+    fields = dict(zip(table.column_names, table.schema.types, strict=True))
+    assert infer(fields, table, Settings(data="events", label="l")).label == "l"
 
 
 def test_a_few_labels_that_are_neither_are_malformed_rows():

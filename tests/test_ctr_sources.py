@@ -201,6 +201,15 @@ def test_a_line_met_twice_counts_once_and_the_limit_stops(tmp_path):
         _read(source)
 
 
+def test_more_than_half_of_the_lines_may_not_be_malformed(tmp_path):
+    path = ctr_files.write_text(tmp_path / "f", ctr_files.random_rows(4) + [["x"]] * 5)
+    source, bad_lines, _ = _open(path, limit=100)
+    _read(source)
+    bad_lines.check(10)
+    with pytest.raises(UserError, match=r"5 of 9 lines are malformed, the first .*f, line 5: exp"):
+        bad_lines.check(9)
+
+
 def test_where_no_line_is_well_formed_the_format_is_doubted(tmp_path):
     path = ctr_files.write_text(tmp_path / "f", [["x"]] * 9)
     source, _, _ = _open(path, limit=2)

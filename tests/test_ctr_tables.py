@@ -177,8 +177,10 @@ def _sniff(head, delimiter="auto", header="auto", label=None):
 HEADS = {
     "names": ("a,b,c\n1,2,3\n", ",", ("a", "b", "c"), True),
     "numbers": ("1,2,x\n", ",", ("column1", "column2", "column3"), False),
-    "alike": ("x,y,x\nx,z,v\n", ",", ("column1", "column2", "column3"), False),
-    "words again": ("a,b,c\na,e,f\n", ",", ("column1", "column2", "column3"), False),
+    "alike": ("x,y,x\nz,z,v\n", ",", ("column1", "column2", "column3"), False),
+    "above numbers": ("word,n,m\nword,1,1.5\nv,2,\n", ",", ("word", "n", "m"), True),
+    "one of two": ("w,v\nw,u\n", ",", ("w", "v"), True),
+    "words again": ("a,b,c\na,b,f\n", ",", ("column1", "column2", "column3"), False),
     "one again": ("a,b,c,d,e\na,1,2,3,4\n", ",", ("a", "b", "c", "d", "e"), True),
     "twice": ("a,b\n1,2\na,b\n3,4\n", ",", ("a", "b"), True),
     "a date": ("x,2024-01-01\n", ",", ("column1", "column2"), False),

@@ -167,6 +167,19 @@ def test_narrow_tables_train_by_chance_and_with_what_was_rounded_off(rows, tmp_p
     assert found[0].embedding_bytes < 0.6 * wanted.embedding_bytes
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dynamic": "300", "columns": {}},
+        {"hash_size": 400, "threshold": 0, "collisions": 1, "large_table_rows": 1},
+    ],
+)
+def test_narrow_tables_of_one_kind_alone_or_that_grow(options):
+    few = {"synthetic_rows": 600, "param_dtype": "bfloat16", **LEARNS, **options}
+    summary, _ = _fit(**few)
+    assert np.isfinite(summary.test.log_loss)
+
+
 def test_the_synthetic_stream_is_bounded_by_its_truth():
     summary, _ = _fit(synthetic_rows=6000, hash_size=50, **LEARNS)
     assert summary.truth is not None
@@ -386,3 +399,10 @@ def test_the_speed_is_of_the_steps_alone(monkeypatch):
     again = Progress(lambda record: None, 50)
     again.take_over(progress.as_dict())
     assert again.rows_per_second == 25
+    clock += 60  # It is compiled again.
+    again.add(batch, np.zeros(50))
+    assert (again.rows_per_second, "rows/s" in again.note()) == (25, False)
+    clock += 1
+    again.add(batch, np.zeros(50))
+    assert again.note().startswith("50 rows/s")
+    assert again.rows_per_second == pytest.approx(200 / 7)

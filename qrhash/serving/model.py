@@ -6,6 +6,7 @@ that he began with.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from qrhash.ctr.errors import UserError
 from qrhash.ctr.model.metrics import click_rates
 from qrhash.ctr.run.display import Display
 from qrhash.ctr.run.report import IDS
-from qrhash.ctr.run.trained import kept_of, load_trained
+from qrhash.ctr.run.trained import Kept, kept_of, load_trained
 from qrhash.ctr.tower_settings import TWO_TOWER
 from qrhash.serving.bodies import Columns
 from qrhash.serving.limits import Limits
@@ -138,9 +139,8 @@ class Model:
         directory, step, _ = newest
         try:
             kept = kept_of(self.run)
-            if (kept.settings, kept.schema) != (self._kept.settings, self._kept.schema) or (
-                signature_of(self.run / IDS) != self._ids_file
-            ):
+            is_other = _of_run(kept) != _of_run(self._kept)
+            if is_other or signature_of(self.run / IDS) != self._ids_file:
                 raise UserError(
                     f"{self.run} is another run now, of other columns or settings: start again."
                 )
@@ -161,3 +161,8 @@ class Model:
         if not steps:
             return None
         return directory, max(steps), signature_of(directory / str(max(steps)))
+
+
+def _of_run(kept: Kept) -> Any:
+    """What tells a run from others: all but where its rows are, which may come and go."""
+    return replace(kept.settings, store=None), kept.schema

@@ -27,10 +27,8 @@ WHOLE = r"^(0|-?[1-9][0-9]{0,19})(\.0)?$"  # or as a data frame writes it beside
 _EXACT = 2**53  # below it every integer is a float
 BOOLEANS = {"true": 1.0, "false": 0.0}
 YES_OR_NO = {"yes": 1.0, "no": 0.0, "y": 1.0, "n": 0.0, "t": 1.0, "f": 0.0}  # of labels, besides
-NO_NUMBER = (
-    *("", "NA", "N/A", "#N/A", "<NA>", "n/a", "NaN", "nan", "NULL", "null", "None", r"\N"),
-    *("?", "-", "."),
-)
+_NOTHING = ("", "NA", "N/A", "#N/A", "<NA>", "n/a", "NaN", "nan", "NULL", "null", r"\N")
+NO_NUMBER = (*_NOTHING, "None", "?", "-", ".")  # which as words may say something
 
 _TIME = (
     r"^(?P<y>[0-9]{4})[-/](?P<m>[0-9]{1,2})[-/](?P<d>[0-9]{1,2})"
@@ -95,17 +93,24 @@ def _named_labels(
     name: str, column: pa.Array, positive: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     column = plain(column)
-    if is_a(column.type, "floating"):  # Integers of a data frame, beside missing ones.
+    if is_a(column.type, "floating", "decimal"):
+        # Of floats in their own precision: 0.1 of 32 bits is not that of 64.
+        kind = column.type if is_a(column.type, "floating") else pa.float64()
+        wanted = pa.array([float(each) for each in positive if re.match(DECIMAL, each)])
         values, _ = _decimals(name, column)
-        wanted = [float(each) for each in positive if re.match(DECIMAL, each)]
-        return np.isin(values, wanted).astype(np.float32), np.isnan(values)
+        clicks = np.isin(values, np.asarray(wanted.cast(kind, safe=False).cast(pa.float64())))
+        return clicks.astype(np.float32), np.isnan(values)
     if not is_a(column.type, "string", "integer", "boolean", "null"):
         raise UserError(f"Column {name} has type {column.type}; it must hold words.")
     if pa.types.is_boolean(column.type):
         positive = [each.lower() for each in positive]
-    text = pc.utf8_trim_whitespace(column.cast(pa.string()))
-    clicks = mask(pc.is_in(text, pa.array(list(positive))))
-    missing = np.asarray(pc.is_in(text, pa.array([*NO_NUMBER, None])))
+
+    def as_named(text: pa.Array) -> pa.Array:  # A data frame writes 3.0 beside missing ones.
+        return pc.replace_substring_regex(pc.utf8_trim_whitespace(text), r"^(-?[0-9]+)\.0$", r"\1")
+
+    text = as_named(column.cast(pa.string()))
+    clicks = mask(pc.is_in(text, as_named(pa.array(list(positive), pa.string()))))
+    missing = np.asarray(pc.is_in(text, pa.array([*_NOTHING, None])))
     return clicks.astype(np.float32), missing & ~clicks
 
 

@@ -18,7 +18,7 @@ _THINGS = (
 )
 _OF_TIMES = {"time", "timestamp", "ts", "datetime", "unixtime", "epoch", "created", "date"}
 # The first column of all, where it has no name; and as pandas names it, read once more or twice.
-_INDEX = re.compile(r"unnamed(1|: 0(\.[0-9]+)?)|__index_level_[0-9]+__", flags=re.IGNORECASE)
+_INDEX = re.compile(r"unnamed(1|: 0(\.[0-9]+)*)|__index_level_[0-9]+__", flags=re.IGNORECASE)
 
 
 def is_label(name: str) -> bool:

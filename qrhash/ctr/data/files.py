@@ -127,7 +127,8 @@ class BadLines:
         if len(self._lines) > self._limit:
             hint = "a larger --max-bad-lines skips more."
             paths, lines = zip(*self._lines, strict=True)
-            if self._limit and len(set(paths)) == 1 and max(lines) <= len(lines) + 1:
+            are_first = min(lines) <= 2 and max(lines) - min(lines) < len(lines)
+            if self._limit and len(set(paths)) == 1 and are_first:
                 hint = "no line is well formed: do --preset, --delimiter and --header fit the data?"
             raise UserError(
                 f"More than {self._limit} malformed lines, the last of them {message}; {hint}"
@@ -137,8 +138,8 @@ class BadLines:
             self._notify(f"skipped {message}{more}")
 
     def check(self, num_lines: int) -> None:
-        """Raises UserError if more than half of so many lines are malformed."""
-        if len(self._lines) > num_lines / 2:
+        """Raises UserError if more than half of the lines read, so many, are malformed; not all."""
+        if num_lines / 2 < len(self._lines) < num_lines:
             (path, line), reason = next(iter(self._lines.items()))
             raise UserError(
                 f"{len(self._lines):,} of {num_lines:,} lines are malformed, the first of them "

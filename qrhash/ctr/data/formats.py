@@ -161,17 +161,19 @@ def _first_rows(head: str, mark: str, *, has_quotes: bool) -> list[list[str]]:
 def _is_header(cells: list[str], rows: list[list[str]]) -> bool:
     """Whether cells are names: none of them a number, a date or a truth value.
 
-    And none that its column holds again, but for one or two of many; where a name is there twice,
-    none at all. A name may be missing: that of the index of a data frame.
+    They are, where one stands above nothing but such values. Where all is words, no two are alike,
+    and few of them come again in their columns. A name may be missing: that of the index of a
+    data frame.
     """
     named = [cell for cell in cells if cell]
     if len(named) < max(1, len(cells) - 1) or any(map(_is_value, named)):
         return False
-    below = [set(column) for column in zip(*_others(cells, rows), strict=True)]
-    again = sum(bool(cell) and cell in column for cell, column in zip(cells, below, strict=False))
-    if len(set(named)) == len(named):
-        return 4 * again < len(cells) or not below
-    return bool(below) and not again
+    below = [set(column) - {""} for column in zip(*_others(cells, rows), strict=True)]
+    columns = list(zip(cells, below, strict=False))
+    if any(cell and column and all(map(_is_value, column)) for cell, column in columns):
+        return True
+    again = sum(bool(cell) and cell in column for cell, column in columns)
+    return len(set(named)) == len(named) and again < max(2, len(cells) / 4)
 
 
 def _others(cells: list[str], rows: list[list[str]]) -> list[list[str]]:

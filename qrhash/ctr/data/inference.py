@@ -72,7 +72,8 @@ def infer(fields: Mapping[str, pa.DataType], sample: pa.Table, settings: Setting
         all_positive=label is None,
     )
     if label is not None:
-        check_label(label, with_points(sample, schema)[label], schema)
+        is_all = sample.num_rows < SAMPLE_ROWS
+        check_label(label, with_points(sample, schema)[label], schema, is_all=is_all)
     if not schema.embedded:
         may_be = [n for n in fields if n != label and _can_be_category(n, seen[n], sample[n])]
         hint = f"name some with --categories, of {listed(may_be)}" if may_be else "none can be one"

@@ -302,6 +302,8 @@ class Learner:
         def read(checkpoints: Checkpoints, step: int) -> Any:
             return whole(checkpoints.restore(like, step, files=rows.restore).state[0])
 
+        # Its own are zeros, and it takes no further steps.
+        jax.tree.map(lambda array: array.delete(), (self.params, self._state))
         self.params, self._keys = whole(stored.params)
         self._kept, self.steps, self._read_whole = stored._kept, stored.steps, read
 

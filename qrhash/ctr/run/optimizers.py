@@ -26,23 +26,28 @@ def make_optimizer(
       settings: learning rates, the initial accumulator, and how tables are rounded.
       num_steps: over which Adam's learning rate falls to zero.
     """
-    of_dense = optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps))
-    of_tables, kinds = _of_tables(tables, settings)
-    return touched_rows(
-        optax.partition({**of_tables, "dense": of_dense}, {"tables": kinds, "dense": "dense"})
-    )
+    txs, kinds = _of_tables(tables, settings)
+    txs["dense"] = optax.adam(optax.linear_schedule(settings.dense_lr, 0.0, num_steps))
+
+    def labels(params: Any) -> Any:
+        # By leaves: tables may be arrays, or variables that hold them.
+        of_tables = jax.tree.unflatten(jax.tree.structure(params["tables"]), kinds)
+        return {"tables": of_tables, "dense": "dense"}
+
+    return touched_rows(optax.partition(txs, labels))
 
 
 def _of_tables(
     tables: Any, settings: Settings
-) -> tuple[dict[str, optax.GradientTransformation], Any]:
-    """How tables are trained: by kind, and which kind each is."""
+) -> tuple[dict[str, optax.GradientTransformation], list[str]]:
+    """How tables are trained: by kind, and which kind each leaf is."""
     tx = adagrad(settings.table_lr, initial_accumulator_value=settings.table_accumulator)
-    are_narrow = any(each.dtype == jnp.bfloat16 for each in jax.tree.leaves(tables))
+    leaves = jax.tree.leaves(tables)
+    are_narrow = any(each.dtype == jnp.bfloat16 for each in leaves)
     if not are_narrow or settings.rounding == "nearest":
-        return {"tables": tx}, "tables"
-    large = optax.chain(tx, stochastic_rounding(settings.seed))
+        return {"tables": tx}, ["tables"] * len(leaves)
     # Rows of small tables are met in every step, where the noise of chance would add up.
-    small = optax.chain(tx, compensated_rounding())
+    rounded = {"large": stochastic_rounding(settings.seed), "small": compensated_rounding()}
     kind = lambda _, table: table.replace("large" if table.is_large else "small")  # noqa: E731
-    return {"large": large, "small": small}, nnx.map_state(kind, tables)
+    kinds = jax.tree.leaves(nnx.map_state(kind, tables))
+    return {each: optax.chain(tx, rounded[each]) for each in dict.fromkeys(kinds)}, kinds

@@ -35,14 +35,20 @@ class Progress:
         self._clicks = 0.0
         self._record, self._judge = record, judge or scores
         self._first_rows, self._start, self._paused = 0, math.nan, 0.0
+        self._resumed = math.nan
         steps = 2 + _WINDOW_ROWS // batch_size
         self._window: deque[tuple[float, Batch, Any]] = deque(maxlen=steps)
 
     def add(self, batch: Batch, logits: jax.Array) -> None:
         """Takes note of a step: its batch, and what it gave [batch]: logits, from before it."""
-        self.rows += int(batch.weights.sum())
+        rows = int(batch.weights.sum())
+        self.rows += rows
         if math.isnan(self._start):
             self._first_rows, self._start = self.rows, time.monotonic()
+        elif not math.isnan(self._resumed):  # This one was compiled too.
+            self._first_rows += rows
+            self._paused += time.monotonic() - self._resumed
+        self._resumed = math.nan
         self._clicks += float(batch.labels @ batch.weights)
         self._window.append((self._now(), batch, logits))
 
@@ -84,10 +90,11 @@ class Progress:
 
     def note(self) -> str:
         """Speed and running scores, in words."""
-        (begun, *_), *steps = self._window
-        if not steps:
+        timed = [(moment, batch) for moment, batch, _ in self._window if not math.isnan(moment)]
+        if len(timed) < 2:
             return described(self.running())
-        rows = sum(float(batch.weights.sum()) for _, batch, _ in steps)
+        (begun, _), *steps = timed
+        rows = sum(float(batch.weights.sum()) for _, batch in steps)
         rate = rows / max(1e-9, self._now() - begun)
         return f"{rate:,.0f} rows/s  {described(self.running())}"
 
@@ -111,12 +118,13 @@ class Progress:
         """Stands where `as_dict` was taken."""
         self.rows, self._first_rows = saved["rows"], saved["first_rows"]
         self.points, self._clicks = saved["points"], saved["clicks"]
-        self._start = time.monotonic() - saved["seconds"]
+        self._resumed = time.monotonic()
+        self._start = self._resumed - saved["seconds"]
         self._paused = saved.get("paused", 0.0)  # An earlier version did not tell.
         for labels, logits in saved["window"]:
             weights, none = np.ones(len(labels), np.float32), np.empty(0, np.int32)
             batch = Batch(np.array(labels, np.float32), weights, none, none, Keys.of(none))
-            self._window.append((self._now(), batch, np.array(logits, np.float32)))
+            self._window.append((math.nan, batch, np.array(logits, np.float32)))
 
     def point(self, found: Judged, part: str = "test") -> None:
         """Records a point of the learning curve: scores on test rows, or on validation rows."""

@@ -151,9 +151,9 @@ class StoredRows:
         for start in range(0, num_rows, _AT_ONCE):
             some = np.arange(start, min(start + _AT_ONCE, num_rows))
             rows[some] = self._tier.read(some)[0]
-        flat[self._path] = variable.replace(jnp.asarray(rows))
         state = jax.tree.map(lambda array: jnp.asarray(np.asarray(array)), self._tier.keys.state)
         self._empty()
+        flat[self._path] = variable.replace(jnp.asarray(rows))
         return nnx.from_flat_state(flat), state
 
     def as_dict(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
         goal, source, counts, train, bad_lines, settings.batch_size, layout, display
     )
     sizes = {name: of_keys.num_embeddings for name, of_keys in ids.items()}
-    bad_lines.check(source.num_lines)
+    bad_lines.check(train if share is None else source.num_lines)
     begun_with = settings
     settings = _as_planned(settings, counts, goal.num_rows(train), keeper, display)
     configs = embed_configs(settings, sizes, layout)
@@ -95,8 +95,8 @@ def fit(settings: Settings, display: Display, keeper: Keeper) -> Summary:
     with closing(best):
         with _checkpoints(settings, configs, keeper) as checkpoints:
             progress = _train(settings, data, learner, display, keeper, checkpoints, best)
+            rows_per_second = progress.rows_per_second
         _warn_of_labels(settings, progress, display)
-        rows_per_second = progress.rows_per_second
         learner.count_keys()
         if not best.restore(learner):
             display.line("Warning: the best model's checkpoint is gone; the last one is tested")

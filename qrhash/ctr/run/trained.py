@@ -129,12 +129,15 @@ def load_trained(kept: Kept, display: Display, *, is_whole: bool = False) -> Tra
       kept: the records of the run.
       display: is told which model it is.
       is_whole: whether rows in a store are all brought into the model, for what takes it as it is:
-        it then takes as much memory as one that was trained without a store.
+        it then takes as much memory as one that was trained without a store, and until all are
+        there some of them twice.
 
     Raises:
       UserError: there is no checkpoint that can be read; or the vocabularies cannot.
     """
     run, settings = kept.run, kept.settings
+    if is_whole:  # In the end all rows are in memory.
+        settings = replace(settings, store=None)
     ids = load_ids(run / IDS, settings, kept.schema.embedded)
     nothing = (
         f"{run} holds no complete checkpoint, and so no trained model: train with "
@@ -157,7 +160,7 @@ def load_trained(kept: Kept, display: Display, *, is_whole: bool = False) -> Tra
         except OSError as error:
             raise UserError(f"{error} {ANEW}") from error
     if is_whole and learner.store is not None:
-        goal = make_goal(replace(settings, cache_rows=None, store=None), kept.schema)
+        goal = make_goal(replace(settings, cache_rows=None), kept.schema)
         stored, learner = learner, goal.learner(configs, ids, num_steps=1, to_restore=True)
         learner.take_whole(stored)
     for sentence in restored.damaged:
