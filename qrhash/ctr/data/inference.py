@@ -181,7 +181,8 @@ def _named(settings: Settings, seen: Mapping[str, Seen]) -> dict[str, Use]:
             name_one(name, cast(Use, kind or of_values(name)), f"columns.{name}")
     if settings.model == TWO_TOWER:
         for name in split_names(settings.items):
-            if name in names and name not in found:
+            is_able = name in names and seen[name].holds in ("integer", "text", "boolean", "list")
+            if is_able and name not in found:
                 name_one(name, of_values(name), "--items")
     return {name: use for name, (use, _) in found.items()}
 
