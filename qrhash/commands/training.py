@@ -83,8 +83,9 @@ def _run(config: Path | None, given: dict[str, Any]) -> int:
             Console().print(final_table(summary))
 
     code = guarded(train, console)
-    for line in {0: left()[:1], INTERRUPTED: left()}.get(code, []):
-        display.line(line)
+    if code in (0, INTERRUPTED):
+        for line in left() if code else left()[:1]:
+            display.line(line)
     return code
 
 

@@ -28,7 +28,9 @@ def overview(
       configs: category -> its embedding, of those in the model.
     """
     if schema.preset == "table" and len(schema.columns) <= _MOST_ROWS:
-        return [tuple(_row(column, sizes, configs)) for column in schema.columns]
+        tables = dynamic_tables(configs).values()
+        shared = {name: len(names) for names in tables if len(names) > 1 for name in names}
+        return [tuple(_row(column, sizes, configs, shared)) for column in schema.columns]
     alike: dict[tuple[str, ...], list[Column]] = {}
     for column in schema.columns:
         config = configs.get(column.name)
@@ -78,7 +80,9 @@ def _row(
     column: Column,
     sizes: Mapping[str, int | None],
     configs: Mapping[str, ColumnConfig],
+    shared: Mapping[str, int],
 ) -> Iterator[str]:
+    """The cells of a column; `shared` says how many have its table, where others have it too."""
     yield column.name
     yield column.type
     use = f"{column.use} ({column.reason})" if column.reason else column.use
@@ -90,19 +94,12 @@ def _row(
     yield "keys" if size is None else f"{size:,}"
     config = configs.get(column.name)
     pooled = f", {config.combiner} of each list" if config and column.use == "list" else ""
-    yield "dropped" if config is None else _embedding(config) + _shared(column, configs) + pooled
+    others = f", shared by {shared[column.name]} columns" if column.name in shared else ""
+    yield "dropped" if config is None else _embedding(config) + others + pooled
 
 
 def _embedding(config: ColumnConfig) -> str:
     return f"{kind_of(config, in_full=True)}: {num_bytes(config):,} bytes"
-
-
-def _shared(column: Column, configs: Mapping[str, ColumnConfig]) -> str:
-    """Whether its table, which is counted once, is that of other columns too."""
-    for names in dynamic_tables(configs).values():
-        if column.name in names and len(names) > 1:
-            return f", shared by {len(names)} columns"
-    return ""
 
 
 def kind_of(config: ColumnConfig, *, in_full: bool = False) -> str:
