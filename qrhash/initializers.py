@@ -20,6 +20,7 @@ from qrhash.config import EmbedConfig
 from qrhash.layout import MeshLayout, Shard, owner_and_place
 from qrhash.operations import path_of
 from qrhash.sharded import ShardedTable
+from qrhash.threefry import unrolled
 from qrhash.tuning import DRAWN_AT_ONCE, FEWEST_DRAWN
 from qrhash.types import Initializer, Key, Scalar, wide_dtype
 
@@ -55,7 +56,7 @@ class PerRow:
     def rows(self, key: Key, index: jax.Array, width: tuple[int, ...], dtype: Any) -> jax.Array:
         """The rows of these numbers."""
         # The steps of a narrow type would shift the mean.
-        wide = wide_dtype(dtype)
+        wide, key = wide_dtype(dtype), unrolled(key)
 
         def row(number: jax.Array) -> jax.Array:
             return self.initializer(jax.random.fold_in(key, number), width, wide)
@@ -208,7 +209,7 @@ def create(
     if layout is not None:
         array = _empty_on_mesh(layout, layout.array_shape(num_rows, width), dtype)
     elif len(draws) == 1 and _is_drawn_in_one_go(draws[0], is_large):
-        return draws[0].initializer(draws[0].key, shape, dtype)
+        return draws[0].initializer(unrolled(draws[0].key), shape, dtype)
     else:
         # Of itself it would not be of the mesh in use, as all else is (since jax 0.11).
         is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
@@ -293,7 +294,8 @@ def _fill_at_once(
         first, end = _places(offset, num_rows, shard.num_shards)
         end = min(end, places)
         key = key if shard.num_shards == 1 else jax.random.fold_in(key, shard.number)
-        drawn = initializer(key, (end - first, width * shard.num_columns), array.dtype)
+        of_all = (end - first, width * shard.num_columns)
+        drawn = initializer(unrolled(key), of_all, array.dtype)
         drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
         index = shard.indices(jnp.arange(first, end)) - offset
         return _put_where((index >= 0) & (index < num_rows), array, drawn, first)

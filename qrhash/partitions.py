@@ -91,9 +91,13 @@ class Partition(abc.ABC):
         ids = self._signed(as_ids(ids), "ids")
         xp = ids.__array_namespace__()
         has_rows = (ids >= 0) & (ids <= self.num_ids_with_rows - 1)
-        digits = self._digits(xp.where(has_rows, ids, 0))
+        # On the host it is known, and the usual case needs no choice.
+        have_all = isinstance(has_rows, np.ndarray) and has_rows.all()
+        digits = self._digits(ids if have_all else xp.where(has_rows, ids, 0))
         return tuple(
-            xp.where(has_rows, row, rows).astype(xp.int32 if rows <= INT32_MAX else xp.int64)
+            (row if have_all else xp.where(has_rows, row, rows)).astype(
+                xp.int32 if rows <= INT32_MAX else xp.int64
+            )
             for row, rows in zip(digits, self.num_rows, strict=True)
         )
 

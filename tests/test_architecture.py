@@ -53,6 +53,7 @@ ROOMS = {
     "fields": {"jax", "numpy"},
     "budget": {"jax", "numpy"},
     "config": {"jax", "numpy"},
+    "threefry": {"jax"},
     "initializers": {"jax"},
     "tables": {"jax", "numpy"},
     "bag_sums": {"jax"},

@@ -85,7 +85,7 @@ class ById:
         rows = np.asarray(self._config.indices(np.asarray(batch))[0])
         return Named(
             rows.reshape(-1).astype(np.int64),
-            lambda slots: jnp.asarray(slots.reshape(rows.shape)),
+            lambda slots: slots.reshape(rows.shape),
             _NONE,
         )
 
@@ -97,9 +97,7 @@ class ById:
         segments = np.where(rows == PADDING, bag.num_bags, bag.segments).astype(np.int32)
 
         def in_slots(slots: np.ndarray) -> Bag:
-            with_slots = dataclasses.replace(bag, ids=slots, segments=segments)
-            moved: Bag = jax.tree.map(jnp.asarray, with_slots)
-            return moved
+            return dataclasses.replace(bag, ids=slots, segments=segments)
 
         return Named(rows, in_slots, _NONE)
 
@@ -222,7 +220,7 @@ def _named(found: Found) -> Named:
 
     def in_slots(slots: np.ndarray) -> Any:
         named = found.rows._replace(rows=slots.reshape(rows.shape))
-        return jax.tree.map(jnp.asarray, dataclasses.replace(found, rows=named))
+        return dataclasses.replace(found, rows=named)
 
     return Named(rows.reshape(-1).astype(np.int64), in_slots, rows[is_new].astype(np.int64))
 

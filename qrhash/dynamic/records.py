@@ -139,26 +139,30 @@ class Records:
             records[:, start:end] = flat.view(np.uint8)
         return records
 
-    def unpack(self, records: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
-        """Records [n, width] -> rows of the arrays, each [size, ...]: behind the n anything."""
+    def unpack(self, records: np.ndarray, rows: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+        """Records [n, width] of rows [n] -> of each array [size, ...], behind the n anything.
+
+        Rows that were never written are as they start.
+        """
+        new = np.flatnonzero(records[:, 0] == 0)
+        started = self._started(rows[new]) if new.size else None
         arrays = []
         for (shape, dtype), start, end in zip(
             self._parts, self._ends, self._ends[1:], strict=False
         ):
-            array = np.zeros((size, *shape), dtype)
+            array = np.empty((size, *shape), dtype)
             flat = array.reshape(size, -1).view(np.uint8)
             flat[: len(records)] = records[:, start:end]
             arrays.append(array)
+        if started is not None:
+            for array, drawn in zip(arrays, started, strict=True):
+                array[new] = np.asarray(drawn)[: new.size]
         return tuple(arrays)
 
-    def start_those_never_written(self, records: np.ndarray, rows: np.ndarray) -> None:
-        """Sets those of the records [n, width], of rows [n], that are zeros."""
-        new = np.flatnonzero(records[:, 0] == 0)
-        if not new.size:
-            return
+    def _started(self, rows: np.ndarray) -> list[jax.Array]:
         with jax.default_device(jax.devices("cpu")[0]):
-            arrays = self._start(self._key, padded(rows[new], 0))
-        records[new] = self.pack([np.asarray(array)[: new.size] for array in arrays])
+            started: list[jax.Array] = self._start(self._key, padded(rows, 0))
+        return started
 
 
 def padded(numbers: np.ndarray, end: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 # A look for the slots used longest ago finds one in so many.
-_SCANNED = 8
+_SCANNED = 4
 
 # Slots not used for so many plans are all as old.
 _OLD = 2**16 - 1
@@ -46,10 +46,11 @@ class Residents:
     """
 
     def __init__(self, num_rows: int, num_slots: int) -> None:
-        # Of each row: slot + 1; 0: in the store; -n: taken out by plan n, not yet in the store.
-        self._where = np.zeros(num_rows, np.int32)
+        # Of each row: slot + 1; 0: in the store; -n: taken out by plan n, not yet in the store. All
+        # that is no row has the last one, in a slot behind the others.
+        self._where = np.append(np.zeros(num_rows, np.int32), np.int32(num_slots + 1))
         self._rows = np.full(num_slots, -1, np.int64)
-        self._last = np.zeros(num_slots, np.int32)
+        self._last = np.zeros(num_slots + 1, np.int32)
         self._number = 0
         # Slots to be taken next, the last first, and the plan that found them.
         self._oldest, self._scanned = np.arange(num_slots - 1, -1, -1), 1
@@ -77,18 +78,21 @@ class Residents:
         Raises:
           CacheFullError: they are more than there are slots; nothing moves then.
         """
-        is_row = (rows >= 0) & (rows < len(self._where))
-        rows = np.where(is_row, rows, 0)
+        # As unsigned numbers, those below zero are the largest.
+        end = len(self._where) - 1
+        rows = np.minimum(rows.view(np.uint64), end).view(np.int64)
         where = self._where[rows]
-        is_here = (where > 0) & is_row
-        needed = _distinct(rows[~is_here & is_row])
+        absent = np.flatnonzero(where <= 0)
+        in_slots = where.astype(np.int64) - 1
+        in_slots[absent] = self.num_slots
+        num_hits = len(rows) - int(np.count_nonzero(in_slots == self.num_slots))
         self._number += 1
         number = self._number
-        here = where[is_here] - 1
-        self._last[here] = number
+        self._last[in_slots] = number
+        needed = _distinct(rows[absent])
         slots = self._oldest_slots(len(needed), number)
         if slots is None:
-            count = len(_distinct(here)) + len(needed)
+            count = len(_distinct(in_slots[in_slots < self.num_slots])) + len(needed)
             raise CacheFullError(
                 f"cache_rows must be at least the {count} rows that one batch names, got "
                 f"{self.num_slots}: make the cache larger or the batch smaller."
@@ -97,9 +101,9 @@ class Residents:
         self._where[victims[victims >= 0]] = -number
         self._where[needed] = slots + 1
         self._rows[slots] = needed
-        in_slots = np.where(is_row, self._where[rows] - 1, self.num_slots)
+        in_slots[absent] = self._where[rows[absent]] - 1
         move = Move(number, slots, needed, victims, int(waits_for))
-        return in_slots.astype(np.int32), move, int(is_here.sum())
+        return in_slots.astype(np.int32), move, num_hits
 
     def _oldest_slots(self, count: int, number: int) -> np.ndarray | None:
         """So many slots, those used longest ago, that this plan does not need; None: too few."""
@@ -120,7 +124,7 @@ class Residents:
 
     def _scan(self, count: int, number: int) -> np.ndarray:
         """The slots used longest ago that this plan does not need, the oldest last."""
-        ages = np.minimum(number - self._last, _OLD).astype(np.uint16)
+        ages = np.minimum(number - self._last[:-1], _OLD).astype(np.uint16)
         how_many = np.cumsum(np.bincount(ages, minlength=_OLD + 1)[:0:-1])
         enough = int(np.searchsorted(how_many, max(self.num_slots // _SCANNED, count)))
         oldest = np.flatnonzero(ages >= max(_OLD - enough, 1))
@@ -141,7 +145,7 @@ class Residents:
 
     def used_since(self, number: int) -> np.ndarray:
         """Slots with rows that a plan after that one needed."""
-        return np.flatnonzero((self._rows >= 0) & (self._last > number))
+        return np.flatnonzero((self._rows >= 0) & (self._last[:-1] > number))
 
     def rows_in(self, slots: np.ndarray) -> np.ndarray:
         """Which rows are in slots [n]."""

@@ -325,7 +325,8 @@ class Tiered:
                 named = batch if name is None else batch[name]
                 slots, move, new = self.traffic.plan(named)
                 # Behind a plan that this one waits for, no others come: the loop goes on to swap.
-                while not self._backs.empty() or arrived < move.waits_for:
+                # The last may still be under way on the device.
+                while self._backs.qsize() > 1 or arrived < move.waits_for:
                     back = self._backs.get()
                     if back is None:
                         self.traffic.undo(move, new)

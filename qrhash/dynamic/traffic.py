@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qrhash.dynamic.numbering import Numbering
@@ -17,7 +16,7 @@ class Fetched(NamedTuple):
 
     Attributes:
       move: which rows come to which slots, and which ones make room.
-      slots: the same slots on the device, int32 [k]; behind the n that are meant, one past the end.
+      slots: the same slots, int32 [k]; behind the n that are meant, one past the end.
       values: rows of the table and of its optimizer state, each [k, ...].
       new: of a dynamic table, the rows of the store that keys have just got, int64.
     """
@@ -64,7 +63,7 @@ class Traffic:
             raise
         if is_training:
             self.hits += hits
-            self.looked_up += int(np.sum(slots < self.residents.num_slots))
+            self.looked_up += int(np.count_nonzero(slots < self.residents.num_slots))
         return named.in_slots(slots), move, named.new
 
     def fetch(self, move: Move, new: np.ndarray) -> Fetched:
@@ -75,24 +74,24 @@ class Traffic:
             slots = padded(move.slots, self.residents.num_slots)
             values = self.read(move.rows, len(slots))
             self.bytes_moved += len(move.rows) * self.records.width
-            return Fetched(move, jnp.asarray(slots), tuple(map(_on_device, values)), new)
+            return Fetched(move, slots, values, new)
         except BaseException:
             self.undo(move, new)
             raise
 
     def read(self, rows: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
         """What the store has of rows [n]: of each array [size, ...], behind the n anything."""
-        records = self._store.read(rows)
-        self.records.start_those_never_written(records, rows)
-        return self.records.unpack(records, size)
+        return self.records.unpack(self._store.read(rows), rows, size)
 
     def take_back(self, move: Move, old: tuple[jax.Array, ...]) -> int:
         """Writes what made room for a plan's rows; gives the number of the plan."""
-        there = move.victims >= 0
-        if there.any():
-            rows = [np.asarray(each)[: len(there)][there] for each in old]
-            self.write(move.victims[there], self.records.pack(rows))
-            self.residents.arrived(move.number, move.victims[there])
+        victims, rows = move.victims, [np.asarray(each)[: len(move.victims)] for each in old]
+        there = victims >= 0
+        if not there.all():
+            victims, rows = victims[there], [each[there] for each in rows]
+        if len(victims):
+            self.write(victims, self.records.pack(rows))
+            self.residents.arrived(move.number, victims)
         return move.number
 
     def write(self, rows: np.ndarray, records: np.ndarray) -> None:
@@ -104,8 +103,3 @@ class Traffic:
         """Takes back the last plan that was not yet undone."""
         self.residents.undo(move)
         self.numbering.forget(new)
-
-
-def _on_device(array: np.ndarray) -> Any:
-    # Whether there are wide numbers may be decided for the thread of the loop alone.
-    return array if array.dtype.itemsize > 4 else jnp.asarray(array)
