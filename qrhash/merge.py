@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qrhash import tuning
-from qrhash.rows import across, add_rows, rows_or_end, set_rows, zeros_beside
+from qrhash.rows import across, add_rows, ranks, rows_or_end, set_rows, zeros_beside
 from qrhash.types import wide_dtype
 from qrhash.words import mixed
 
@@ -82,7 +82,7 @@ def compact_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     m = rows.shape[0]
     distinct, chosen = distinct_rows(rows, num_rows)
     is_named = distinct < num_rows
-    places = jnp.where(is_named, jnp.cumsum(is_named, dtype=jnp.int32) - 1, m)
+    places = jnp.where(is_named, ranks(is_named), m)
     named = jnp.full_like(rows, num_rows)
     return set_rows(named, places, rows), places.at[chosen].get(mode="promise_in_bounds")
 

@@ -220,3 +220,26 @@ def set_rows(table: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array
     return table.at[index].set(
         values.astype(table.dtype), mode="drop", wrap_negative_indices=False, unique_indices=True
     )
+
+
+def ranks(where: jax.Array) -> jax.Array:
+    """How many places before each one hold, bool [n] -> int32 [n]: the rank of those that do.
+
+    Places go into the bits of words, and only sums of whole words are summed up: on a CPU it takes
+    half the time of a cumulative sum of all.
+    """
+    n = where.shape[0]
+    if not isinstance(n, int):  # of an export
+        where = where.astype(jnp.int32)
+        return jnp.cumsum(where) - where
+    bit = jnp.arange(32, dtype=jnp.uint32)[None]
+    in_words = jnp.pad(where, (0, -n % 32)).reshape(-1, 32).astype(jnp.uint32)
+    words = jnp.sum(in_words << bit, axis=1, dtype=jnp.uint32)
+    counts = _num_bits(words)
+    before = jnp.cumsum(counts, dtype=jnp.int32) - counts
+    within = _num_bits(words[:, None] & ((jnp.uint32(1) << bit) - jnp.uint32(1)))
+    return (before[:, None] + within).reshape(-1)[:n]
+
+
+def _num_bits(words: jax.Array) -> jax.Array:
+    return jax.lax.population_count(words).astype(jnp.int32)

@@ -21,7 +21,7 @@ from qrhash.arithmetic import as_size, ceil_div
 from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers, first_places
 from qrhash.dynamic.slots import find, new_slots, on_few, place, read, some_keys
 from qrhash.keys import Keys
-from qrhash.rows import set_rows
+from qrhash.rows import ranks, set_rows
 from qrhash.types import Array, PyTree, Scalar
 
 # Slots for each row: a key is then found after one or two looks.
@@ -274,7 +274,9 @@ def _assign(
 
     def everything(carry: Any) -> Any:
         (index, given, state), missing = carry
-        index, new, state = _insert(index, keys, missing, step, times, admission, state)
+        # Else XLA would mix the keys of every batch beforehand, and hardly any comes here.
+        missing, of_all = jax.lax.optimization_barrier((missing, keys))
+        index, new, state = _insert(index, of_all, missing, step, times, admission, state)
         rows = jnp.where(missing, new.rows, given.rows)
         return (index, new._replace(rows=rows), state), jnp.zeros_like(missing)
 
@@ -303,7 +305,7 @@ def _insert(
     first, is_first, occurrences = first_places(keys, wanted, times)
     newcomers = Newcomers(keys, is_first, occurrences, step)
     state, (is_admitted, counts) = admission.judge(state, newcomers)
-    rank = jnp.cumsum(is_admitted, dtype=jnp.int32) - 1
+    rank = ranks(is_admitted)
     is_new = is_admitted & (rank < index.num_free)
     rows = read(index.free, jnp.maximum(index.num_free - 1 - rank, 0))
     rows = jnp.where(is_new, rows, capacity)

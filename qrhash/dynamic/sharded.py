@@ -27,6 +27,7 @@ from qrhash.dynamic.newcomers import Admission
 from qrhash.dynamic.slots import places_where, read
 from qrhash.keys import Keys
 from qrhash.layout import MeshLayout, index_of, owner_and_place
+from qrhash.rows import ranks
 from qrhash.types import PyTree, Scalar
 
 
@@ -130,7 +131,7 @@ def grow(
         more = places - home.shape[1]
         by_turn = jnp.pad(every, ((0, 0), (0, more)), constant_values=-1).T
         lacks_row = by_turn < 0
-        rank = jnp.cumsum(lacks_row, dtype=jnp.int32).reshape(by_turn.shape) - 1
+        rank = ranks(lacks_row.reshape(-1)).reshape(by_turn.shape)
         new = jnp.where(capacity + rank < wanted, capacity + rank, -1)
         number = layout.shard().number
         rows = jnp.where(lacks_row, new, by_turn)[:, number]

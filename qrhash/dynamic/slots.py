@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qrhash.keys import Keys, scramble
-from qrhash.rows import set_rows
+from qrhash.rows import ranks, set_rows
 
 # Row numbers of slots without a row. Between them and the rows are the codes of those claimed.
 EMPTY, TOMBSTONE = 2**32 - 1, 2**32 - 2
@@ -21,9 +21,7 @@ _CLAIMED = 2**31
 
 _SEED = 0x510715
 
-# To find keys so many rounds are of the whole batch at least. All others, and those that place new
-# keys, are of the keys left once these are at most one in eight.
-_STRAIGHT_ROUNDS = 2
+# Rounds are of the keys left once these are at most one in so many.
 _LEFT = 8
 
 
@@ -67,9 +65,8 @@ def some_keys(keys: Keys, places: jax.Array) -> Keys:
 def places_where(mask: jax.Array, size: int) -> jax.Array:
     """The first `size` places [size] where the mask [m] holds; m where there are no more."""
     m = mask.shape[0]
-    rank = jnp.cumsum(mask, dtype=jnp.int32) - 1
     places = jnp.full(size, m, jnp.int32)
-    return set_rows(places, jnp.where(mask, rank, size), jnp.arange(m, dtype=jnp.int32))
+    return set_rows(places, jnp.where(mask, ranks(mask), size), jnp.arange(m, dtype=jnp.int32))
 
 
 def few(m: int) -> int:
@@ -131,11 +128,10 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
 
     rows = jnp.full(m, none, jnp.int32)
     state = (jnp.int32(0), rows, wanted, _probe(keys, num_slots))
-    for _ in range(_STRAIGHT_ROUNDS):
-        state = a_round(state, keys)
 
     def are_many(state: Any) -> jax.Array:
-        return (jnp.sum(state[2], dtype=jnp.int32) > few(m)) & (state[0] < num_slots)
+        left = jnp.sum(state[2], dtype=jnp.int32)
+        return (left > few(m)) & (state[0] < num_slots)
 
     count, rows, left, probe = jax.lax.while_loop(are_many, lambda s: a_round(s, keys), state)
 

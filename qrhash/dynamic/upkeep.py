@@ -12,7 +12,7 @@ from qrhash.arithmetic import as_size
 from qrhash.dynamic.index import KeyIndex, create
 from qrhash.dynamic.slots import TOMBSTONE, new_slots, place, read, some_keys
 from qrhash.keys import Keys
-from qrhash.rows import set_rows
+from qrhash.rows import ranks, set_rows
 from qrhash.types import Scalar
 
 # Keys that are dealt anew at once.
@@ -40,8 +40,7 @@ def evict(index: KeyIndex, gone: jax.Array) -> KeyIndex:
     capacity = index.capacity
     gone = gone & index.is_live
     numbers = jnp.arange(capacity, dtype=jnp.int32)
-    rank = jnp.cumsum(gone, dtype=jnp.int32) - 1
-    free = set_rows(index.free, jnp.where(gone, index.num_free + rank, capacity), numbers)
+    free = set_rows(index.free, jnp.where(gone, index.num_free + ranks(gone), capacity), numbers)
     rows = index.slots[:, 2]
     is_dead = (rows < capacity) & read(gone, jnp.minimum(rows, capacity - 1).astype(jnp.int32))
     column = jnp.where(is_dead, jnp.uint32(TOMBSTONE), rows)
@@ -147,5 +146,5 @@ def lowest(scores: jax.Array, among: jax.Array, count: Scalar) -> jax.Array:
     bound, _ = jax.lax.fori_loop(0, 31, halve, bounds)
     below, equal = among & (scores < bound), among & (scores == bound)
     rest = count - jnp.sum(below, dtype=jnp.int32)
-    rank = jnp.cumsum(equal, dtype=jnp.int32).reshape(equal.shape)
-    return below | (equal & (rank <= rest))
+    rank = ranks(equal.reshape(-1)).reshape(equal.shape)
+    return below | (equal & (rank < rest))
