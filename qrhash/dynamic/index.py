@@ -42,7 +42,7 @@ class KeyIndex:
     """An index of at most `capacity` keys; see `create`.
 
     Attributes:
-      slots: words of the key, row number, nothing: uint32 [num_slots, 4].
+      slots: words of the key, row number, nothing: uint32 [num_slots // 2, 2, 4].
       keys: the key of each row, `Keys` [capacity].
       counts: how often each row's key was met, int32 [capacity]; 0 for a row that no key has.
       last_steps: the step it was last met at, int32 [capacity]; -1 for a row that no key has.
@@ -67,7 +67,7 @@ class KeyIndex:
     @property
     def num_slots(self) -> int:
         """How many slots there are, a power of two; on a mesh, of one shard."""
-        return self.slots.shape[-2]
+        return 2 * self.slots.shape[-3]
 
     @property
     def num_keys(self) -> Any:

@@ -1,9 +1,9 @@
 """Slots: an open-addressing hash table of 64-bit keys in one array, as pure functions.
 
-A slot holds the two words of a key and its row number: one gather reads all three. A key tries
-slots by double hashing, until it finds itself or a slot that was never used. Rounds of the whole
-batch are followed by rounds of the few keys that are left, and all loops run on donated arrays in
-place.
+A slot holds the two words of a key and its row number, and two slots stand side by side: one gather
+reads both. A key tries pairs of slots by double hashing, until it finds itself or a slot that was
+never used. Rounds of the whole batch are followed by rounds of the few keys that are left, and all
+loops run on donated arrays in place.
 """
 
 from collections.abc import Callable
@@ -26,30 +26,30 @@ _LEFT = 8
 
 
 def new_slots(num_slots: int) -> jax.Array:
-    """Slots [num_slots, 4], uint32, none of them used."""
-    return jnp.zeros((num_slots, 4), jnp.uint32).at[:, 2].set(jnp.uint32(EMPTY))
+    """Slots [num_slots // 2, 2, 4], uint32, none of them used."""
+    return jnp.zeros((num_slots // 2, 2, 4), jnp.uint32).at[..., 2].set(jnp.uint32(EMPTY))
 
 
 class _Probe(NamedTuple):
-    """Where a key looks next, and how far it goes from there."""
+    """The pair of slots where a key looks next, and how far it goes from there."""
 
-    slot: jax.Array
+    pair: jax.Array
     stride: jax.Array
 
-    def onward(self, moves: jax.Array, num_slots: int) -> "_Probe":
-        further = (self.slot + self.stride) & (num_slots - 1)
-        return self._replace(slot=jnp.where(moves, further, self.slot))
+    def onward(self, moves: jax.Array, num_pairs: int) -> "_Probe":
+        further = (self.pair + self.stride) & (num_pairs - 1)
+        return self._replace(pair=jnp.where(moves, further, self.pair))
 
     def some(self, places: jax.Array) -> "_Probe":
         """Those of the keys at places that are inside."""
-        return _Probe(read(self.slot, places), read(self.stride, places))
+        return _Probe(read(self.pair, places), read(self.stride, places))
 
 
-def _probe(keys: Keys, num_slots: int) -> _Probe:
-    """The first slot of each key, and its stride: odd, so that it comes by every slot."""
+def _probe(keys: Keys, num_pairs: int) -> _Probe:
+    """The first pair of each key, and its stride: odd, so that it comes by every one."""
     mixed = scramble(keys, _SEED)
-    slot = (mixed.hi & jnp.uint32(num_slots - 1)).astype(jnp.int32)
-    return _Probe(slot, (mixed.lo | jnp.uint32(1)).astype(jnp.int32))
+    pair = (mixed.hi & jnp.uint32(num_pairs - 1)).astype(jnp.int32)
+    return _Probe(pair, (mixed.lo | jnp.uint32(1)).astype(jnp.int32))
 
 
 def read(array: jax.Array, places: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
     """The rows of keys.
 
     Args:
-      slots: [num_slots, 4].
+      slots: [num_slots // 2, 2, 4].
       keys: [m].
       wanted: which of them are looked for, bool [m].
       none: what stands for no row.
@@ -114,24 +114,25 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
     Returns:
       int32 [m].
     """
-    num_slots, m = slots.shape[0], wanted.shape[0]
+    num_pairs, m = slots.shape[0], wanted.shape[0]
 
     def a_round(state: Any, keys: Keys) -> Any:
         count, rows, left, probe = state
-        slot = read(slots, probe.slot)
-        is_key = (slot[:, 0] == keys.hi) & (slot[:, 1] == keys.lo)
-        is_row = slot[:, 2] < jnp.uint32(_CLAIMED)
-        is_here = left & is_key & is_row
-        rows = jnp.where(is_here, slot[:, 2].astype(jnp.int32), rows)
-        left = left & ~is_here & (slot[:, 2] != jnp.uint32(EMPTY))
-        return count + 1, rows, left, probe.onward(left, num_slots)
+        # Of eight words XLA makes one loop, of twice four it makes two.
+        pair = read(slots.reshape(num_pairs, 8), probe.pair)
+        for slot in (pair[:, :4], pair[:, 4:]):
+            is_key = (slot[:, 0] == keys.hi) & (slot[:, 1] == keys.lo)
+            is_here = left & is_key & (slot[:, 2] < jnp.uint32(_CLAIMED))
+            rows = jnp.where(is_here, slot[:, 2].astype(jnp.int32), rows)
+            left = left & ~is_here & (slot[:, 2] != jnp.uint32(EMPTY))
+        return count + 1, rows, left, probe.onward(left, num_pairs)
 
     rows = jnp.full(m, none, jnp.int32)
-    state = (jnp.int32(0), rows, wanted, _probe(keys, num_slots))
+    state = (jnp.int32(0), rows, wanted, _probe(keys, num_pairs))
 
     def are_many(state: Any) -> jax.Array:
         left = jnp.sum(state[2], dtype=jnp.int32)
-        return (left > few(m)) & (state[0] < num_slots)
+        return (left > few(m)) & (state[0] < num_pairs)
 
     count, rows, left, probe = jax.lax.while_loop(are_many, lambda s: a_round(s, keys), state)
 
@@ -139,11 +140,11 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
         keys_left = some_keys(keys, places)
         state = (count, jnp.full(places.shape, none, jnp.int32), meant, probe.some(places))
         _, found, _, _ = jax.lax.while_loop(
-            lambda s: jnp.any(s[2]) & (s[0] < num_slots), lambda s: a_round(s, keys_left), state
+            lambda s: jnp.any(s[2]) & (s[0] < num_pairs), lambda s: a_round(s, keys_left), state
         )
         return set_rows(rows, jnp.where(meant, places, m), found)
 
-    return on_few(left & (count < num_slots), rest, rows)[0]
+    return on_few(left & (count < num_pairs), rest, rows)[0]
 
 
 def place(
@@ -152,7 +153,7 @@ def place(
     """Puts keys into slots that hold none.
 
     Args:
-      slots: [num_slots, 4]; there is room for all.
+      slots: [num_slots // 2, 2, 4]; there is room for all.
       keys: [m].
       wanted: which of them are meant, bool [m]: each once, and none of them there already.
       rows: their row numbers, int32 [m].
@@ -160,38 +161,43 @@ def place(
     Returns:
       The slots, and how many of them were never used before.
     """
-    num_slots, m = slots.shape[0], wanted.shape[0]
+    num_pairs, m = slots.shape[0], wanted.shape[0]
+    num_slots = 2 * num_pairs
     codes = jnp.uint32(_CLAIMED) + jnp.arange(m, dtype=jnp.uint32)
 
     def a_round(state: Any, codes: jax.Array) -> Any:
-        (slots, fresh), places, left, probe = state
-        old = read(slots, probe.slot)[:, 2]
+        (slots, fresh), places, left, probe, side = state
+        slot = 2 * probe.pair + side
+        old = read(slots, slot)[:, 2]
         claims = left & (old >= jnp.uint32(TOMBSTONE))
         # Of several keys the first has the slot: its code is the lowest.
-        slots = slots.at[jnp.where(claims, probe.slot, num_slots), 2].min(codes, mode="drop")
-        won = claims & (read(slots, probe.slot)[:, 2] == codes)
-        places = jnp.where(won, probe.slot, places)
+        slots = slots.at[jnp.where(claims, slot, num_slots), 2].min(codes, mode="drop")
+        won = claims & (read(slots, slot)[:, 2] == codes)
+        places = jnp.where(won, slot, places)
         fresh = fresh + jnp.sum(won & (old == jnp.uint32(EMPTY)), dtype=jnp.int32)
         left = left & ~won
-        return (slots, fresh), places, left, probe.onward(left, num_slots)
+        probe = probe.onward(left & (side == 1), num_pairs)
+        return (slots, fresh), places, left, probe, jnp.where(left, 1 - side, side)
 
     def are_many(state: Any) -> jax.Array:
         return jnp.sum(state[2], dtype=jnp.int32) > few(m)
 
     nowhere = jnp.full(m, num_slots, jnp.int32)
-    state = ((slots, jnp.int32(0)), nowhere, wanted, _probe(keys, num_slots))
-    slots_and_fresh, places, left, probe = jax.lax.while_loop(
+    of_one = slots.reshape(num_slots, 4)
+    state = ((of_one, jnp.int32(0)), nowhere, wanted, _probe(keys, num_pairs), nowhere * 0)
+    slots_and_fresh, places, left, probe, side = jax.lax.while_loop(
         are_many, lambda s: a_round(s, codes), state
     )
 
     def rest(carry: Any, at: jax.Array, meant: jax.Array) -> Any:
         slots_and_fresh, places = carry
-        state = (slots_and_fresh, jnp.full(at.shape, num_slots, jnp.int32), meant, probe.some(at))
-        slots_and_fresh, placed, _, _ = jax.lax.while_loop(
+        nowhere = jnp.full(at.shape, num_slots, jnp.int32)
+        state = (slots_and_fresh, nowhere, meant, probe.some(at), read(side, at))
+        slots_and_fresh, placed, *_ = jax.lax.while_loop(
             lambda s: jnp.any(s[2]), lambda s: a_round(s, read(codes, at)), state
         )
         return slots_and_fresh, set_rows(places, jnp.where(meant, at, m), placed)
 
-    ((slots, fresh), places), _ = on_few(left, rest, (slots_and_fresh, places))
+    ((of_one, fresh), places), _ = on_few(left, rest, (slots_and_fresh, places))
     entries = jnp.stack([keys.hi, keys.lo, rows.astype(jnp.uint32), jnp.zeros_like(keys.lo)], 1)
-    return set_rows(slots, places, entries), fresh
+    return set_rows(of_one, places, entries).reshape(slots.shape), fresh

@@ -41,11 +41,11 @@ def evict(index: KeyIndex, gone: jax.Array) -> KeyIndex:
     gone = gone & index.is_live
     numbers = jnp.arange(capacity, dtype=jnp.int32)
     free = set_rows(index.free, jnp.where(gone, index.num_free + ranks(gone), capacity), numbers)
-    rows = index.slots[:, 2]
+    rows = index.slots[..., 2]
     is_dead = (rows < capacity) & read(gone, jnp.minimum(rows, capacity - 1).astype(jnp.int32))
     column = jnp.where(is_dead, jnp.uint32(TOMBSTONE), rows)
     index = index.replace(
-        slots=index.slots.at[:, 2].set(column),
+        slots=index.slots.at[..., 2].set(column),
         counts=jnp.where(gone, 0, index.counts),
         last_steps=jnp.where(gone, -1, index.last_steps),
         free=free,
