@@ -145,8 +145,10 @@ class SymmetricUniform:
 
     def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Entries of this shape."""
-        limit = 3**0.5 * self.stddev
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
+        # Rounded once, in the product alone: where a sum came behind it, compilers would round both
+        # or one, and tables would not start with the same bits wherever they are drawn.
+        width = 2 * 3**0.5 * self.stddev
+        return (jax.random.uniform(key, shape, dtype) - 0.5) * width
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,10 @@ def _within_vocabulary(ids: Array, partition: Partition, policy: str) -> Array:
 
 def _check_ids(ids: Array, has_rows: Array, partition: Partition) -> None:
     """Policy "raise"."""
-    if not isinstance(ids, np.ndarray):
+    if isinstance(ids, np.ndarray):
+        if has_rows.all():
+            return
+    else:
         import jax  # not needed where tables are only looked up, by NumPy
         from jax.experimental import checkify
 

@@ -126,8 +126,8 @@ class Tiered:
           name: of mappings, which entry it is.
 
         Yields:
-          The batch with slots of the cache in place of ids, or with `Found` in place of keys; and
-          what `swap` takes. It must be called before the next batch.
+          The batch with slots of the cache in place of ids, or with `Found` in place of keys, all
+          of them arrays of NumPy; and what `swap` takes. It must be called before the next batch.
 
         Raises:
           ValueError: one batch names more rows than the cache has; ids without a row, under the
