@@ -46,6 +46,7 @@ SCRIPTS = (
     Script("bags", ("bags.py",)),
     Script("dynamic", ("dynamic.py",)),
     Script("first_step", ("first_step.py",)),
+    Script("creation", ("creation.py",), has_figures=False, is_of_cpu=True),
     Script("sharding", ("sharding.py",), has_figures=False, is_of_cpu=True),
     *(
         Script(f"kernels-{scenario}", ("kernels.py", scenario), has_figures=False)

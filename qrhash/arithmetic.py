@@ -42,7 +42,7 @@ def as_ids(ids: Array, name: str = "ids") -> Array:
         hint = ": number other keys first" if name == "ids" else ""
         raise ValueError(f"{name} must be integers, got an array of {ids.dtype}{hint}.")
     if isinstance(ids, np.ndarray):
-        return ids if ids.dtype == np.uint64 else ids.astype(np.int64, copy=False)
+        return ids if ids.dtype == np.uint64 else ids.astype(np.int64)
     return ids if ids.dtype.itemsize >= 4 else ids.astype(xp.int32)
 
 

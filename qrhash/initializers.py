@@ -20,7 +20,7 @@ from qrhash.config import EmbedConfig
 from qrhash.layout import MeshLayout, Shard, owner_and_place
 from qrhash.operations import path_of
 from qrhash.sharded import ShardedTable
-from qrhash.threefry import unrolled
+from qrhash.threefry import fold_in, unrolled
 from qrhash.tuning import DRAWN_AT_ONCE, FEWEST_DRAWN
 from qrhash.types import Initializer, Key, Scalar, wide_dtype
 
@@ -56,10 +56,10 @@ class PerRow:
     def rows(self, key: Key, index: jax.Array, width: tuple[int, ...], dtype: Any) -> jax.Array:
         """The rows of these numbers."""
         # The steps of a narrow type would shift the mean.
-        wide, key = wide_dtype(dtype), unrolled(key)
+        wide = wide_dtype(dtype)
 
         def row(number: jax.Array) -> jax.Array:
-            return self.initializer(jax.random.fold_in(key, number), width, wide)
+            return self.initializer(fold_in(key, number), width, wide)
 
         return jax.vmap(row)(index).astype(dtype)
 
@@ -145,10 +145,10 @@ class SymmetricUniform:
 
     def __call__(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Entries of this shape."""
-        # Rounded once, in the product alone: where a sum came behind it, compilers would round both
-        # or one, and tables would not start with the same bits wherever they are drawn.
-        width = 2 * 3**0.5 * self.stddev
-        return (jax.random.uniform(key, shape, dtype) - 0.5) * width
+        # Rounded once, in the product: with a sum behind it, compilers may round once or twice, and
+        # tables would not start with the same bits wherever they are drawn.
+        width = float(2 * 3**0.5 * self.stddev)
+        return (jax.random.uniform(unrolled(key), shape, dtype) - 0.5) * width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _AffineMap:
 
 def _signs(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """The Flax initializer of random signs with some noise, of about unit variance."""
-    sign_key, size_key = jax.random.split(key)
+    sign_key, size_key = jax.random.split(unrolled(key))
     # A choice and no product, and steps that are powers of two: nothing is rounded in another way
     # where it is fused, and tables start with the same bits wherever they are drawn.
     steps = jax.random.randint(size_key, shape, -128, 129).astype(dtype)
@@ -211,7 +211,7 @@ def create(
     if layout is not None:
         array = _empty_on_mesh(layout, layout.array_shape(num_rows, width), dtype)
     elif len(draws) == 1 and _is_drawn_in_one_go(draws[0], is_large):
-        return draws[0].initializer(unrolled(draws[0].key), shape, dtype)
+        return draws[0].initializer(draws[0].key, shape, dtype)
     else:
         # Of itself it would not be of the mesh in use, as all else is (since jax 0.11).
         is_explicit = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
@@ -296,8 +296,7 @@ def _fill_at_once(
         first, end = _places(offset, num_rows, shard.num_shards)
         end = min(end, places)
         key = key if shard.num_shards == 1 else jax.random.fold_in(key, shard.number)
-        of_all = (end - first, width * shard.num_columns)
-        drawn = initializer(unrolled(key), of_all, array.dtype)
+        drawn = initializer(key, (end - first, width * shard.num_columns), array.dtype)
         drawn = jax.lax.dynamic_slice_in_dim(drawn, shard.column * width, width, axis=1)
         index = shard.indices(jnp.arange(first, end)) - offset
         return _put_where((index >= 0) & (index < num_rows), array, drawn, first)

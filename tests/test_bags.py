@@ -222,3 +222,10 @@ def test_a_batch_of_bags_for_a_mesh_is_made_of_padded_arrays():
         [2, 3],
         [4],
     ]
+
+
+def test_a_bag_does_not_keep_the_buffer_that_it_was_made_of():
+    ids = np.arange(6)
+    bag = Bag.from_ragged(ids, lengths=[2, 4])
+    ids[:] = 0
+    assert np.asarray(bag.ids).tolist() == [0, 1, 2, 3, 4, 5]

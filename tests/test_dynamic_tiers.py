@@ -1,6 +1,7 @@
 """Rows in a store and a cache of them: the numbers of a table that is all there, bit for bit."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -121,6 +122,27 @@ def test_bags_and_ids_without_a_row():
     both.check()
     untouched = both.tier.read(np.array([7]))[0]
     assert_same([untouched], [np.asarray(qrhash.init(KEY.copy(), config)[0])[7:8]])
+
+
+def test_wide_rows_start_as_they_would_where_the_loop_alone_is_told_of_64_bits():
+    with jax.enable_x64(True):
+        config = dataclasses.replace(CONFIG, param_dtype=jnp.float64)
+        both = Both(config=config)
+        assert both.whole[0].dtype == jnp.float64
+        both.train_tiered(batches(4))
+        both.tier.flush(both.params, both.state)
+        never_named = np.setdiff1d(np.arange(NUM_ROWS), np.concatenate(batches(4)))
+        both.train_tiered([never_named[:BATCH]])
+        both.train_whole([*batches(4), never_named[:BATCH]])
+        both.check()
+
+
+def test_rows_come_under_a_guard_of_transfers():
+    both = Both()
+    with jax.transfer_guard("disallow"), contextlib.closing(both.tier.ahead(batches(9))) as loop:
+        for _, fetched in loop:
+            both.params, both.state = both.tier.swap(both.params, both.state, fetched)
+    assert both.tier.traffic.looked_up
 
 
 def test_a_batch_of_a_mapping_has_slots_in_the_place_of_its_ids():

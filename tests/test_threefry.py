@@ -1,5 +1,6 @@
 """The generator in one pass against JAX's own: every bit is the same."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrhash.threefry import unrolled
+import qrhash
+from qrhash.threefry import fold_in, unrolled
+
+
+def _of_rbg(seed: int) -> Any:
+    return jax.random.key(seed, impl="rbg")
+
 
 DRAWS = {
     "bits": jax.random.bits,
@@ -46,6 +53,31 @@ def test_derived_keys(seed: int, folded: list[int], parts: int) -> None:
         other = jax.random.fold_in(other, jnp.uint32(number))
     keys, others = jax.random.split(key, parts), jax.random.split(other, parts)
     np.testing.assert_array_equal(jax.random.key_data(others), jax.random.key_data(keys))
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey, _of_rbg])
+def test_folded_keys_are_of_the_kind_given(make: Callable[[int], Any]) -> None:
+    wanted, found = jax.random.fold_in(make(3), 17), fold_in(make(3), 17)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(wanted))
+
+
+def _poisson(key: Any, shape: Any, dtype: Any) -> jax.Array:
+    return jax.random.poisson(key, 4, shape).astype(dtype)
+
+
+def _of_words(key: Any, shape: Any, dtype: Any) -> jax.Array:
+    return jnp.full(shape, key[0] % 100 + key[1] % 100).astype(dtype)
+
+
+@pytest.mark.parametrize("is_per_row", [False, True])
+def test_initializers_of_others_get_their_own_kind_of_key(is_per_row: bool) -> None:
+    for initializer, key in ((_poisson, jax.random.key(0)), (_of_words, jax.random.PRNGKey(0))):
+        given_one = qrhash.initializers.per_row(initializer) if is_per_row else initializer
+        config = qrhash.EmbedConfig(qrhash.FullTable(50), 4, embedding_init=given_one)
+        (table,) = qrhash.init(key, config)
+        assert table.shape == (50, 4)
+        assert table.any()
 
 
 def test_a_draw_for_each_number() -> None:

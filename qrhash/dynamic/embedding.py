@@ -34,7 +34,7 @@ from qrhash.initializers import SymmetricUniform
 from qrhash.keys import Keys
 from qrhash.kinds import set_table_rows
 from qrhash.operations import Projection
-from qrhash.threefry import unrolled
+from qrhash.threefry import fold_in
 from qrhash.types import Array, Key, PyTree, Scalar, wide_dtype
 
 # New rows that are started at once.
@@ -231,11 +231,11 @@ def write_new(
 def _drawn(keys: Keys, config: DynamicConfig) -> jax.Array:
     """Vectors [n, features] that the rows of keys [n] start with, without compressed ones."""
     dtype = wide_dtype(config.param_dtype)
-    seed = unrolled(jax.random.key(config.seed))
+    seed = jax.random.key(config.seed)
     initializer = config.embedding_init or SymmetricUniform(config.stddev)
 
     def draw(hi: jax.Array, lo: jax.Array) -> jax.Array:
-        of_key = jax.random.fold_in(jax.random.fold_in(seed, hi), lo)
+        of_key = fold_in(fold_in(seed, hi), lo)
         drawn: jax.Array = initializer(of_key, (config.features,), dtype)
         return drawn
 

@@ -198,7 +198,7 @@ class ByKey:
         *values, step = saved
         types = [[(each.shape, each.dtype) for each in some] for some in (values, leaves)]
         if types[0] != types[1]:
-            raise ValueError("it is of another capacity, or another admission")
+            raise ValueError("it is of another capacity, admission, or version of qrhash")
         with on_host():
             self.state = jax.tree.unflatten(tree, map(jnp.asarray, values))
             self.num_keys = int(self.state.index.num_keys)

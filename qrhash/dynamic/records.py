@@ -117,6 +117,8 @@ class Records:
             return arrays.at_start(initializer.rows(key, rows, width, dtype))
 
         self._start, self._key = jax.jit(start), key
+        # Of this thread: another one, which fetches, may not have been told.
+        self._is_wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
         types = jax.eval_shape(start, key, jax.ShapeDtypeStruct((1,), jnp.int32))
         self._parts = [(each.shape[1:], np.dtype(each.dtype)) for each in types]
 
@@ -160,7 +162,7 @@ class Records:
         return tuple(arrays)
 
     def _started(self, rows: np.ndarray) -> list[jax.Array]:
-        with jax.default_device(jax.devices("cpu")[0]):
+        with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(self._is_wide):
             started: list[jax.Array] = self._start(self._key, padded(rows, 0))
         return started
 

@@ -126,8 +126,8 @@ class Tiered:
           name: of mappings, which entry it is.
 
         Yields:
-          The batch with slots of the cache in place of ids, or with `Found` in place of keys, all
-          of them arrays of NumPy; and what `swap` takes. It must be called before the next batch.
+          The batch with slots of the cache in place of ids, or with `Found` in place of keys, of
+          arrays of NumPy; and what `swap` takes. It must be called before the next batch.
 
         Raises:
           ValueError: one batch names more rows than the cache has; ids without a row, under the
@@ -189,7 +189,8 @@ class Tiered:
         if not len(fetched.move.rows):
             return params, opt_state
         arrays = self._arrays.of(params, opt_state)
-        arrays, old = swap_rows(arrays, fetched.slots, fetched.values)
+        with jax.transfer_guard_host_to_device("allow"):
+            arrays, old = swap_rows(arrays, fetched.slots, fetched.values)
         self._backs.put((fetched.move, old))
         return self._arrays.put(params, opt_state, arrays)
 

@@ -85,11 +85,12 @@ class Traffic:
 
     def take_back(self, move: Move, old: tuple[jax.Array, ...]) -> int:
         """Writes what made room for a plan's rows; gives the number of the plan."""
-        victims, rows = move.victims, [np.asarray(each)[: len(move.victims)] for each in old]
+        victims = move.victims
         there = victims >= 0
-        if not there.all():
-            victims, rows = victims[there], [each[there] for each in rows]
-        if len(victims):
+        if there.any():
+            rows = [np.asarray(each)[: len(victims)] for each in old]
+            if not there.all():
+                victims, rows = victims[there], [each[there] for each in rows]
             self.write(victims, self.records.pack(rows))
             self.residents.arrived(move.number, victims)
         return move.number
