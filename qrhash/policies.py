@@ -101,10 +101,7 @@ def _within_vocabulary(ids: Array, partition: Partition, policy: str) -> Array:
 
 def _check_ids(ids: Array, has_rows: Array, partition: Partition) -> None:
     """Policy "raise"."""
-    if isinstance(ids, np.ndarray):
-        if has_rows.all():
-            return
-    else:
+    if not isinstance(ids, np.ndarray):
         import jax  # not needed where tables are only looked up, by NumPy
         from jax.experimental import checkify
 
@@ -113,9 +110,10 @@ def _check_ids(ids: Array, has_rows: Array, partition: Partition) -> None:
                 first = ids.reshape(-1)[has_rows.argmin()]
                 checkify.check(has_rows.all(), f"id {{id}} has no row in {partition}", id=first)
             return
-    # Constants of a jitted function are concrete, what is computed of them there is not.
-    ids = np.asarray(ids)
-    bad = np.argwhere(partition.indices(ids)[0] == partition.num_rows[0])
+        # Constants of a jitted function are concrete, what is computed of them there is not.
+        ids = np.asarray(ids)
+        has_rows = partition.indices(ids)[0] < partition.num_rows[0]
+    bad = np.argwhere(~has_rows)
     if len(bad):
         position = tuple(bad[0].tolist())
         raise ValueError(

@@ -48,7 +48,8 @@ class Residents:
     def __init__(self, num_rows: int, num_slots: int) -> None:
         # Of each row: slot + 1; 0: in the store; -n: taken out by plan n, not yet in the store. All
         # that is no row has the last one, in a slot behind the others.
-        self._where = np.append(np.zeros(num_rows, np.int32), np.int32(num_slots + 1))
+        self._where = np.zeros(num_rows + 1, np.int32)
+        self._where[-1] = num_slots + 1
         self._rows = np.full(num_slots, -1, np.int64)
         self._last = np.zeros(num_slots + 1, np.int32)
         self._number = 0

@@ -183,8 +183,8 @@ def place(
         return jnp.sum(state[2], dtype=jnp.int32) > few(m)
 
     nowhere = jnp.full(m, num_slots, jnp.int32)
-    of_one = slots.reshape(num_slots, 4)
-    state = ((of_one, jnp.int32(0)), nowhere, wanted, _probe(keys, num_pairs), nowhere * 0)
+    of_one, side = slots.reshape(num_slots, 4), jnp.zeros(m, jnp.int32)
+    state = ((of_one, jnp.int32(0)), nowhere, wanted, _probe(keys, num_pairs), side)
     slots_and_fresh, places, left, probe, side = jax.lax.while_loop(
         are_many, lambda s: a_round(s, codes), state
     )
