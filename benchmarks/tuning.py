@@ -22,7 +22,7 @@ import optax
 
 import qrhash
 from qrhash import tuning
-from qrhash.merge import merge_rows
+from qrhash.merge import distinct_rows, merge_rows
 
 LOOKUPS = 16_384
 FEATURES = 16
@@ -109,6 +109,19 @@ def slots_per_lookup(rounds: int) -> Iterator[tuple[str, float]]:
             merge = lambda ids, values: merge_rows(ids, values, 10**6)  # noqa: E731
             pair = _against("SLOTS_PER_LOOKUP", slots, merge, _ids(10**6, LOOKUPS), values)
             yield f"{slots} in place of {tuning.SLOTS_PER_LOOKUP}", _ratio(*pair, rounds)
+
+
+def rows_per_lookup(rounds: int) -> Iterator[tuple[str, float]]:
+    """Duplicates found by a slot for every row, or by hashing."""
+    for lookups in (2_048, LOOKUPS, 524_288):
+        for per_lookup in (4, 8, 12, 16):
+            rows = per_lookup * lookups
+            is_hashed = per_lookup > tuning.ROWS_PER_LOOKUP
+            find = functools.partial(distinct_rows, num_rows=rows)
+            other = per_lookup if is_hashed else 0
+            pair = _against("ROWS_PER_LOOKUP", other, find, _ids(rows, lookups))
+            what = "a slot for every row" if is_hashed else "hashed"
+            yield f"{rows} rows, {lookups} look-ups, {what}", _ratio(*pair, rounds)
 
 
 def gathers_again(rounds: int) -> Iterator[tuple[str, float]]:
@@ -256,6 +269,7 @@ CHOICES = {
     "one-hot": one_hot_rows,
     "merge": merge_method,
     "slots": slots_per_lookup,
+    "rows": rows_per_lookup,
     "again": gathers_again,
     "large": large_table_rows,
     "blocks": updates_in_blocks,

@@ -90,10 +90,12 @@ def compact_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
 def _representatives(rows: jax.Array, num_rows: int) -> jax.Array:
     """For each position [m], one position of all that name the same row."""
     m = rows.shape[0]
-    if isinstance(m, int) and num_rows < tuning.SLOTS_PER_LOOKUP * m:
+    if isinstance(m, int) and num_rows <= tuning.ROWS_PER_LOOKUP * m:
         # Few rows: each has a slot of its own, and there are no collisions.
         positions = jnp.arange(m, dtype=jnp.int32)
-        return jnp.zeros(num_rows + 1, jnp.int32).at[rows].set(positions)[rows]
+        scratch = jnp.zeros(num_rows + 1, jnp.int32)
+        scratch = scratch.at[rows].set(positions, mode="promise_in_bounds")
+        return scratch.at[rows].get(mode="promise_in_bounds")
     num_slots, slot_of = slots_for(m)
 
     def slots_of(count: jax.Array) -> jax.Array:
