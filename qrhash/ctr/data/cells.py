@@ -65,6 +65,13 @@ def numbers(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return narrow, bad | np.isinf(narrow)
 
 
+def no_value(column: pa.Array, words: Sequence[str] = NO_NUMBER) -> np.ndarray:
+    """Which cells hold nothing, or a word that says so, [rows] bool."""
+    if not pa.types.is_string(column.type):
+        return np.asarray(column.is_null(nan_is_null=True))
+    return mask(pc.is_in(pc.utf8_trim_whitespace(column), pa.array([*words, None])))
+
+
 def with_points(column: pa.Array) -> pa.Array:
     """Text of numbers with a decimal comma -> with a point; what is no text stays."""
     column = plain(column)
@@ -110,8 +117,7 @@ def _named_labels(
 
     text = as_named(column.cast(pa.string()))
     clicks = mask(pc.is_in(text, as_named(pa.array(list(positive), pa.string()))))
-    missing = np.asarray(pc.is_in(text, pa.array([*_NOTHING, None])))
-    return clicks.astype(np.float32), missing & ~clicks
+    return clicks.astype(np.float32), no_value(text, _NOTHING) & ~clicks
 
 
 def _decimals(
@@ -121,7 +127,7 @@ def _decimals(
     column, bad = plain(column), np.zeros(len(column), bool)
     if pa.types.is_string(column.type):
         text = pc.utf8_trim_whitespace(column)
-        text = pc.if_else(pc.is_in(text, pa.array(NO_NUMBER)), None, text)
+        text = pc.if_else(pa.array(no_value(text)), None, text)
         lower = pc.utf8_lower(text)
         for word, value in words.items():
             text = pc.if_else(pc.equal(lower, word), str(value), text)

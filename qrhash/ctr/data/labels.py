@@ -36,7 +36,7 @@ def check_label(
         clicks, bad = np.zeros(len(array)), np.ones(len(array), bool)
     if not len(bad):
         return
-    told = array.filter(pa.array(~(bad if schema.positive else _is_missing(array))))
+    told = array.filter(pa.array(~(bad if schema.positive else cells.no_value(array))))
     if _are_many(bad) and len(told) and not _are_many(read(told)[1]):
         raise UserError(
             f"The label {label} is missing in {len(array) - len(told):,} of the first "
@@ -68,13 +68,6 @@ def _differ_in_case(array: pa.Array, words: Sequence[str]) -> bool:
         return False
     lower = pc.utf8_lower(pc.utf8_trim_whitespace(array))
     return bool(cells.mask(pc.is_in(lower, pa.array([word.lower() for word in words]))).any())
-
-
-def _is_missing(array: pa.Array) -> np.ndarray:
-    """Which cells of a column hold no value, [rows] bool."""
-    if not pa.types.is_string(array.type):
-        return np.asarray(array.is_null(nan_is_null=True))
-    return cells.mask(pc.is_in(pc.utf8_trim_whitespace(array), pa.array([*cells.NO_NUMBER, None])))
 
 
 def _are_counts(label: str, array: pa.Array) -> bool:

@@ -111,8 +111,7 @@ def _look_at_lists(column: pa.Array) -> Seen:
 
 def _look_at_text(present: pa.Array, distinct: pa.Array) -> Seen:
     """Of cells of text: what nearly all of them say."""
-    is_missing = pc.is_in(pc.utf8_trim_whitespace(present), pa.array(cells.NO_NUMBER))
-    telling = present.filter(pc.invert(is_missing))
+    telling = present.filter(pa.array(~cells.no_value(present)))
     counts = (len(distinct), len(present))
     if lists.are_written(distinct):
         return Seen("list", *counts)

@@ -208,27 +208,28 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     titles = _drawn([*points, summary])
     baseline = CONSTANT if "auc" in titles else POPULAR
+    named: dict[str, Any] = {}
     for axes, metric in zip(figure.subplots(1, 2), titles, strict=True):
-        for part, name in (
-            ("train", "training rows, before each step"),
-            ("validation", "validation rows"),
-            ("test", "test rows"),
+        for part, name, color in (
+            ("train", "training rows, before each step", "tab:blue"),
+            ("validation", "validation rows", "tab:green"),
+            ("test", "test rows", "tab:orange"),
         ):
             # A run that validates has one point of test rows, the last one; of training rows no
             # recall is known.
             values = np.array([point.get(f"{part}_{metric}") for point in points], float)
             if part == "test" or not np.isnan(values).all():
-                axes.plot(rows, values, marker="o", markersize=3, label=name)
+                (named[name],) = axes.plot(rows, values, color=color, marker="o", markersize=3)
         for part, name, color in (
             ("constant", baseline, "gray"),
             ("truth", "ground truth", "black"),
         ):
             if (value := summary.get(f"{part}_{metric}")) is not None:
-                axes.axhline(value, color=color, linestyle="--", linewidth=1, label=name)
+                named[name] = axes.axhline(value, color=color, linestyle="--", linewidth=1)
         axes.set(xlabel="rows trained on", ylabel=titles[metric])
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named))
     figure.savefig(path, dpi=120)
 
 
