@@ -65,9 +65,10 @@ def _merge_by_hash(
 def distinct_rows(rows: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """Row numbers [m] named once each, num_rows elsewhere; and for each position, where its row is.
 
-    Every position is written into the slot of its row, where the last one written stands for
-    all. What was read back under another row number met a collision, and tries again with the next
-    hash function; after the first round about one position in ten is left.
+    Given are numbers in [0, num_rows], the last of which names no row: see `rows_or_end`. Every
+    position is written into the slot of its row, where the last one written stands for all. What
+    was read back under another row number met a collision, and tries again with the next hash
+    function; after the first round about one position in ten is left.
     """
     chosen = _representatives(rows, num_rows)
     positions = jnp.arange(rows.shape[0], dtype=jnp.int32)
