@@ -120,8 +120,8 @@ def rows_per_lookup(rounds: int) -> Iterator[tuple[str, float]]:
             find = functools.partial(distinct_rows, num_rows=rows)
             other = per_lookup if is_hashed else 0
             pair = _against("ROWS_PER_LOOKUP", other, find, _ids(rows, lookups))
-            what = "a slot for every row" if is_hashed else "hashed"
-            yield f"{rows} rows, {lookups} look-ups, {what}", _ratio(*pair, rounds)
+            what = "a slot for each" if is_hashed else "hashed"
+            yield f"{rows} rows, {lookups} look-ups, {what} instead", _ratio(*pair, rounds)
 
 
 def gathers_again(rounds: int) -> Iterator[tuple[str, float]]:

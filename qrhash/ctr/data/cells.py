@@ -65,11 +65,15 @@ def numbers(name: str, column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return narrow, bad | np.isinf(narrow)
 
 
-def no_value(column: pa.Array, words: Sequence[str] = NO_NUMBER) -> np.ndarray:
-    """Which cells hold nothing, or a word that says so, [rows] bool."""
+def told(column: pa.Array) -> pa.Array:
+    """Text without space around it, null where a word says that there is nothing.
+
+    What is no text stays.
+    """
     if not pa.types.is_string(column.type):
-        return np.asarray(column.is_null(nan_is_null=True))
-    return mask(pc.is_in(pc.utf8_trim_whitespace(column), pa.array([*words, None])))
+        return column
+    text = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.is_in(text, pa.array(NO_NUMBER)), None, text)
 
 
 def with_points(column: pa.Array) -> pa.Array:
@@ -117,7 +121,8 @@ def _named_labels(
 
     text = as_named(column.cast(pa.string()))
     clicks = mask(pc.is_in(text, as_named(pa.array(list(positive), pa.string()))))
-    return clicks.astype(np.float32), no_value(text, _NOTHING) & ~clicks
+    missing = mask(pc.is_in(text, pa.array([*_NOTHING, None])))
+    return clicks.astype(np.float32), missing & ~clicks
 
 
 def _decimals(
@@ -126,8 +131,7 @@ def _decimals(
     """-> values [rows] float64 (nan: missing), of words too; unreadable [rows] bool."""
     column, bad = plain(column), np.zeros(len(column), bool)
     if pa.types.is_string(column.type):
-        text = pc.utf8_trim_whitespace(column)
-        text = pc.if_else(pa.array(no_value(text)), None, text)
+        text = told(column)
         lower = pc.utf8_lower(text)
         for word, value in words.items():
             text = pc.if_else(pc.equal(lower, word), str(value), text)

@@ -36,7 +36,8 @@ def check_label(
         clicks, bad = np.zeros(len(array)), np.ones(len(array), bool)
     if not len(bad):
         return
-    told = array.filter(pa.array(~(bad if schema.positive else cells.no_value(array))))
+    is_missing = bad if schema.positive else cells.mask(cells.told(array).is_null(nan_is_null=True))
+    told = array.filter(pa.array(~is_missing))
     if _are_many(bad) and len(told) and not _are_many(read(told)[1]):
         raise UserError(
             f"The label {label} is missing in {len(array) - len(told):,} of the first "

@@ -111,7 +111,7 @@ def _look_at_lists(column: pa.Array) -> Seen:
 
 def _look_at_text(present: pa.Array, distinct: pa.Array) -> Seen:
     """Of cells of text: what nearly all of them say."""
-    telling = present.filter(pa.array(~cells.no_value(present)))
+    telling = cells.told(present).drop_null()
     counts = (len(distinct), len(present))
     if lists.are_written(distinct):
         return Seen("list", *counts)
@@ -120,14 +120,12 @@ def _look_at_text(present: pa.Array, distinct: pa.Array) -> Seen:
     if not len(telling):
         return Seen("text", *counts)
 
-    trimmed = pc.utf8_trim_whitespace(telling)
-
     def share(pattern: str) -> float:
-        found = pc.match_substring_regex(trimmed, pattern, ignore_case=True)
+        found = pc.match_substring_regex(telling, pattern, ignore_case=True)
         return float(np.mean(found.to_numpy(zero_copy_only=False)))
 
     if share(cells.CANONICAL) >= _READABLE:
-        whole = trimmed.filter(pc.match_substring_regex(trimmed, cells.CANONICAL)).unique()
+        whole = telling.filter(pc.match_substring_regex(telling, cells.CANONICAL)).unique()
         values = [int(text) for text in whole.to_pylist()]
         return Seen("integer", *counts, max(map(abs, values)), min(values))
     is_code = share(_CODE) >= 1 - _READABLE
