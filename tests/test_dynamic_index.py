@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from qrhash.dynamic.index import assign, create, lookup_rows
 from qrhash.dynamic.newcomers import Admission, Admitted
-from qrhash.dynamic.slots import EMPTY, TOMBSTONE
+from qrhash.dynamic.slots import BUCKET, EMPTY, TOMBSTONE
 from qrhash.dynamic.upkeep import evict, grow, lowest, rebuild
 from qrhash.keys import Keys
 from support.cases import OPTIMIZED
@@ -113,7 +113,10 @@ def assert_same(index, dictionary):
     live = {int(keys[row]): row for row in np.flatnonzero(np.asarray(index.is_live)).tolist()}
     assert live == dictionary.rows
     slots = np.asarray(index.slots).reshape(-1, 4)
-    assert int(index.num_unused) == np.sum(slots[:, 2] == EMPTY)
+    is_unused = slots[:, 2] == EMPTY
+    assert int(index.num_unused) == np.sum(is_unused)
+    in_buckets = is_unused.reshape(-1, BUCKET)
+    assert np.all(in_buckets[:, 1:] >= in_buckets[:, :-1])
     used = slots[slots[:, 2] < TOMBSTONE]
     in_slots = [(hi << 32 | lo, row) for hi, lo, row, _ in used.tolist()]
     assert sorted(in_slots) == sorted(dictionary.rows.items())
@@ -310,8 +313,9 @@ def test_lowest_is_the_start_of_what_is_sorted(items, count):
         (lambda: create(0), "capacity must be"),
         (lambda: create(2.5), "capacity must be"),
         (lambda: create(2**30), r"below 2\*\*30 rows, got 1073741824"),
-        (lambda: create(10, 24), "power of two, at least twice the capacity of 10, got 24"),
-        (lambda: create(10, 16), "power of two, at least twice the capacity of 10, got 16"),
+        (lambda: create(1, 2), "power of two, at least 4 for a capacity of 1, got 2"),
+        (lambda: create(10, 24), "power of two, at least 32 for a capacity of 10, got 24"),
+        (lambda: create(10, 16), "power of two, at least 32 for a capacity of 10, got 16"),
         (lambda: grow(create(10), 9), "at least the 10 rows that there are, got 9"),
         (lambda: lookup_rows(create(10), [1, 2], where=[True]), r"shape of the keys, \(2,\)"),
         (lambda: assign(create(10), [1], 0, where=np.ones((1, 1), bool)), r"got \(1, 1\)"),
@@ -365,7 +369,7 @@ def test_a_donated_index_is_not_copied():
 
 def test_the_check_sees_the_copies_of_an_index_that_is_not_donated():
     found = _of_table_size(_compiled(donate=(), options=None))
-    assert any(f"u32[{NUM_SLOTS // 2},2,4]" in each for each in found)
+    assert any(f"u32[{NUM_SLOTS // BUCKET},{BUCKET},4]" in each for each in found)
 
 
 def test_one_program_for_one_size_of_batch():

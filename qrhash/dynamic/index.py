@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from qrhash.arithmetic import as_size, ceil_div
 from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers, first_places
-from qrhash.dynamic.slots import find, new_slots, on_few, place, read, some_keys
+from qrhash.dynamic.slots import BUCKET, find, new_slots, on_few, place, read, some_keys
 from qrhash.keys import Keys
 from qrhash.rows import ranks, set_rows
 from qrhash.types import Array, PyTree, Scalar
 
-# Slots for each row: a key is then found after one or two looks.
+# Slots for each row: a key is then found at the first look, all but one in 25.
 _SLOTS_PER_ROW = 2
 
 _NEVER = -1  # the last step of a row that no key has
@@ -42,7 +42,7 @@ class KeyIndex:
     """An index of at most `capacity` keys; see `create`.
 
     Attributes:
-      slots: words of the key, row number, nothing: uint32 [num_slots // 2, 2, 4].
+      slots: words of the key, row number, nothing: uint32 [num_slots // 4, 4, 4].
       keys: the key of each row, `Keys` [capacity].
       counts: how often each row's key was met, int32 [capacity]; 0 for a row that no key has.
       last_steps: the step it was last met at, int32 [capacity]; -1 for a row that no key has.
@@ -67,7 +67,7 @@ class KeyIndex:
     @property
     def num_slots(self) -> int:
         """How many slots there are, a power of two; on a mesh, of one shard."""
-        return 2 * self.slots.shape[-3]
+        return BUCKET * self.slots.shape[-3]
 
     @property
     def num_keys(self) -> Any:
@@ -111,7 +111,7 @@ def create(capacity: int, num_slots: int | None = None) -> KeyIndex:
 
     Args:
       capacity: how many keys can have a row.
-      num_slots: a power of two, at least twice the capacity; default: the lowest such.
+      num_slots: a power of two, at least twice the capacity and 4; default: the lowest such.
 
     Raises:
       ValueError: a capacity below 1 or of 2**30 and more, or another number of slots.
@@ -159,7 +159,7 @@ def num_bytes(capacity: int) -> int:
 
 
 def _fewest_slots(capacity: int) -> int:
-    return 1 << (_SLOTS_PER_ROW * capacity - 1).bit_length()
+    return max(BUCKET, 1 << (_SLOTS_PER_ROW * capacity - 1).bit_length())
 
 
 def _checked_slots(num_slots: int | None, capacity: int) -> int:
@@ -169,8 +169,8 @@ def _checked_slots(num_slots: int | None, capacity: int) -> int:
     num_slots = as_size("num_slots", num_slots)
     if num_slots < fewest or num_slots & (num_slots - 1):
         raise ValueError(
-            f"num_slots must be a power of two, at least twice the capacity of {capacity}, got "
-            f"{num_slots}."
+            f"num_slots must be a power of two, at least {fewest} for a capacity of {capacity}, "
+            f"got {num_slots}."
         )
     return num_slots
 

@@ -1,13 +1,13 @@
 """Slots: an open-addressing hash table of 64-bit keys in one array, as pure functions.
 
-A slot holds the two words of a key and its row number, and two slots stand side by side: one gather
-reads both. A key tries pairs of slots by double hashing, until it finds itself or a slot that was
-never used. Rounds of the whole batch are followed by rounds of the few keys that are left, and all
-loops run on donated arrays in place.
+A slot holds the two words of a key and its row number. Four slots stand side by side in a bucket,
+which is one line of the cache. A key tries buckets by double hashing, until it finds itself or a
+slot that was never used. Rounds of the whole batch are followed by rounds of the few keys that are
+left, and all loops run on donated arrays in place.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,42 +19,37 @@ from qrhash.rows import ranks, set_rows
 EMPTY, TOMBSTONE = 2**32 - 1, 2**32 - 2
 _CLAIMED = 2**31
 
+BUCKET = 4  # slots; in each bucket those never used are behind the others
+
 _SEED = 0x510715
 
-# Rounds are of the keys left once these are at most one in so many.
-_LEFT = 8
+# Rounds are of the keys left once these are at most one in so many; of keys that are looked for,
+# hardly one in 25 is left after the first round.
+_LEFT, _LEFT_TO_FIND = 8, 16
+
+_SOUGHT = -1  # the row of a key that is still to be found
 
 
 def new_slots(num_slots: int) -> jax.Array:
-    """Slots [num_slots // 2, 2, 4], uint32, none of them used."""
-    return jnp.zeros((num_slots // 2, 2, 4), jnp.uint32).at[..., 2].set(jnp.uint32(EMPTY))
+    """Slots [num_slots // 4, 4, 4], uint32, none of them used."""
+    zeros = jnp.zeros((num_slots // BUCKET, BUCKET, 4), jnp.uint32)
+    return zeros.at[..., 2].set(jnp.uint32(EMPTY))
 
 
-class _Probe(NamedTuple):
-    """The pair of slots where a key looks next, and how far it goes from there."""
-
-    pair: jax.Array
-    stride: jax.Array
-
-    def onward(self, moves: jax.Array, num_pairs: int) -> "_Probe":
-        further = (self.pair + self.stride) & (num_pairs - 1)
-        return self._replace(pair=jnp.where(moves, further, self.pair))
-
-    def some(self, places: jax.Array) -> "_Probe":
-        """Those of the keys at places that are inside."""
-        return _Probe(read(self.pair, places), read(self.stride, places))
+def _hashes(keys: Keys) -> jax.Array:
+    return scramble(keys, _SEED).hi
 
 
-def _probe(keys: Keys, num_pairs: int) -> _Probe:
-    """The first pair of each key, and its stride: odd, so that it comes by every one."""
-    mixed = scramble(keys, _SEED)
-    pair = (mixed.hi & jnp.uint32(num_pairs - 1)).astype(jnp.int32)
-    return _Probe(pair, (mixed.lo | jnp.uint32(1)).astype(jnp.int32))
+def _buckets(hashes: jax.Array, turn: jax.Array, num_buckets: int) -> jax.Array:
+    """Where keys look at a turn, int32 [m]: strides are odd, so that they come by every bucket."""
+    stride = (hashes >> 16) | jnp.uint32(1)
+    place = hashes + turn.astype(jnp.uint32) * stride
+    return (place & jnp.uint32(num_buckets - 1)).astype(jnp.int32)
 
 
-def read(array: jax.Array, places: jax.Array) -> jax.Array:
-    """Entries of an array at places that are inside of it."""
-    return array.at[places].get(mode="promise_in_bounds")
+def read(array: jax.Array, places: Any) -> jax.Array:
+    """Entries of an array at places that are inside of it, not below zero."""
+    return array.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def some_keys(keys: Keys, places: jax.Array) -> Keys:
@@ -69,13 +64,16 @@ def places_where(mask: jax.Array, size: int) -> jax.Array:
     return set_rows(places, jnp.where(mask, ranks(mask), size), jnp.arange(m, dtype=jnp.int32))
 
 
-def few(m: int) -> int:
+def few(m: int, share: int = _LEFT) -> int:
     """Of m keys, how many are worked on by themselves rather than with all the others."""
-    return jax.core.max_dim(m // _LEFT, 8)  # of an export m may be any number
+    return jax.core.max_dim(m // share, 8)  # of an export m may be any number
 
 
 def on_few(
-    wanted: jax.Array, fun: Callable[[Any, jax.Array, jax.Array], Any], carry: Any
+    wanted: jax.Array,
+    fun: Callable[[Any, jax.Array, jax.Array], Any],
+    carry: Any,
+    share: int = _LEFT,
 ) -> tuple[Any, jax.Array]:
     """Runs a function on the places wanted, if they are few.
 
@@ -83,22 +81,24 @@ def on_few(
       wanted: bool [m].
       fun: (carry, places [n], which of them are meant [n]) -> carry.
       carry: a tree of arrays.
+      share: few are at most one in so many.
 
     Returns:
       The carry, and what is still wanted [m].
     """
     m = wanted.shape[0]
+    most = few(m, share)
 
     def turn(state: Any) -> Any:
         carry, wanted, _ = state
-        places = places_where(wanted, few(m))
+        places = places_where(wanted, most)
         meant = places < m
         return fun(carry, jnp.minimum(places, m - 1), meant), jnp.zeros_like(wanted), jnp.int32(0)
 
     # A loop of no or one turn: unlike a conditional, it leaves its arrays in place.
     count = jnp.sum(wanted, dtype=jnp.int32)
     state = (carry, wanted, count)
-    state = jax.lax.while_loop(lambda s: (s[2] > 0) & (s[2] <= few(m)), turn, state)
+    state = jax.lax.while_loop(lambda s: (s[2] > 0) & (s[2] <= most), turn, state)
     return state[0], state[1]
 
 
@@ -106,7 +106,7 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
     """The rows of keys.
 
     Args:
-      slots: [num_slots // 2, 2, 4].
+      slots: [num_slots // 4, 4, 4].
       keys: [m].
       wanted: which of them are looked for, bool [m].
       none: what stands for no row.
@@ -114,37 +114,43 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
     Returns:
       int32 [m].
     """
-    num_pairs, m = slots.shape[0], wanted.shape[0]
+    num_buckets, m = slots.shape[0], wanted.shape[0]
+    words, empty = slots.reshape(num_buckets, -1), jnp.uint32(EMPTY).astype(jnp.int32)
 
-    def a_round(state: Any, keys: Keys) -> Any:
-        count, rows, left, probe = state
-        # Of eight words XLA makes one loop, of twice four it makes two.
-        pair = read(slots.reshape(num_pairs, 8), probe.pair)
-        for slot in (pair[:, :4], pair[:, 4:]):
-            is_key = (slot[:, 0] == keys.hi) & (slot[:, 1] == keys.lo)
-            is_here = left & is_key & (slot[:, 2] < jnp.uint32(_CLAIMED))
-            rows = jnp.where(is_here, slot[:, 2].astype(jnp.int32), rows)
-            left = left & ~is_here & (slot[:, 2] != jnp.uint32(EMPTY))
-        return count + 1, rows, left, probe.onward(left, num_pairs)
-
-    rows = jnp.full(m, none, jnp.int32)
-    state = (jnp.int32(0), rows, wanted, _probe(keys, num_pairs))
+    def a_round(state: Any, keys: Keys, hashes: jax.Array) -> Any:
+        turn, rows = state
+        bucket = jnp.where(rows == _SOUGHT, _buckets(hashes, turn, num_buckets), 0)
+        # Word by word, XLA makes one loop of it all, and writes down no slots.
+        found = jnp.full_like(rows, _SOUGHT)
+        for side in reversed(range(BUCKET)):
+            hi, lo, row = (read(words, (bucket, 4 * side + word)) for word in range(3))
+            row = row.astype(jnp.int32)  # negative, if it is none
+            if side == BUCKET - 1:
+                found = jnp.where(row == empty, none, found)
+            is_key = (hi == keys.hi) & (lo == keys.lo) & (row >= 0)
+            found = jnp.where(is_key, row, found)
+        return turn + 1, jnp.where(rows == _SOUGHT, found, rows)
 
     def are_many(state: Any) -> jax.Array:
-        left = jnp.sum(state[2], dtype=jnp.int32)
-        return (left > few(m)) & (state[0] < num_pairs)
+        left = jnp.sum(state[1] == _SOUGHT, dtype=jnp.int32)
+        return (left > few(m, _LEFT_TO_FIND)) & (state[0] < num_buckets)
 
-    count, rows, left, probe = jax.lax.while_loop(are_many, lambda s: a_round(s, keys), state)
+    hashes = _hashes(keys)
+    state = a_round((jnp.int32(0), jnp.where(wanted, _SOUGHT, none)), keys, hashes)
+    turn, rows = jax.lax.while_loop(are_many, lambda s: a_round(s, keys, hashes), state)
 
     def rest(rows: jax.Array, places: jax.Array, meant: jax.Array) -> jax.Array:
-        keys_left = some_keys(keys, places)
-        state = (count, jnp.full(places.shape, none, jnp.int32), meant, probe.some(places))
-        _, found, _, _ = jax.lax.while_loop(
-            lambda s: jnp.any(s[2]) & (s[0] < num_pairs), lambda s: a_round(s, keys_left), state
+        some = some_keys(keys, places), read(hashes, places)
+        state = (turn, jnp.where(meant, _SOUGHT, none))
+        _, found = jax.lax.while_loop(
+            lambda s: jnp.any(s[1] == _SOUGHT) & (s[0] < num_buckets),
+            lambda s: a_round(s, *some),
+            state,
         )
         return set_rows(rows, jnp.where(meant, places, m), found)
 
-    return on_few(left & (count < num_pairs), rest, rows)[0]
+    rows, _ = on_few((rows == _SOUGHT) & (turn < num_buckets), rest, rows, _LEFT_TO_FIND)
+    return jnp.where(rows == _SOUGHT, none, rows)
 
 
 def place(
@@ -153,7 +159,7 @@ def place(
     """Puts keys into slots that hold none.
 
     Args:
-      slots: [num_slots // 2, 2, 4]; there is room for all.
+      slots: [num_slots // 4, 4, 4]; there is room for all.
       keys: [m].
       wanted: which of them are meant, bool [m]: each once, and none of them there already.
       rows: their row numbers, int32 [m].
@@ -161,40 +167,44 @@ def place(
     Returns:
       The slots, and how many of them were never used before.
     """
-    num_pairs, m = slots.shape[0], wanted.shape[0]
-    num_slots = 2 * num_pairs
+    num_buckets, m = slots.shape[0], wanted.shape[0]
+    num_slots = BUCKET * num_buckets
     codes = jnp.uint32(_CLAIMED) + jnp.arange(m, dtype=jnp.uint32)
 
-    def a_round(state: Any, codes: jax.Array) -> Any:
-        (slots, fresh), places, left, probe, side = state
-        slot = 2 * probe.pair + side
-        old = read(slots, slot)[:, 2]
+    def a_round(state: Any, codes: jax.Array, hashes: jax.Array) -> Any:
+        (slots, fresh), places, left, turns = state
+        bucket = _buckets(hashes, turns, num_buckets)
+        side, old = jnp.zeros_like(bucket), jnp.zeros_like(hashes)
+        for each in reversed(range(BUCKET)):
+            row = read(slots, (BUCKET * bucket + each, 2))
+            is_free = row >= jnp.uint32(TOMBSTONE)
+            side, old = jnp.where(is_free, each, side), jnp.where(is_free, row, old)
+        slot = BUCKET * bucket + side
         claims = left & (old >= jnp.uint32(TOMBSTONE))
         # Of several keys the first has the slot: its code is the lowest.
         slots = slots.at[jnp.where(claims, slot, num_slots), 2].min(codes, mode="drop")
-        won = claims & (read(slots, slot)[:, 2] == codes)
+        won = claims & (read(slots, (slot, 2)) == codes)
         places = jnp.where(won, slot, places)
         fresh = fresh + jnp.sum(won & (old == jnp.uint32(EMPTY)), dtype=jnp.int32)
-        left = left & ~won
-        probe = probe.onward(left & (side == 1), num_pairs)
-        return (slots, fresh), places, left, probe, jnp.where(left, 1 - side, side)
+        return (slots, fresh), places, left & ~won, jnp.where(left & ~claims, turns + 1, turns)
 
     def are_many(state: Any) -> jax.Array:
         return jnp.sum(state[2], dtype=jnp.int32) > few(m)
 
-    nowhere = jnp.full(m, num_slots, jnp.int32)
-    of_one, side = slots.reshape(num_slots, 4), jnp.zeros(m, jnp.int32)
-    state = ((of_one, jnp.int32(0)), nowhere, wanted, _probe(keys, num_pairs), side)
-    slots_and_fresh, places, left, probe, side = jax.lax.while_loop(
-        are_many, lambda s: a_round(s, codes), state
+    nowhere, turns = jnp.full(m, num_slots, jnp.int32), jnp.zeros(m, jnp.int32)
+    of_one, hashes = slots.reshape(num_slots, 4), _hashes(keys)
+    state = ((of_one, jnp.int32(0)), nowhere, wanted, turns)
+    slots_and_fresh, places, left, turns = jax.lax.while_loop(
+        are_many, lambda s: a_round(s, codes, hashes), state
     )
 
     def rest(carry: Any, at: jax.Array, meant: jax.Array) -> Any:
         slots_and_fresh, places = carry
+        some = read(codes, at), read(hashes, at)
         nowhere = jnp.full(at.shape, num_slots, jnp.int32)
-        state = (slots_and_fresh, nowhere, meant, probe.some(at), read(side, at))
+        state = (slots_and_fresh, nowhere, meant, read(turns, at))
         slots_and_fresh, placed, *_ = jax.lax.while_loop(
-            lambda s: jnp.any(s[2]), lambda s: a_round(s, read(codes, at)), state
+            lambda s: jnp.any(s[2]), lambda s: a_round(s, *some), state
         )
         return slots_and_fresh, set_rows(places, jnp.where(meant, at, m), placed)
 
