@@ -149,7 +149,7 @@ def find(slots: jax.Array, keys: Keys, wanted: jax.Array, none: int) -> jax.Arra
         )
         return set_rows(rows, jnp.where(meant, places, m), found)
 
-    rows, _ = on_few((rows == _SOUGHT) & (turn < num_buckets), rest, rows, _LEFT_TO_FIND)
+    rows, _ = on_few(rows == _SOUGHT, rest, rows, _LEFT_TO_FIND)
     return jnp.where(rows == _SOUGHT, none, rows)
 
 
