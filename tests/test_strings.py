@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrhash.strings import hash_strings
+from qrhash.strings import _AT_ONCE, hash_strings
 
 MASK = 2**64 - 1
 PRIMES = (
@@ -83,6 +83,17 @@ def test_text_is_hashed_as_utf8(items):
 def test_long_strings_beside_short_ones(n, rng):
     items = [rng.bytes(n), b"x", rng.bytes(n // 2), b"", rng.bytes(n + 1)]
     assert hash_strings(items).tolist() == [_oracle(item) for item in items]
+
+
+@pytest.mark.parametrize("n", [_AT_ONCE - 1, _AT_ONCE, _AT_ONCE + 1, 2 * _AT_ONCE])
+def test_columns_of_more_strings_than_are_hashed_at_once(n):
+    items = [str(number).encode() * (number % 12) for number in range(n)]
+    hashes = hash_strings(items)
+    assert hashes.shape == (n,)
+    for number in {0, 1, 11, _AT_ONCE - 2, _AT_ONCE - 1, _AT_ONCE, _AT_ONCE + 11, n - 1}:
+        if number < n:
+            assert hashes[number] == _oracle(items[number])
+    assert len(np.unique(hashes)) == len(set(items))
 
 
 WORDS = ["user_1", "", "café", "x" * 40, "user_1"]
