@@ -14,6 +14,7 @@ import numpy as np
 Array = Any
 
 INT32_MAX = 2**31 - 1
+MOST_KEYS = 2**29  # of an index: slots are at least twice as many, a power of two in an int32
 
 _SEARCH_BUDGET = 20_000
 

@@ -170,8 +170,14 @@ def test_bytes_are_those_of_all_but_the_optimizer(text):
 
 
 def test_too_many_rows_are_refused():
-    with pytest.raises(UserError, match=r"dynamic must be below 1,073,741,824 rows, got '9{11}'"):
+    with pytest.raises(UserError, match=r"dynamic must be at most 536,870,912 rows, got '9{11}'"):
         room("9" * 11)
+
+
+def test_more_bytes_than_the_largest_table_has_are_refused():
+    message = r"dynamic='999GB': the most rows, 536,870,912, take [0-9,]+ bytes of the 999,0{3}"
+    with pytest.raises(UserError, match=message):
+        embed_configs(_settings(dynamic="999GB"), {"a": None})
 
 
 def test_room_for_no_row_is_refused():

@@ -307,12 +307,17 @@ def test_lowest_is_the_start_of_what_is_sorted(items, count):
     assert np.flatnonzero(np.asarray(got)).tolist() == sorted(places[:count])
 
 
+def test_slots_of_the_largest_index_are_numbered_by_int32():
+    largest = jax.eval_shape(lambda: create(2**29))
+    assert largest.num_slots == 2**30
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: create(0), "capacity must be"),
         (lambda: create(2.5), "capacity must be"),
-        (lambda: create(2**30), r"below 2\*\*30 rows, got 1073741824"),
+        (lambda: create(2**29 + 1), "at most 536870912 rows, got 536870913"),
         (lambda: create(1, 2), "power of two, at least 4 for a capacity of 1, got 2"),
         (lambda: create(10, 24), "power of two, at least 32 for a capacity of 10, got 24"),
         (lambda: create(10, 16), "power of two, at least 32 for a capacity of 10, got 16"),

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from qrhash.arithmetic import MOST_KEYS
 from qrhash.ctr.errors import UserError
 from qrhash.ctr.options import Option, bytes_of
 from qrhash.ctr.tower_settings import TWO_TOWER
@@ -15,8 +16,6 @@ NOT_DYNAMIC = "none"
 
 # What a table that grows is made of: all columns of a shared one have the same.
 OF_DYNAMIC = ("admit_after", "newcomers", "evict_after")
-
-_MOST_ROWS = 2**30  # of an index
 
 _embeddings = partial(Option, "Embeddings")
 
@@ -107,8 +106,8 @@ def room(text: str) -> Room:
     plain = text.strip().replace("_", "").replace(",", "")
     rows = int(plain) if plain.isdecimal() else None
     num_bytes = bytes_of(text) if plain[-1:].isalpha() else None
-    if rows is not None and rows >= _MOST_ROWS:
-        raise UserError(f"dynamic must be below {_MOST_ROWS:,} rows, got {text!r}.")
+    if rows is not None and rows > MOST_KEYS:
+        raise UserError(f"dynamic must be at most {MOST_KEYS:,} rows, got {text!r}.")
     if not (rows or num_bytes):
         raise UserError(
             "dynamic must be a number of rows such as 100000, or of bytes such as 64MB or 1.5GiB, "

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qrhash.arithmetic import as_size, ceil_div
+from qrhash.arithmetic import MOST_KEYS, as_size, ceil_div
 from qrhash.dynamic.newcomers import Admission, AdmitAll, Newcomers, first_places
 from qrhash.dynamic.slots import BUCKET, find, new_slots, on_few, place, read, some_keys
 from qrhash.keys import Keys
@@ -114,15 +114,15 @@ def create(capacity: int, num_slots: int | None = None) -> KeyIndex:
       num_slots: a power of two, at least twice the capacity and 4; default: the lowest such.
 
     Raises:
-      ValueError: a capacity below 1 or of 2**30 and more, or another number of slots.
+      ValueError: a capacity below 1 or above 2**29, or another number of slots.
 
     >>> index = create(1000)
     >>> index.capacity, index.num_slots, int(index.num_keys)
     (1000, 2048, 0)
     """
     capacity = as_size("capacity", capacity)
-    if capacity >= 2**30:
-        raise ValueError(f"capacity must be below 2**30 rows, got {capacity}: use a mesh.")
+    if capacity > MOST_KEYS:
+        raise ValueError(f"capacity must be at most {MOST_KEYS} rows, got {capacity}: use a mesh.")
     num_slots = _checked_slots(num_slots, capacity)
     zeros = jnp.zeros(capacity, jnp.int32)
     return KeyIndex(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from qrhash import EmbedConfig, KeyDigits, MeshLayout, MultiHash, Partition
+from qrhash.arithmetic import MOST_KEYS
 from qrhash.ctr.column_settings import ColumnSettings
 from qrhash.ctr.dynamic_settings import Room, room
 from qrhash.ctr.errors import UserError
@@ -185,11 +186,14 @@ def _rows(wanted: Room, parts: int, of_rows: Any) -> tuple[int, int]:
     if taken(1) > allowed:
         raise ValueError(f"one row takes {taken(1):,} bytes, more than the {allowed:,} there are.")
     least, most = 1, 2
-    while most < 2**30 and taken(most) <= allowed:
+    while most <= MOST_KEYS and taken(most) <= allowed:
         least, most = most, 2 * most
-    most = min(most, 2**30)
+    most = min(most, MOST_KEYS + 1)
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (middle, most) if taken(middle) <= allowed else (least, middle)
+    if least == MOST_KEYS:
+        of_most = f"the most rows, {least:,}, take {taken(least):,} bytes"
+        raise ValueError(f"{of_most} of the {allowed:,} there are.")
     of_one_more = num_bytes(of_rows(least, 1)) - num_bytes(of_rows(least))
     return least, (allowed - taken(least)) // of_one_more if of_one_more else 0
